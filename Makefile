@@ -1,0 +1,53 @@
+# `make` alone prints the targets.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+PROFILE ?= auto
+
+# Without an NVIDIA driver, PyTorch's own index has a build without gigabytes of CUDA; where that index cannot be
+# reached, the default one serves.
+TORCH_INDEX := $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint lab data lock clean
+
+help: ## print this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+
+setup: $(READY) ## create .venv with the pinned packages
+
+demo: $(READY) ## run the whole suite on this machine: data, base, full, LoRA, QLoRA, comparison, report
+	@$(PY) -m finetune run --profile $(PROFILE)
+
+test: $(READY) ## run the tests, without the slow demo and the GPU
+	@$(PY) -m pytest -m "not slow and not gpu and not container"
+
+lint: $(READY) ## check style and that committed notebooks carry no outputs
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/nbstripout --verify notebooks/*.ipynb
+
+lab: $(READY) ## open Jupyter Lab on 127.0.0.1:8888, with a token
+	@$(VENV)/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.port=8888 --ServerApp.root_dir=$(CURDIR)
+
+data: $(READY) ## prepare the data
+	@$(PY) -m finetune data --profile $(PROFILE)
+
+lock: ## resolve requirements/base.txt anew (needs uv)
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate -o $(VENV)/lock.txt
+	grep -vE '^(torch|triton|nvidia-|cuda-)' $(VENV)/lock.txt > requirements/base.txt
+
+clean: ## remove what runs made (data, models, results), but neither .venv nor reference results
+	rm -rf datasets/*/ checkpoints/*/ checkpoints/.[!.]*/ adapters/*/ adapters/.[!.]*/
+	find results -mindepth 1 -maxdepth 1 -type d ! -name reference -exec rm -rf {} +
+
+$(READY): requirements/base.txt requirements/torch.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12"; exit 1; }
+	@echo "Setting up $(VENV) (once; about 700 MB of packages)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH_INDEX) -c requirements/base.txt -r requirements/torch.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/base.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@

@@ -1,0 +1,66 @@
+"""The records that data preparation passes on, and the one place that knows the answer's form."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+# In the order of AG News' class indices (1 World ... 4 Sci/Tech in the CSV files, 0 ... 3 on the hub).
+LABELS = ("World", "Sports", "Business", "Sci/Tech")
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Article:
+    """One news item. `title` is empty where the source holds a single text."""
+
+    title: str
+    description: str
+    label: str
+
+    @property
+    def text(self) -> str:
+        """Title and description joined by one space, alike whether or not the title is empty."""
+        return f"{self.title} {self.description}".strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One chat example: system, user and assistant message.
+
+    `has_twin` marks a test row whose article is repeated, exactly or nearly, in the training rows.
+    """
+
+    id: str
+    messages: list[Message]
+    has_twin: bool = False
+
+    @property
+    def prompt(self) -> list[Message]:
+        return self.messages[:-1]
+
+    @property
+    def label(self) -> str:
+        return json.loads(self.messages[-1]["content"])["category"]
+
+
+def answer_for(label: str) -> str:
+    """The assistant's message for a label: compact JSON, e.g. `{"category":"World"}`."""
+    return json.dumps({"category": label}, separators=(",", ":"))
+
+
+def parse_answer(text: str) -> str | None:
+    """The label in a generated answer, or None if it is not exactly the JSON that was asked for."""
+    try:
+        answer = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(answer, dict) or answer.keys() != {"category"}:
+        return None
+    # A list or an object as category is not hashable, but `in` on a tuple compares by equality.
+    return answer["category"] if answer["category"] in LABELS else None

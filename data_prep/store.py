@@ -1,0 +1,161 @@
+"""The files of a prepared data set: `{train,validation,test}.jsonl` and `manifest.json`.
+
+Written beside and renamed, the manifest last: a folder without a manifest is unfinished, and says so.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_prep.errors import DataError, UserError
+from data_prep.schema import LABELS, SPLITS, Example, Split, answer_for
+
+MANIFEST = "manifest.json"
+DATA_FILES = tuple(f"{split}.jsonl" for split in SPLITS)
+
+
+class Repeats(BaseModel):
+    """How often articles repeat. Near: see `data_prep.repeats` for the two measures."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    test_exact_in_train: int
+    test_near_in_train: int
+    train_exact_contradicting: int
+    train_near_contradicting: int
+
+
+class Manifest(BaseModel):
+    """What a prepared data set is and where it came from.
+
+    `rows` maps split to label to count; `files` maps split to the SHA-256 of its JSONL file; `tokens` maps prompt to
+    statistics of the whole example in tokens, or is None where no tokenizer was at hand.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = 1
+    source: dict[str, Any]
+    prompt: str
+    normalised: bool
+    seed: int
+    rows: dict[Split, dict[str, int]]
+    files: dict[Split, str]
+    repeats: Repeats
+    tokens: dict[str, Any] | None
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits that change when any row, label or prompt changes."""
+        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()[:12]
+
+    def total(self, split: Split) -> int:
+        return sum(self.rows[split].values())
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise DataError(path, "no such file") from error
+
+
+@contextmanager
+def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file beside `path` that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        UserError: The disk is full.
+    """
+    beside = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with beside.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        beside.replace(path)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(f"no space left on the disk while writing {path}; free some and run again") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON in one step."""
+    with replacing(path) as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a prepared data set.
+
+    Raises:
+        DataError: It is missing or not a manifest of this version.
+    """
+    path = folder / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(path, "no such file; prepare the data first (make data)") from error
+    except ValidationError as error:
+        raise DataError(path, f"not a manifest of this version ({_first(error)}); delete {folder}") from error
+
+
+def read_examples(folder: Path, split: Split) -> Iterator[Example]:
+    """The examples of a split, checked row by row.
+
+    Raises:
+        DataError: The file is missing, cut short, or a row is not an example; or it is not the manifest's file.
+    """
+    manifest = load_manifest(folder)
+    path = folder / f"{split}.jsonl"
+    if file_digest(path) != manifest.files[split]:
+        # Read it for a better reason than "digest differs": a truncated line has a number.
+        for _ in _parsed(path):
+            pass
+        raise DataError(path, "was changed after it was prepared; delete the folder and prepare it again")
+    yield from _parsed(path)
+
+
+def _parsed(path: Path) -> Iterator[Example]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(path, f"not valid JSON ({error.msg}); is the file cut short?", number) from error
+            yield _example(row, path, number)
+
+
+def _example(row: Any, path: Path, number: int) -> Example:
+    try:
+        example = Example(row["id"], row["messages"], row["has_twin"])
+        roles = [message["role"] for message in example.messages]
+        answer = example.messages[-1]["content"]
+    except (KeyError, TypeError, IndexError) as error:
+        raise DataError(path, "not an example with id, messages and has_twin", number) from error
+    if roles != ["system", "user", "assistant"]:
+        raise DataError(path, f"roles {roles} instead of system, user, assistant", number)
+    if answer not in _ANSWERS:
+        raise DataError(path, f"unknown answer {answer!r}; the answers are {sorted(_ANSWERS)}", number)
+    return example
+
+
+_ANSWERS = {answer_for(label) for label in LABELS}
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"

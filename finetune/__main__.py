@@ -1,0 +1,126 @@
+"""The command line.
+
+python -m finetune run     [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh]
+python -m finetune plan    RUN [--profile P] [--set NAME=VALUE ...]
+python -m finetune data    [--profile P] [--set NAME=VALUE ...]
+python -m finetune report  FOLDER
+python -m finetune publish [--profile P]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from data_prep import UserError
+from finetune import paths, settings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; 0 if all went well, 1 if a step failed, 2 if the command or its input was wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m finetune", description="Full fine-tuning, LoRA or QLoRA?")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--profile", default="auto", help="auto (by hardware), spark, gpu or cpu")
+    common.add_argument(
+        "--set", dest="assignments", action="append", default=[], metavar="NAME=VALUE", help="override a parameter"
+    )
+
+    run = commands.add_parser("run", parents=[common], help="execute the notebooks headless, in their order")
+    run.add_argument("--only", action="append", default=[], metavar="RUN", help="base, full, lora, ..., compare")
+    run.add_argument("--fresh", action="store_true", help="run every step again, whatever could be reused")
+    run.set_defaults(command=_run)
+
+    plan = commands.add_parser("plan", parents=[common], help="print every parameter and where its value came from")
+    plan.add_argument("run", metavar="RUN")
+    plan.set_defaults(command=_plan)
+
+    data = commands.add_parser("data", parents=[common], help="prepare the data")
+    data.set_defaults(command=_data)
+
+    report = commands.add_parser("report", help="write FOLDER/report.html anew from the records in FOLDER")
+    report.add_argument("folder", type=Path, metavar="FOLDER")
+    report.set_defaults(command=_report)
+
+    publish = commands.add_parser("publish", parents=[common], help="copy a profile's records to results/reference")
+    publish.set_defaults(command=_publish)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from finetune.suite import Suite
+
+    # pyzmq's advice about event loops on Windows, and nbclient's about cell ids, are not for our users.
+    warnings.filterwarnings("ignore", module="(zmq|nbformat|nbclient|papermill)")
+    overrides = settings.parse_assignments(options.assignments)
+    suite = Suite(options.profile, overrides, tuple(options.only), options.fresh)
+    reason = settings.plan("base", options.profile, suite.overrides_for("base")).profile_reason
+    print(f"Profile {suite.profile} ({reason}); the executed notebooks go to {suite.folder}")
+    outcomes = suite.execute()
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    if failed:
+        left = len(suite.steps) - len(outcomes)
+        print(f"{failed[0].step.name} failed and {left} later steps did not run; see {suite.folder}", file=sys.stderr)
+        return 1
+    if any(outcome.step.run is None for outcome in outcomes):
+        _print_comparison(suite.profile)
+    return 0
+
+
+def _print_comparison(profile: str) -> None:
+    from finetune import comparison, report
+
+    compared = comparison.load(profile)
+    for table in (compared.quality_table(), compared.cost_table()):
+        print("\n" + report.formatted(table).T.to_string())
+    print(f"\n{compared.answer()}\n\nReport: {paths.results_folder(profile) / 'report.html'}")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    resolved = settings.plan(options.run, options.profile, settings.parse_assignments(options.assignments))
+    print(f"{resolved.run}: profile {resolved.profile} ({resolved.profile_reason})")
+    print(f"engine {resolved.engine} ({resolved.engine_reason})")
+    print(resolved.table().to_string())
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    from finetune.data import prepare_data
+
+    overrides = settings.parse_assignments(options.assignments)
+    print(prepare_data(settings.plan("base", options.profile, overrides)).table().to_string())
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from finetune import comparison, report
+
+    compared = comparison.load_folder(options.folder, options.folder.name)
+    print(report.write_report(compared, options.folder / "report.html"))
+    return 0
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from finetune.reference import publish
+
+    profile = settings.plan("base", options.profile).profile
+    print(publish(profile))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The model card that goes with every artefact."""
+
+from __future__ import annotations
+
+import json
+
+from data_prep import LABELS, PROMPTS, Article
+from data_prep.schema import Message
+from finetune.data import PreparedData
+from finetune.settings import Settings
+
+LOADING_ADAPTER = """\
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
+
+LOADING_WEIGHTS = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
+
+# AG News' own readme allows research and other non-commercial use; no licence is named, so the card names none.
+CARD = """\
+---
+base_model: {model}
+library_name: {library}
+pipeline_tag: text-generation
+---
+
+# {model}, {method} on {data}
+
+Classifies a news article as World, Sports, Business or Sci/Tech, and answers in JSON: `{{"category":"World"}}`.
+
+| | |
+|---|---|
+| base model | {model} (its licence applies) |
+| method | {method} |
+| data | {data}, fingerprint {fingerprint}, {rows:,} training rows |
+| prompt | {prompt} |
+| recipe | {recipe} |
+
+AG News is given for research and other non-commercial use; what that means for a model trained on it is for its user to
+settle.
+
+## Load it
+
+```python
+{loading}
+```
+
+## Prompt
+
+```json
+{messages}
+```
+"""
+
+
+def model_card(settings: Settings, data: PreparedData, model: str) -> str:
+    """The card's text: what the model is, what it was trained on, how it is loaded and prompted."""
+    adapter = settings.recipe.adapter
+    loading = LOADING_ADAPTER if adapter else LOADING_WEIGHTS
+    return CARD.format(
+        model=model,
+        library="peft" if adapter else "transformers",
+        method={"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}[settings.recipe.method],
+        data=data.title,
+        fingerprint=data.manifest.fingerprint,
+        rows=len(data.train),
+        prompt=data.manifest.prompt,
+        recipe=", ".join(f"{key} {value}" for key, value in settings.values.items() if key in _TOLD),
+        loading=loading.format(folder="PATH/TO/THIS/FOLDER"),
+        messages=json.dumps(_prompt_form(settings), indent=2, ensure_ascii=False),
+    )
+
+
+def _prompt_form(settings: Settings) -> list[Message]:
+    """The messages with a placeholder for the article: rows of AG News are not ours to publish."""
+    article = Article("TITLE", "DESCRIPTION", LABELS[0])
+    return PROMPTS[settings.experiment.prompt].render(article)[:-1]
+
+
+_TOLD = (
+    "learning_rate",
+    "epochs",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+    "weights",
+    "seed",
+)

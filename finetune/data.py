@@ -1,0 +1,113 @@
+"""The prepared data of an experiment: made when it is not there, read when it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data_prep import LABELS, PROMPTS, Example, Manifest, UserError, prepare, read_examples
+from data_prep.schema import SPLITS, Split
+from data_prep.sources import open_source
+from finetune import chat, models, paths
+from finetune.records import DataReference
+from finetune.settings import Settings
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A prepared data set; `train`, `validation` and `test` are the rows that the experiment uses of it."""
+
+    folder: Path
+    manifest: Manifest
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+    @property
+    def title(self) -> str:
+        """What to call the data: the sample's results are never called AG News results."""
+        return "built-in sample (not AG News)" if self.manifest.source["kind"] == "sample" else "AG News"
+
+    @property
+    def reference(self) -> DataReference:
+        """What a record says of the data."""
+        return DataReference(
+            source=self.manifest.source["kind"],
+            title=self.title,
+            fingerprint=self.manifest.fingerprint,
+            prompt=self.manifest.prompt,
+            train_rows=len(self.train),
+            validation_rows=len(self.validation),
+            test_rows=len(self.test),
+        )
+
+    def table(self) -> pd.DataFrame:
+        """Rows per split and class: all that were prepared, and those in use."""
+        table = pd.DataFrame({split: self.manifest.rows[split] for split in SPLITS}).T
+        table["prepared"] = table.sum(axis=1)
+        table["in use"] = [len(getattr(self, split)) for split in SPLITS]
+        return table
+
+
+def prepare_data(settings: Settings) -> PreparedData:
+    """Prepare the experiment's data, or reuse what is there, and say which.
+
+    Raises:
+        UserError: The source is wrong or out of reach, or fewer rows exist than are asked for.
+    """
+    experiment = settings.experiment
+    source = open_source(experiment.source, experiment.data_path)
+    folder = paths.dataset_folder(experiment.source)
+    manifest, reused = prepare(
+        source,
+        folder,
+        prompt=PROMPTS[experiment.prompt],
+        seed=experiment.seed,
+        validation_rows=experiment.validation_rows,
+        clean=experiment.normalise,
+        count_tokens=partial(chat.count_tokens, models.load_tokenizer(settings)),
+    )
+    print(f"{'Reused' if reused else 'Prepared'} {folder}: fingerprint {manifest.fingerprint}, {_sizes(manifest)}")
+    select = partial(_select, folder, seed=experiment.seed)
+    return PreparedData(
+        folder,
+        manifest,
+        train=select("train", experiment.train_rows),
+        validation=select("validation", None),
+        test=select("test", experiment.test_rows),
+    )
+
+
+def evenly(examples: list[Example], rows: int | None, seed: int) -> list[Example]:
+    """`rows` examples, drawn at random and evenly from the classes, in their original order; all if None.
+
+    Raises:
+        UserError: There are fewer.
+    """
+    if rows is None or rows == len(examples):
+        return examples
+    if rows > len(examples):
+        raise UserError(f"{rows} rows are asked for, and there are {len(examples)}; ask for fewer")
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(examples))
+    # The k-th of its class, in random order: sorting by k draws from the classes in turn.
+    seen = dict.fromkeys(LABELS, 0)
+    turns = np.empty(len(examples), int)
+    for position in order:
+        label = examples[position].label
+        turns[position] = seen[label]
+        seen[label] += 1
+    chosen = sorted(order, key=lambda position: turns[position])[:rows]
+    return [examples[position] for position in sorted(chosen)]
+
+
+def _select(folder: Path, split: Split, rows: int | None, seed: int) -> list[Example]:
+    return evenly(list(read_examples(folder, split)), rows, seed)
+
+
+def _sizes(manifest: Manifest) -> str:
+    return ", ".join(f"{manifest.total(split):,} {split}" for split in SPLITS)

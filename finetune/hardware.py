@@ -1,0 +1,115 @@
+"""The machine: which accelerator, how much memory, and the snapshot of both that every record carries."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from importlib import metadata
+
+import pandas as pd
+import psutil
+import torch
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "bitsandbytes",
+    "unsloth",
+    "unsloth_zoo",
+    "scikit-learn",
+    "numpy",
+)
+
+
+def has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> str:
+    return "cuda" if has_cuda() else "cpu"
+
+
+def gpu_name() -> str | None:
+    return torch.cuda.get_device_name() if has_cuda() else None
+
+
+def is_unified() -> bool:
+    """Whether GPU and CPU share one memory, as on a DGX Spark."""
+    return has_cuda() and bool(torch.cuda.get_device_properties(0).is_integrated)
+
+
+def total_memory_bytes() -> int:
+    """Memory that a model can live in: the GPU's, or the machine's where there is no other."""
+    if has_cuda():
+        return torch.cuda.get_device_properties(0).total_memory
+    return psutil.virtual_memory().total
+
+
+def available_memory_bytes() -> int:
+    """Memory that is free for a model now.
+
+    On unified memory the kernel's MemAvailable is right, and CUDA's figure is not: it counts page cache, which the
+    kernel gives back on demand, as used.
+    """
+    if has_cuda() and not is_unified():
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
+
+
+def reset_peak_memory() -> None:
+    if has_cuda():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> tuple[int, str]:
+    """Peak memory in bytes and what was measured: CUDA allocations, or the whole process where there is no GPU."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated(), "CUDA allocations"
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return kilobytes * (1 if platform.system() == "Darwin" else 1024), "resident memory of the process"
+
+
+def snapshot() -> dict[str, str | int | None]:
+    """What a reader needs to know of the machine."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": gpu_name(),
+        "gpu_memory_bytes": total_memory_bytes() if has_cuda() else None,
+        "cuda": torch.version.cuda if has_cuda() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of the packages that a result depends on; None where one is not installed."""
+    return {package: _version(package) for package in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    """The processor's name; `platform.processor()` is empty on Linux."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def table() -> pd.DataFrame:
+    """Machine and package versions, for people."""
+    return pd.DataFrame({"": {**snapshot(), **package_versions()}}).dropna()

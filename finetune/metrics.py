@@ -1,0 +1,95 @@
+"""Task metrics with their intervals, from labels and predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from scipy.stats import binomtest
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import log_loss as sklearn_log_loss
+
+from data_prep import LABELS
+
+CONFIDENCE = 0.95
+
+
+class ClassMetrics(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    precision: float
+    recall: float
+    f1: float
+    rows: int
+
+
+class Metrics(BaseModel):
+    """Accuracy with its 95 % Wilson interval, macro-F1, figures per class, and counts.
+
+    `confusion` has a row per true label and a column per predicted one, in the order of LABELS; invalid answers are
+    in no column, so a row may add up to less than its class has rows.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rows: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    macro_f1: float
+    classes: dict[str, ClassMetrics]
+    confusion: list[list[int]]
+
+
+def compute(labels: Sequence[str], predictions: Sequence[str | None]) -> Metrics:
+    """Metrics of predictions; None stands for an invalid answer, and counts as wrong."""
+    predicted = ["" if prediction is None else prediction for prediction in predictions]
+    precision, recall, f1, support = precision_recall_fscore_support(
+        labels, predicted, labels=list(LABELS), zero_division=0.0
+    )
+    correct = sum(label == prediction for label, prediction in zip(labels, predicted, strict=True))
+    low, high = accuracy_interval(correct, len(labels))
+    classes = {
+        label: ClassMetrics(precision=precision[i], recall=recall[i], f1=f1[i], rows=support[i])
+        for i, label in enumerate(LABELS)
+    }
+    return Metrics(
+        rows=len(labels),
+        accuracy=correct / len(labels),
+        accuracy_low=low,
+        accuracy_high=high,
+        macro_f1=float(f1.mean()),
+        classes=classes,
+        confusion=confusion_matrix(labels, predicted, labels=[*LABELS, ""])[: len(LABELS), : len(LABELS)].tolist(),
+    )
+
+
+def accuracy_interval(correct: int, rows: int) -> tuple[float, float]:
+    """The 95 % interval of an accuracy (Wilson 1927)."""
+    interval = binomtest(correct, rows).proportion_ci(CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
+    """Exact McNemar test of two methods on the same rows.
+
+    Args:
+        first: Whether the first method is right, row by row.
+        second: The same of the second.
+
+    Returns:
+        Rows that only the first gets right, rows that only the second gets right, and the two-sided p-value.
+    """
+    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
+    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
+    discordant = only_first + only_second
+    p_value = binomtest(only_first, discordant).pvalue if discordant else 1.0
+    return only_first, only_second, float(p_value)
+
+
+def log_loss(labels: Sequence[str], probabilities: np.ndarray) -> float:
+    """Mean negative log-probability of the true labels, in nats; `probabilities` has shape (rows, labels)."""
+    # scikit-learn wants the columns in the order in which it sorts the labels.
+    order = np.argsort(LABELS)
+    return float(sklearn_log_loss(labels, probabilities[:, order], labels=[LABELS[i] for i in order]))

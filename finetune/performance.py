@@ -1,0 +1,168 @@
+"""Evaluate one run on the test rows, and write what came out into its record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data_prep import LABELS, Example
+from finetune import chat, comparison, evaluation, hardware, metrics, models, paths, records
+from finetune.data import PreparedData
+from finetune.settings import Settings
+
+# A prompt must fit, whatever it was trained with; no article of AG News comes near this.
+MAX_LENGTH = 1024
+
+
+def evaluate(settings: Settings, data: PreparedData, notebook: str | None = None) -> records.RunRecord:
+    """Evaluate the base model, or the artefact that `notebook` made, and record the result.
+
+    Args:
+        settings: The run; its artefact must have been made with these settings.
+        data: The prepared data; its test rows are used.
+        notebook: The notebook that trains this run, None for the base model.
+
+    Raises:
+        UserError: The artefact does not exist, or was trained with other settings.
+    """
+    artefact, digest = None, None
+    record = records.new_record(settings, data.reference)
+    if notebook is not None:
+        record, artefact = records.require_artefact(settings, notebook)
+        digest = record.training.artefact_digest
+    tokenizer = models.load_tokenizer(settings)
+    model = models.load_for_evaluation(settings, artefact)
+    hardware.reset_peak_memory()
+    result = _evaluate_model(model, tokenizer, settings, data.test, folder_of(settings), digest)
+    record = record.model_copy(update={"evaluation": result})
+    records.write(record, folder_of(settings))
+    return record
+
+
+def summary(record: records.RunRecord) -> pd.DataFrame:
+    """Accuracy with its interval, macro-F1 and log loss by scoring; the same rows by generation where it ran."""
+    result = record.evaluation
+    rows = {
+        "scoring, all test rows": result.scoring,
+        "scoring, rows without a twin in train": result.without_twins,
+    }
+    if result.generation:
+        rows["generation, valid JSON or wrong"] = result.generation.metrics
+    return pd.DataFrame(
+        {
+            name: {
+                "rows": value.rows,
+                "accuracy": f"{value.accuracy:.1%}",
+                "95 % interval": f"{value.accuracy_low:.1%} to {value.accuracy_high:.1%}",
+                "macro-F1": f"{value.macro_f1:.1%}",
+            }
+            for name, value in rows.items()
+        }
+    ).T
+
+
+def class_table(record: records.RunRecord) -> pd.DataFrame:
+    """Precision, recall and F1 of each class by scoring, in percent."""
+    classes = record.evaluation.scoring.classes
+    table = pd.DataFrame({label: value.model_dump(exclude={"rows"}) for label, value in classes.items()}).T
+    return (100 * table).round(1)
+
+
+def confident_errors(record: records.RunRecord, data: PreparedData, rows: int = 8) -> pd.DataFrame:
+    """The wrong answers that the model was surest of, with their text."""
+    folder = paths.run_folder(record.profile, record.run)
+    articles = {example.id: example.prompt[-1]["content"].partition("\n\n")[2] for example in data.test}
+    wrong = [row for row in records.read_predictions(record, folder) if row.prediction != row.label]
+    wrong.sort(key=lambda row: row.probabilities[row.prediction], reverse=True)
+    return pd.DataFrame(
+        {
+            "probability": [f"{row.probabilities[row.prediction]:.2f}" for row in wrong[:rows]],
+            "predicted": [row.prediction for row in wrong[:rows]],
+            "label": [row.label for row in wrong[:rows]],
+            "article": [articles[row.id] for row in wrong[:rows]],
+        }
+    )
+
+
+def against_base(record: records.RunRecord) -> str:
+    """The run against the base model in words, by a paired test on the same rows."""
+    return str(comparison.load(record.profile).pair(record.run, "base"))
+
+
+def folder_of(settings: Settings) -> Path:
+    return paths.run_folder(settings.profile, settings.run)
+
+
+def _evaluate_model(
+    model, tokenizer, settings: Settings, examples: list[Example], folder: Path, artefact_digest: str | None
+) -> records.Evaluation:
+    experiment = settings.experiment
+    prompts = [row.prompt for row in chat.encode(tokenizer, examples, MAX_LENGTH)]
+    scorer = evaluation.LabelScorer(model, tokenizer, experiment.evaluation_batch_size)
+    probabilities, seconds = evaluation.timed(scorer.score, prompts, progress="scoring")
+    labels, predicted = [example.label for example in examples], evaluation.predicted_labels(probabilities)
+    generation, answers = _generate(model, tokenizer, settings, prompts, labels, predicted)
+    digest = records.write_predictions(_predictions(examples, predicted, probabilities, answers), folder)
+    alone = [row for row, example in enumerate(examples) if not example.has_twin]
+    return records.Evaluation(
+        environment=records.environment(),
+        artefact_digest=artefact_digest,
+        seconds=seconds,
+        articles_per_second=len(examples) / seconds,
+        peak_memory_bytes=hardware.peak_memory()[0],
+        batch_size=experiment.evaluation_batch_size,
+        dtype=experiment.evaluation_dtype,
+        scoring=metrics.compute(labels, predicted),
+        log_loss=metrics.log_loss(labels, probabilities),
+        without_twins=metrics.compute([labels[row] for row in alone], [predicted[row] for row in alone]),
+        generation=generation,
+        predictions_digest=digest,
+    )
+
+
+def _generate(
+    model, tokenizer, settings: Settings, prompts: list[list[int]], labels: list[str], scored: list[str]
+) -> tuple[records.Generation | None, list[str]]:
+    """Answers of the first `generation_rows` test rows, and what they are worth."""
+    rows = min(settings.experiment.generation_rows, len(prompts))
+    if rows == 0:
+        print("Generation skipped: generation_rows=0")
+        return None, []
+    answers, seconds = evaluation.timed(
+        evaluation.generate,
+        model,
+        tokenizer,
+        prompts[:rows],
+        settings.experiment.evaluation_batch_size,
+        progress="generating",
+    )
+    parsed = evaluation.parsed_labels(answers)
+    generation = records.Generation(
+        seconds=seconds,
+        valid_share=sum(label is not None for label in parsed) / rows,
+        agreement_with_scoring=sum(a == b for a, b in zip(parsed, scored, strict=False)) / rows,
+        metrics=metrics.compute(labels[:rows], parsed),
+    )
+    return generation, answers
+
+
+def _predictions(
+    examples: list[Example], predicted: list[str], probabilities: np.ndarray, answers: list[str]
+) -> list[records.Prediction]:
+    generated = answers + [None] * (len(examples) - len(answers))
+    return [
+        records.Prediction(
+            id=example.id,
+            label=example.label,
+            prediction=predicted[row],
+            # Nine digits keep near ties apart, and the file the same on every run of the same weights.
+            probabilities={
+                label: round(float(value), 9) for label, value in zip(LABELS, probabilities[row], strict=True)
+            },
+            generated=generated[row],
+            has_twin=example.has_twin,
+        )
+        for row, example in enumerate(examples)
+    ]

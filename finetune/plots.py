@@ -1,0 +1,118 @@
+"""The pictures. Colours are Okabe and Ito's, told apart by colour-blind readers; each picture reads in grey too."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from data_prep import LABELS
+from finetune.comparison import NAMES, Comparison
+from finetune.metrics import Metrics
+from finetune.records import RunRecord
+
+COLOURS = {
+    "base": "#999999",
+    "full": "#0072B2",
+    "full_unsloth": "#56B4E9",
+    "lora": "#E69F00",
+    "qlora": "#009E73",
+}
+MARKERS = {"full": "s", "full_unsloth": "D", "lora": "o", "qlora": "^"}
+
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110, "font.size": 10})
+
+
+def training_curves(record: RunRecord) -> Figure:
+    """Loss of the answer's tokens, and validation accuracy, by step."""
+    history, colour = record.training.history, COLOURS[record.run]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    losses = [(point.step, point.loss) for point in history if point.loss is not None]
+    left.plot(*zip(*losses, strict=True), color=colour)
+    left.set(xlabel="step", ylabel="loss (nats a token)", title="Training loss", ylim=(0, None))
+    accuracies = [(p.step, 100 * p.validation_accuracy) for p in history if p.validation_accuracy is not None]
+    right.plot(*zip(*accuracies, strict=True), color=colour, marker=MARKERS[record.run])
+    right.set(xlabel="step", ylabel="accuracy (%)", title="Validation accuracy", xlim=(0, None))
+    return figure
+
+
+def confusion(metrics: Metrics, title: str) -> Figure:
+    """One confusion matrix."""
+    figure, axes = plt.subplots(figsize=(4, 3.6), layout="constrained")
+    _draw_confusion(axes, metrics, title)
+    return figure
+
+
+def confusion_grid(comparison: Comparison) -> Figure:
+    """The confusion matrices of all runs, side by side."""
+    count = len(comparison.records)
+    figure, axes = plt.subplots(1, count, figsize=(3.1 * count, 3.3), layout="constrained", squeeze=False)
+    for axis, (run, record) in zip(axes[0], comparison.records.items(), strict=True):
+        _draw_confusion(axis, record.evaluation.scoring, NAMES[run])
+    return figure
+
+
+def accuracy_bars(comparison: Comparison) -> Figure:
+    """Accuracy of every run with its 95 % interval."""
+    figure, axes = plt.subplots(figsize=(7, 0.55 * len(comparison.records) + 1), layout="constrained")
+    for position, (run, record) in enumerate(comparison.records.items()):
+        scoring = record.evaluation.scoring
+        accuracy = 100 * scoring.accuracy
+        error = [[accuracy - 100 * scoring.accuracy_low], [100 * scoring.accuracy_high - accuracy]]
+        axes.barh(position, accuracy, color=COLOURS[run], xerr=error, capsize=4, height=0.6)
+        axes.text(1.5, position, f"{accuracy:.1f} %", va="center", color="white", fontweight="bold")
+    axes.set_yticks(range(len(comparison.records)), [NAMES[run] for run in comparison.records])
+    axes.invert_yaxis()
+    axes.set(xlabel="accuracy on the test rows (%), with its 95 % interval", xlim=(0, 100))
+    return figure
+
+
+def f1_by_class(comparison: Comparison) -> Figure:
+    """F1 of each class, a group of bars per class."""
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    width = 0.8 / len(comparison.records)
+    centres = np.arange(len(LABELS))
+    for position, (run, record) in enumerate(comparison.records.items()):
+        heights = [100 * record.evaluation.scoring.classes[label].f1 for label in LABELS]
+        axes.bar(centres + (position + 0.5) * width - 0.4, heights, width, color=COLOURS[run], label=NAMES[run])
+    axes.set_xticks(centres, LABELS)
+    axes.set(ylabel="F1 (%)", ylim=(0, 100))
+    axes.legend(ncols=len(comparison.records), loc="upper center", bbox_to_anchor=(0.5, 1.18), frameon=False)
+    return figure
+
+
+def accuracy_against_time(comparison: Comparison) -> Figure:
+    """What each minute of training bought: accuracy with its interval against training time."""
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    base = comparison.records["base"].evaluation.scoring
+    axes.axhline(100 * base.accuracy, color=COLOURS["base"], linestyle="--", label="base model")
+    for run, record in comparison.tuned().items():
+        scoring = record.evaluation.scoring
+        accuracy = 100 * scoring.accuracy
+        error = [[accuracy - 100 * scoring.accuracy_low], [100 * scoring.accuracy_high - accuracy]]
+        axes.errorbar(
+            record.training.seconds / 60,
+            accuracy,
+            yerr=error,
+            color=COLOURS[run],
+            marker=MARKERS[run],
+            markersize=9,
+            capsize=4,
+            linestyle="none",
+            label=f"{NAMES[run]} ({record.training.peak_memory_bytes / 1e9:.1f} GB)",
+        )
+    axes.set(xlabel="training time (minutes)", ylabel="accuracy (%)", xlim=(0, None))
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def _draw_confusion(axes, metrics: Metrics, title: str) -> None:
+    counts = np.array(metrics.confusion)
+    axes.imshow(counts, cmap="Blues", vmin=0)
+    for (row, column), count in np.ndenumerate(counts):
+        colour = "white" if count > counts.max() / 2 else "black"
+        axes.text(column, row, f"{count}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(LABELS)), LABELS, rotation=35, ha="right")
+    axes.set_yticks(range(len(LABELS)), LABELS)
+    axes.set(xlabel="predicted", ylabel="true", title=f"{title}: {metrics.accuracy:.1%}")
+    axes.spines[:].set_visible(False)

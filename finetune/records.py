@@ -1,0 +1,256 @@
+"""One typed record per run: `results/<profile>/<run>/record.json`, and its predictions beside it.
+
+Everything downstream reads records. A record that does not match its schema, or predictions that are not the
+record's, are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_prep import DataError, UserError
+from data_prep.store import replacing
+from finetune import hardware, models, paths
+from finetune.metrics import Metrics
+from finetune.settings import Settings
+
+RECORD = "record.json"
+PREDICTIONS = "predictions.jsonl"
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Environment(Part):
+    """Where and with what something was measured. `dirty`: the tree had changes that are not in the commit."""
+
+    created: str
+    command: str
+    commit: str | None
+    dirty: bool | None
+    packages: dict[str, str | None]
+    hardware: dict[str, str | int | None]
+
+
+class LogPoint(Part):
+    """What the trainer logged at a step."""
+
+    step: int
+    epoch: float
+    loss: float | None = None
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+    validation_accuracy: float | None = None
+    validation_log_loss: float | None = None
+
+
+class Training(Part):
+    """Cost of a training. Seconds exclude validation and model loading; tokens exclude padding."""
+
+    environment: Environment
+    seconds: float
+    steps: int
+    articles: int
+    tokens: int
+    articles_per_second: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    peak_memory_kind: str
+    parameters: int
+    trainable_parameters: int
+    supervised_tokens_of_first_rows: int
+    attention: str
+    choices: dict[str, str]
+    artefact: str
+    artefact_bytes: int
+    artefact_digest: str
+    history: list[LogPoint]
+
+
+class Generation(Part):
+    """Evaluation by generation, on the first rows of the test split; an invalid answer counts as wrong."""
+
+    seconds: float
+    valid_share: float
+    agreement_with_scoring: float
+    metrics: Metrics
+
+
+class Evaluation(Part):
+    """Test metrics by scoring, on all rows and on those without a twin in train; and by generation."""
+
+    environment: Environment
+    artefact_digest: str | None
+    seconds: float
+    articles_per_second: float
+    peak_memory_bytes: int
+    batch_size: int
+    dtype: str
+    scoring: Metrics
+    log_loss: float
+    without_twins: Metrics
+    generation: Generation | None
+    predictions_digest: str
+
+
+class DataReference(Part):
+    """Which data a run saw: results on different fingerprints are never compared."""
+
+    source: str
+    title: str
+    fingerprint: str
+    prompt: str
+    train_rows: int
+    validation_rows: int
+    test_rows: int
+
+
+class RunRecord(Part):
+    """One run: what was asked, what it cost, what came out."""
+
+    schema_version: Literal[1] = 1
+    run: str
+    profile: str
+    engine: str
+    model: str
+    seed: int
+    settings: dict[str, Any]
+    settings_digest: str
+    data: DataReference
+    training: Training | None = None
+    evaluation: Evaluation | None = None
+
+
+class Prediction(Part):
+    """One test row: its label, the label that scoring found, all four probabilities, the generated answer if any."""
+
+    id: str
+    label: str
+    prediction: str
+    probabilities: dict[str, float]
+    generated: str | None
+    has_twin: bool
+
+
+def new_record(settings: Settings, data: DataReference, **parts: Any) -> RunRecord:
+    """A record of `settings` on `data`, with a training or an evaluation part."""
+    return RunRecord(
+        run=settings.run,
+        profile=settings.profile,
+        engine=settings.engine,
+        model=models.model_name(settings),
+        seed=settings.experiment.seed,
+        settings=settings.values,
+        settings_digest=settings.digest,
+        data=data,
+        **parts,
+    )
+
+
+def environment() -> Environment:
+    """Commit, packages and hardware, now."""
+    commit, dirty = _commit()
+    return Environment(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=os.environ.get("FINETUNE_COMMAND", "Run All in Jupyter"),
+        commit=commit,
+        dirty=dirty,
+        packages=hardware.package_versions(),
+        hardware=hardware.snapshot(),
+    )
+
+
+def write(record: RunRecord, folder: Path) -> None:
+    """Write a record in one step. Predictions that belonged to an earlier one go first."""
+    if record.evaluation is None:
+        (folder / PREDICTIONS).unlink(missing_ok=True)
+    with replacing(folder / RECORD) as file:
+        file.write(record.model_dump_json(indent=2) + "\n")
+
+
+def read(folder: Path) -> RunRecord:
+    """The record in a run's folder.
+
+    Raises:
+        DataError: It is missing, or does not match the schema.
+    """
+    path = folder / RECORD
+    try:
+        return RunRecord.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(path, "no such file; run the notebook that makes it first") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "file"
+        raise DataError(
+            path, f"not a record of this version ({where}: {first['msg']}); run its notebook again"
+        ) from error
+
+
+def write_predictions(predictions: Sequence[Prediction], folder: Path) -> str:
+    """Write the predictions of a run; returns their digest for the record."""
+    lines = [prediction.model_dump_json() + "\n" for prediction in predictions]
+    with replacing(folder / PREDICTIONS) as file:
+        file.writelines(lines)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def read_predictions(record: RunRecord, folder: Path) -> list[Prediction]:
+    """The predictions that belong to a record.
+
+    Raises:
+        DataError: They are missing, were changed, or are another record's.
+    """
+    path = folder / PREDICTIONS
+    if record.evaluation is None:
+        raise DataError(folder / RECORD, f"{record.run} was not evaluated yet; run its performance notebook")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(path, "no such file; run the performance notebook again") from error
+    if hashlib.sha256(content).hexdigest() != record.evaluation.predictions_digest:
+        raise DataError(path, "not the predictions of record.json beside it (cut short, changed, or another run's)")
+    return [Prediction.model_validate(json.loads(line)) for line in content.splitlines()]
+
+
+def require_artefact(settings: Settings, notebook: str) -> tuple[RunRecord, Path]:
+    """The training record of a run and the folder of its artefact.
+
+    Raises:
+        UserError: The training was not run, or with other settings, or the artefact is gone.
+    """
+    folder = paths.run_folder(settings.profile, settings.run)
+    if not (folder / RECORD).is_file():
+        raise UserError(f"there is no {settings.run} model of profile {settings.profile} yet: run {notebook} first")
+    record = read(folder)
+    if record.settings_digest != settings.digest:
+        changed = sorted(key for key, value in settings.values.items() if record.settings.get(key) != value)
+        raise UserError(
+            f"the {settings.run} model was trained with other settings ({', '.join(changed) or 'engine'}): "
+            f"use the same OVERRIDES here, or run {notebook} again"
+        )
+    artefact = paths.home() / record.training.artefact
+    if not artefact.is_dir():
+        raise UserError(f"{artefact} is gone: run {notebook} again")
+    return record, artefact
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit of the code that runs and whether the tree differs from it; None outside a git checkout."""
+    git = ["git", "-C", str(paths.PROJECT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None, None
+    return head, bool(status.strip())

@@ -1,0 +1,68 @@
+"""The report: one HTML file with its pictures inside, made from records alone."""
+
+from __future__ import annotations
+
+import base64
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from data_prep.store import replacing
+from finetune import plots
+from finetune.comparison import NAMES, Comparison, format_p
+
+DECIMALS = {
+    "trained parameters": "{:,.0f}",
+    "share of parameters %": "{:.2f}",
+    "against base": "{:+.1f}",
+    "macro-F1 against base": "{:+.1f}",
+}
+
+
+def write_report(comparison: Comparison, path: Path) -> Path:
+    """Write the report of a comparison; returns its path."""
+    environment = Environment(
+        loader=PackageLoader("finetune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    html = environment.get_template("report.html").render(
+        comparison=comparison,
+        names=NAMES,
+        format_p=format_p,
+        quality=formatted(comparison.quality_table()).to_html(border=0),
+        cost=formatted(comparison.cost_table()).to_html(border=0),
+        pictures={
+            name: _embedded(draw(comparison))
+            for name, draw in {
+                "accuracy": plots.accuracy_bars,
+                "time": plots.accuracy_against_time,
+                "classes": plots.f1_by_class,
+                "confusion": plots.confusion_grid,
+            }.items()
+        },
+    )
+    with replacing(path) as file:
+        file.write(html)
+    return path
+
+
+def formatted(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of figures as text: one decimal, signs on differences, thousands apart."""
+    columns = {}
+    for column in table:
+        default = "{:+.1f}" if column.endswith("against base") else "{:.1f}"
+        form = DECIMALS.get(column, default)
+        numeric = pd.api.types.is_numeric_dtype(table[column])
+        columns[column] = table[column].map(form.format) if numeric else table[column]
+    return pd.DataFrame(columns, index=table.index)
+
+
+def _embedded(figure: Figure) -> str:
+    """The figure as a data address, so that the report is one file."""
+    content = BytesIO()
+    figure.savefig(content, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()

@@ -1,0 +1,241 @@
+"""What will run: profile, experiment and recipe, resolved from defaults, profile, environment and overrides.
+
+Later ones win: default < profile < environment (FINETUNE_LEARNING_RATE=1e-4) < override. An unknown profile,
+parameter or value is refused with the list of what exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from dataclasses import dataclass as plain_dataclass
+from typing import Annotated, Any, Literal
+
+import pandas as pd
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from data_prep import UserError
+from finetune import hardware
+from finetune.profiles import PROFILES, choose_profile
+from finetune.recipes import FULL, LORA, QLORA, STRICT, Count, Recipe, check
+
+ENVIRONMENT_PREFIX = "FINETUNE_"
+# Settings of the process, not parameters of an experiment.
+NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND"}
+
+
+@dataclass(frozen=True, config=STRICT)
+class Experiment:
+    """What is asked: which model, which rows, which prompt, evaluated how."""
+
+    model: str = "embedded"
+    """A causal chat model: a hub name, a folder, or `embedded` (SmolLM2-135M-Instruct from a PyPI wheel)."""
+    source: Literal["sample", "csv", "hub"] = "sample"
+    """Where the articles come from."""
+    data_path: str | None = None
+    """The CSV folder for source=csv; a data set's name for source=hub (default fancyzhx/ag_news)."""
+    prompt: Literal["lean", "verbose"] = "lean"
+    """The prompt that precedes every article."""
+    normalise: bool = True
+    """Repair AG News' text artefacts (#39; &lt;b&gt; and backslashes)."""
+    train_rows: Count | None = None
+    """Training rows to use, drawn evenly from the classes; all if not given."""
+    validation_rows: Annotated[int, Field(ge=4)] = 2000
+    """Rows cut from train for validation, where the source has no validation split."""
+    test_rows: Count | None = None
+    """Test rows to use, drawn evenly from the classes; all if not given."""
+    generation_rows: Annotated[int, Field(ge=0)] = 1000
+    """Test rows that are also answered by generation, to compare with scoring; 0 skips it."""
+    evaluation_batch_size: Count = 64
+    """Articles per forward pass of the evaluation; the result does not depend on it."""
+    evaluation_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the evaluation."""
+    seed: int = 42
+    """Seed of the split, the row selection, the initialisation and the order of the rows."""
+
+
+# run -> (recipe, engine). `auto`: Unsloth where CUDA is, transformers + TRL elsewhere.
+RUNS: dict[str, tuple[Recipe | None, Literal["auto", "transformers", "unsloth"]]] = {
+    "base": (None, "transformers"),
+    "full": (FULL, "transformers"),
+    "full_unsloth": (FULL, "unsloth"),
+    "lora": (LORA, "auto"),
+    "qlora": (QLORA, "auto"),
+}
+
+
+@plain_dataclass(frozen=True)
+class Settings:
+    """Everything that determines a run, with where each value came from."""
+
+    run: str
+    profile: str
+    profile_reason: str
+    engine: Literal["transformers", "unsloth"]
+    engine_reason: str
+    experiment: Experiment
+    recipe: Recipe | None
+    origins: Mapping[str, str]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All parameters by name."""
+        return asdict(self.experiment) | (asdict(self.recipe) if self.recipe else {})
+
+    @property
+    def digest(self) -> str:
+        """12 hexadecimal digits that change when anything that determines the run changes."""
+        content = json.dumps([self.run, self.engine, self.values], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    def table(self) -> pd.DataFrame:
+        """Parameter, value, origin and meaning, one row a parameter."""
+        documentation = {name: text for part in (Experiment, Recipe) for name, text in _documentation(part).items()}
+        rows = [(name, str(value), self.origins[name], documentation[name]) for name, value in self.values.items()]
+        return pd.DataFrame(rows, columns=["parameter", "value", "from", "meaning"]).set_index("parameter")
+
+    def _repr_html_(self) -> str:
+        head = (
+            f"<p><b>{self.run}</b>: profile <code>{self.profile}</code> ({self.profile_reason}); "
+            f"engine <code>{self.engine}</code> ({self.engine_reason})</p>"
+        )
+        return head + self.table().to_html()
+
+
+def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Settle what will run.
+
+    Args:
+        run: `base`, `full`, `full_unsloth`, `lora` or `qlora`.
+        profile: A profile's name, or `auto` to choose by the hardware (or by FINETUNE_PROFILE).
+        overrides: Parameter values that win over everything else.
+
+    Raises:
+        UserError: An unknown run, profile, parameter or value; or an engine that this machine does not have.
+    """
+    if run not in RUNS:
+        raise UserError(f"unknown run '{run}'; the runs are: {', '.join(RUNS)}")
+    recipe, engine = RUNS[run]
+    profile, reason = choose_profile(profile)
+    engine, engine_reason = _choose_engine(engine)
+    layers = [
+        (f"profile {profile}", PROFILES[profile].values_for(recipe.method if recipe else None)),
+        ("environment", _from_environment()),
+        ("override", dict(overrides or {})),
+    ]
+    values, origins = _merge(layers)
+    experiment = _build(Experiment, values, None)
+    recipe = _build(Recipe, values, recipe) if recipe else None
+    if recipe:
+        check(recipe, RUNS[run][0].method)
+    used = {field.name for part in filter(None, (experiment, recipe)) for field in fields(part)}
+    origins = {name: origins.get(name, "default" if name in _names(Experiment) else "recipe") for name in used}
+    return Settings(run, profile, reason, engine, engine_reason, experiment, recipe, origins)
+
+
+def plan_training(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> Settings:
+    """`plan`, and import Unsloth if it is the engine: it must come before anything that imports transformers or trl.
+
+    Evaluation does without: Unsloth patches transformers, and artefacts are judged as plain libraries load them.
+    """
+    settings = plan(run, profile, overrides)
+    if settings.engine == "unsloth":
+        # Imported here: models imports this module.
+        from finetune import models
+
+        models.import_unsloth()
+    return settings
+
+
+def _choose_engine(wanted: str) -> tuple[Literal["transformers", "unsloth"], str]:
+    """The training engine, and why.
+
+    Raises:
+        UserError: Unsloth is asked for by name where there is no CUDA.
+    """
+    if wanted == "transformers":
+        return "transformers", "this notebook shows plain transformers + TRL + PEFT"
+    if not hardware.has_cuda():
+        if wanted == "unsloth":
+            raise UnavailableHere(
+                "Unsloth needs an NVIDIA GPU with CUDA and this machine has none; "
+                "fine_tuning_full.ipynb does the same training with transformers + TRL"
+            )
+        return "transformers", "no CUDA on this machine, so transformers + TRL + PEFT instead of Unsloth"
+    return "unsloth", "CUDA is present"
+
+
+class UnavailableHere(UserError):
+    """A step that this machine cannot run; the suite reports it as skipped, with the reason."""
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, str]:
+    """`["learning_rate=1e-4"]` as a dict; values stay text, and are converted when a plan is made."""
+    parsed = {}
+    for assignment in assignments:
+        name, separator, value = assignment.partition("=")
+        if not separator:
+            raise UserError(f"--set {assignment}: write it as name=value")
+        parsed[name.strip()] = value.strip()
+    return parsed
+
+
+def applicable(overrides: Mapping[str, Any], run: str) -> dict[str, Any]:
+    """The overrides that mean something to a run: the base model has no learning rate."""
+    recipe, _ = RUNS[run]
+    unknown = set(overrides) - _names(Experiment) - _names(Recipe)
+    if unknown:
+        raise UserError(_unknown(unknown.pop(), "override"))
+    return {name: value for name, value in overrides.items() if recipe or name in _names(Experiment)}
+
+
+def _unknown(name: str, origin: str) -> str:
+    known = sorted(_names(Experiment) | _names(Recipe))
+    return f"unknown parameter '{name}' ({origin}); the parameters are: {', '.join(known)}"
+
+
+def _from_environment() -> dict[str, str]:
+    return {
+        name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for name, value in os.environ.items()
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in NOT_PARAMETERS
+    }
+
+
+def _merge(layers: list[tuple[str, Mapping[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Later layers win; returns values and the layer each came from. Refuses names that no part knows."""
+    known = _names(Experiment) | _names(Recipe)
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        for name, value in layer.items():
+            if name not in known:
+                raise UserError(_unknown(name, origin))
+            values[name] = None if value == "None" else value
+            origins[name] = origin
+    return values, origins
+
+
+def _build(part: type, values: Mapping[str, Any], base: Any) -> Any:
+    """An instance of `part` from the values that it knows, over the fields of `base`."""
+    own = {name: value for name, value in values.items() if name in _names(part)}
+    try:
+        return part(**((asdict(base) if base else {}) | own))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise UserError(
+            f"{name}={first['input']!r} is not possible: {first['msg']} ({_documentation(part)[name]})"
+        ) from error
+
+
+def _names(part: type) -> set[str]:
+    return {field.name for field in fields(part)}
+
+
+def _documentation(part: type) -> dict[str, str]:
+    return {name: field.description for name, field in part.__pydantic_fields__.items()}

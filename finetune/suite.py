@@ -1,0 +1,312 @@
+"""Run the notebooks headless, in their order, as a user would with Run All.
+
+A step is reused when nothing that it depends on has changed since it last succeeded: its notebook, the engine's
+sources, its settings, the data, and the steps before it. A step that this machine cannot run is skipped, with the
+reason, and so are the steps that need it; neither counts as passed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+from tqdm import tqdm
+from traitlets.config import Config
+
+from data_prep import UserError
+from data_prep.store import MANIFEST, replacing, write_json
+from finetune import paths, settings
+
+NOTEBOOKS = paths.PROJECT / "notebooks"
+# finetune.records knows this name too, but imports transformers, which the runner does without.
+RECORD = "record.json"
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One notebook of the suite.
+
+    Attributes:
+        notebook: Its name, without ending.
+        run: The run that it makes or evaluates; None for the comparison.
+        needs: The steps whose results it reads.
+        parameters: What it is given besides PROFILE and OVERRIDES.
+        title: Its name in the report, where a notebook serves two steps.
+    """
+
+    notebook: str
+    run: str | None
+    needs: tuple[str, ...] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    title: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.title or self.notebook
+
+
+STEPS = (
+    Step("base_model_performance", "base"),
+    Step("fine_tuning_full", "full"),
+    Step("fine_tuning_full_unsloth", "full_unsloth"),
+    Step("fine_tuning_lora", "lora"),
+    Step("fine_tuning_qlora", "qlora"),
+    Step("full_finetuning_performance", "full", ("fine_tuning_full",), {"RUN": "full"}),
+    Step(
+        "full_finetuning_performance",
+        "full_unsloth",
+        ("fine_tuning_full_unsloth",),
+        {"RUN": "full_unsloth"},
+        title="full_unsloth_finetuning_performance",
+    ),
+    Step("lora_finetuning_performance", "lora", ("fine_tuning_lora",)),
+    Step("qlora_finetuning_performance", "qlora", ("fine_tuning_qlora",)),
+    Step("compare_methods", None, ("base_model_performance",)),
+)
+
+Status = Literal["done", "reused", "skipped", "failed"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step, and why."""
+
+    step: Step
+    status: Status
+    seconds: float = 0.0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        seconds = f"{self.seconds:6.1f} s" if self.status == "done" else " " * 8
+        return f"{self.status:8} {seconds}  {self.step.name}" + (f": {self.reason}" if self.reason else "")
+
+
+class Suite:
+    """The steps of a profile, with overrides that hold for all of them.
+
+    Args:
+        profile: A profile's name, or `auto`.
+        overrides: Parameter values for all steps.
+        only: Runs to restrict the suite to (`base`, `full`, `lora`, ...; `compare` for the comparison); empty for all.
+        fresh: Run every step, whatever can be reused.
+
+    Raises:
+        UserError: An unknown profile, parameter, value or run, before anything is executed.
+    """
+
+    def __init__(
+        self, profile: str = "auto", overrides: Mapping[str, Any] | None = None, only: tuple[str, ...] = (), fresh=False
+    ):
+        self.overrides = dict(overrides or {})
+        self.profile = settings.plan("base", profile, self.overrides_for("base")).profile
+        self.steps = _selected(only)
+        self.fresh = fresh
+        self._keys: dict[str, str] = {}
+
+    @property
+    def folder(self) -> Path:
+        """Where the executed notebooks go."""
+        return paths.results_folder(self.profile) / "notebooks"
+
+    def overrides_for(self, run: str | None) -> dict[str, Any]:
+        """The overrides that a run knows: the base model has no learning rate."""
+        return settings.applicable(self.overrides, run or "base")
+
+    def execute(self) -> list[Outcome]:
+        """Run the steps, reusing and skipping what can be; stops at the first that fails."""
+        os.environ.setdefault("FINETUNE_COMMAND", shlex.join(["python", "-m", "finetune", *sys.argv[1:]]))
+        outcomes: list[Outcome] = []
+        cells = {step.name: _code_cells(_notebook(step)) for step in self.steps}
+        with _Progress(sum(cells.values()), self.profile) as progress:
+            for step in self.steps:
+                outcome = self._one(step, outcomes, progress)
+                outcomes.append(outcome)
+                progress.finish(outcome, cells[step.name])
+                if outcome.status == "failed":
+                    break
+        return outcomes
+
+    def _one(self, step: Step, before: list[Outcome], progress: _Progress) -> Outcome:
+        skipped = {outcome.step.name for outcome in before if outcome.status == "skipped"}
+        missing = [name for name in step.needs if name in skipped]
+        if missing:
+            return Outcome(step, "skipped", reason=f"{missing[0]} was skipped")
+        try:
+            key = self._key(step)
+        except settings.UnavailableHere as error:
+            return Outcome(step, "skipped", reason=str(error))
+        if not self.fresh and self._is_done(step, key):
+            return Outcome(step, "reused", reason="nothing that it depends on has changed")
+        return self._execute(step, key, progress)
+
+    def _execute(self, step: Step, key: str, progress: _Progress) -> Outcome:
+        notebook = parameterize_notebook(
+            _notebook(step),
+            {"PROFILE": self.profile, "OVERRIDES": self.overrides_for(step.run), **step.parameters},
+        )
+        stamp = self._stamp(step)
+        stamp.unlink(missing_ok=True)
+        start = time.perf_counter()
+        client = NotebookClient(
+            notebook,
+            timeout=None,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(NOTEBOOKS)}},
+            # Sockets in the user's own runtime folder: over TCP, other users of the machine could listen.
+            config=Config({"KernelManager": {"transport": "ipc"}}),
+            on_cell_start=lambda cell, cell_index: progress.cell(step, cell_index + 1, len(notebook.cells)),
+            on_cell_executed=lambda cell, cell_index, execute_reply: progress.advance(),
+        )
+        try:
+            client.execute()
+        except CellExecutionError as error:
+            if error.ename == "KeyboardInterrupt":
+                raise KeyboardInterrupt from error
+            return Outcome(step, "failed", reason=f"{error.ename}: {ANSI.sub('', error.evalue)}")
+        except DeadKernelError:
+            return Outcome(step, "failed", reason="its kernel died; out of memory is the usual cause")
+        finally:
+            with replacing(self.folder / f"{step.name}.ipynb") as file:
+                nbformat.write(notebook, file)
+        seconds = time.perf_counter() - start
+        # The data may just have been prepared: the key that a later run computes includes it.
+        self._keys.pop(step.name, None)
+        write_json(stamp, {"key": self._key(step), "seconds": round(seconds, 1)})
+        return Outcome(step, "done", seconds)
+
+    def _is_done(self, step: Step, key: str) -> bool:
+        stamp = self._stamp(step)
+        return stamp.is_file() and json.loads(stamp.read_text())["key"] == key and self._result(step).exists()
+
+    def _stamp(self, step: Step) -> Path:
+        return self.folder / f".{step.name}.json"
+
+    def _result(self, step: Step) -> Path:
+        """What a step leaves behind, and is nothing without."""
+        if step.run is None:
+            return paths.results_folder(self.profile) / "report.html"
+        if step.needs or step.run == "base":
+            return paths.run_folder(self.profile, step.run) / "predictions.jsonl"
+        recipe = settings.plan(step.run, self.profile, self.overrides_for(step.run)).recipe
+        return paths.artefact_folder(self.profile, step.run, recipe.adapter)
+
+    def _key(self, step: Step) -> str:
+        """Changes when anything does that the step's result depends on."""
+        if step.name not in self._keys:
+            plan = settings.plan(step.run or "base", self.profile, self.overrides_for(step.run))
+            manifest = paths.dataset_folder(plan.experiment.source) / MANIFEST
+            parts = [
+                (NOTEBOOKS / f"{step.notebook}.ipynb").read_bytes(),
+                _sources_digest().encode(),
+                plan.digest.encode(),
+                manifest.read_bytes() if manifest.is_file() else b"",
+                *self._read_records(step),
+            ]
+            self._keys[step.name] = hashlib.sha256(b"\0".join(parts)).hexdigest()
+        return self._keys[step.name]
+
+    def _read_records(self, step: Step) -> Iterator[bytes]:
+        """What a step reads of the records: an evaluation its training's part, the comparison all of them."""
+        if step.run is None:
+            folders = [paths.run_folder(self.profile, run) for run in settings.RUNS]
+            yield from ((folder / RECORD).read_bytes() for folder in folders if (folder / RECORD).is_file())
+        elif step.needs:
+            path = paths.run_folder(self.profile, step.run) / RECORD
+            if path.is_file():
+                yield json.dumps(json.loads(path.read_text())["training"]).encode()
+
+
+class _Progress:
+    """A bar over all cells: notebook, cell, elapsed, and how far a training is. Silent without a terminal."""
+
+    def __init__(self, cells: int, profile: str):
+        self._bar = tqdm(total=cells, unit="cell", disable=None, bar_format="{l_bar}{bar:20}| {elapsed}{postfix}")
+        self._profile = profile
+        self._stop = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
+        self._done_in_step = 0
+
+    def __enter__(self) -> _Progress:
+        self._ticker.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._ticker.join()
+        self._bar.close()
+
+    def cell(self, step: Step, number: int, count: int) -> None:
+        self._bar.set_description(f"{step.name}, cell {number}/{count}")
+
+    def advance(self) -> None:
+        self._done_in_step += 1
+        self._bar.update()
+
+    def finish(self, outcome: Outcome, cells: int) -> None:
+        self._bar.update(cells - self._done_in_step)
+        self._done_in_step = 0
+        self._bar.write(str(outcome), file=sys.stdout)
+        sys.stdout.flush()
+
+    def _tick(self) -> None:
+        """Keep the elapsed time moving through long cells."""
+        while not self._stop.wait(1):
+            self._bar.set_postfix_str(_training_progress(self._profile))
+
+
+def _training_progress(profile: str) -> str:
+    """How far the training that runs now is, empty if none does."""
+    for path in paths.results_folder(profile).glob("*/progress.json"):
+        # The file is replaced at every step and removed at the end, perhaps between glob and read.
+        with contextlib.suppress(FileNotFoundError):
+            state = json.loads(path.read_text())
+            return f"step {state['step']}/{state['total_steps']}, {state['seconds_left']} s left"
+    return ""
+
+
+def _selected(only: tuple[str, ...]) -> tuple[Step, ...]:
+    known = [*settings.RUNS, "compare"]
+    unknown = [name for name in only if name not in known]
+    if unknown:
+        raise UserError(f"--only {unknown[0]}: there is no such run; the runs are: {', '.join(known)}")
+    return tuple(step for step in STEPS if not only or (step.run or "compare") in only)
+
+
+def _notebook(step: Step) -> nbformat.NotebookNode:
+    return load_notebook_node(str(NOTEBOOKS / f"{step.notebook}.ipynb"))
+
+
+def _code_cells(notebook: nbformat.NotebookNode) -> int:
+    # One more: the cell with the injected parameters.
+    return sum(cell.cell_type == "code" for cell in notebook.cells) + 1
+
+
+def _sources() -> Iterator[Path]:
+    for package in ("data_prep", "finetune"):
+        yield from sorted((paths.PROJECT / package).rglob("*.py"))
+        yield from sorted((paths.PROJECT / package).rglob("*.csv"))
+        yield from sorted((paths.PROJECT / package).rglob("*.html"))
+
+
+def _sources_digest() -> str:
+    content = hashlib.sha256()
+    for path in _sources():
+        content.update(path.read_bytes())
+    return content.hexdigest()

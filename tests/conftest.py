@@ -1,0 +1,101 @@
+"""What the tests share: an output folder of their own, and a tiny model with a real chat template."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# A test that reached for the hub would be slow here and fail elsewhere.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+AG_NEWS = Path(__file__).resolve().parent.parent.parent / "shared" / "ag_news"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """An output folder of the test's own."""
+    monkeypatch.setenv("FINETUNE_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def ag_news() -> Path:
+    """The folder with real AG News rows."""
+    if not AG_NEWS.is_dir():
+        pytest.skip(f"no real AG News rows in {AG_NEWS}")
+    return AG_NEWS
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A Llama of two layers with random weights, and a BPE tokenizer learnt from the sample, in a folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = _tiny_tokenizer()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            tie_word_embeddings=True,
+            # Large, so that the random model's answers depend on the article.
+            initializer_range=0.2,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _tiny_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from data_prep import LABELS, answer_for
+    from data_prep.sources import sample
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # The answers often, so that a label is a token or two, as with a real tokenizer.
+    texts = [article.text for article in sample().articles("train")]
+    backend.train_from_iterator(texts + [answer_for(label) for label in LABELS] * 200, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def tiny(home, tiny_model) -> dict[str, object]:
+    """Overrides that make any run a matter of seconds: the tiny model on a few rows of the sample."""
+    return {
+        "model": str(tiny_model),
+        "train_rows": 32,
+        "test_rows": 24,
+        "generation_rows": 8,
+        "epochs": 1,
+        "evaluations": 2,
+    }
