@@ -16,6 +16,21 @@ from transformers import AutoTokenizer
 model = AutoPeftModelForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 
+# On another base than the one that it was trained on, an adapter is another model.
+LOADING_4BIT_ADAPTER = """\
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
+four_bit = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)
+model = AutoPeftModelForCausalLM.from_pretrained("{folder}", quantization_config=four_bit)
+tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
+
 LOADING_WEIGHTS = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,7 +77,7 @@ settle.
 def model_card(settings: Settings, data: PreparedData, model: str) -> str:
     """The card's text: what the model is, what it was trained on, how it is loaded and prompted."""
     adapter = settings.recipe.adapter
-    loading = LOADING_ADAPTER if adapter else LOADING_WEIGHTS
+    loading = {"full": LOADING_WEIGHTS, "lora": LOADING_ADAPTER, "qlora": LOADING_4BIT_ADAPTER}[settings.recipe.method]
     return CARD.format(
         model=model,
         library="peft" if adapter else "transformers",

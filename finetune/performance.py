@@ -27,16 +27,15 @@ def evaluate(settings: Settings, data: PreparedData, notebook: str | None = None
     Raises:
         UserError: The artefact does not exist, or was trained with other settings.
     """
-    artefact, digest = None, None
-    record = records.new_record(settings, data.reference)
+    training, artefact = None, None
     if notebook is not None:
-        record, artefact = records.require_artefact(settings, notebook)
-        digest = record.training.artefact_digest
+        training, artefact = records.require_artefact(settings, data.reference, notebook)
     tokenizer = models.load_tokenizer(settings)
     model = models.load_for_evaluation(settings, artefact)
     hardware.reset_peak_memory()
+    digest = training.artefact_digest if training else None
     result = _evaluate_model(model, tokenizer, settings, data.test, folder_of(settings), digest)
-    record = record.model_copy(update={"evaluation": result})
+    record = records.new_record(settings, data.reference, training=training, evaluation=result)
     records.write(record, folder_of(settings))
     return record
 

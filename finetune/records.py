@@ -21,7 +21,7 @@ from data_prep import DataError, UserError
 from data_prep.store import replacing
 from finetune import hardware, models, paths
 from finetune.metrics import Metrics
-from finetune.settings import Settings
+from finetune.settings import EVALUATION_ONLY, Settings
 
 RECORD = "record.json"
 PREDICTIONS = "predictions.jsonl"
@@ -58,6 +58,7 @@ class Training(Part):
     """Cost of a training. Seconds exclude validation and model loading; tokens exclude padding."""
 
     environment: Environment
+    settings_digest: str
     seconds: float
     steps: int
     articles: int
@@ -223,26 +224,35 @@ def read_predictions(record: RunRecord, folder: Path) -> list[Prediction]:
     return [Prediction.model_validate(json.loads(line)) for line in content.splitlines()]
 
 
-def require_artefact(settings: Settings, notebook: str) -> tuple[RunRecord, Path]:
-    """The training record of a run and the folder of its artefact.
+def require_artefact(settings: Settings, data: DataReference, notebook: str) -> tuple[Training, Path]:
+    """The training part of a run's record and the folder of its artefact.
 
     Raises:
-        UserError: The training was not run, or with other settings, or the artefact is gone.
+        UserError: The training was not run, or with other settings or data, or the artefact is gone.
     """
     folder = paths.run_folder(settings.profile, settings.run)
     if not (folder / RECORD).is_file():
         raise UserError(f"there is no {settings.run} model of profile {settings.profile} yet: run {notebook} first")
     record = read(folder)
-    if record.settings_digest != settings.digest:
-        changed = sorted(key for key, value in settings.values.items() if record.settings.get(key) != value)
+    if record.training.settings_digest != settings.training_digest:
+        changed = sorted(
+            name
+            for name, value in settings.values.items()
+            if name not in EVALUATION_ONLY and record.settings.get(name) != value
+        )
         raise UserError(
             f"the {settings.run} model was trained with other settings ({', '.join(changed) or 'engine'}): "
             f"use the same OVERRIDES here, or run {notebook} again"
         )
+    if record.data.fingerprint != data.fingerprint:
+        raise UserError(
+            f"the {settings.run} model was trained on other data (fingerprint {record.data.fingerprint}, now "
+            f"{data.fingerprint}): run {notebook} again"
+        )
     artefact = paths.home() / record.training.artefact
     if not artefact.is_dir():
         raise UserError(f"{artefact} is gone: run {notebook} again")
-    return record, artefact
+    return record.training, artefact
 
 
 def _commit() -> tuple[str | None, bool | None]:

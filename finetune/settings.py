@@ -24,6 +24,7 @@ from finetune.profiles import PROFILES, choose_profile
 from finetune.recipes import FULL, LORA, QLORA, STRICT, Count, Recipe, check
 
 ENVIRONMENT_PREFIX = "FINETUNE_"
+EVALUATION_ONLY = {"test_rows", "generation_rows", "evaluation_batch_size", "evaluation_dtype"}
 # Settings of the process, not parameters of an experiment.
 NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND"}
 
@@ -89,7 +90,15 @@ class Settings:
     @property
     def digest(self) -> str:
         """12 hexadecimal digits that change when anything that determines the run changes."""
-        content = json.dumps([self.run, self.engine, self.values], sort_keys=True)
+        return self._digest_of(self.values)
+
+    @property
+    def training_digest(self) -> str:
+        """The same of what determines the training alone: a model may be evaluated in more ways than one."""
+        return self._digest_of({name: value for name, value in self.values.items() if name not in EVALUATION_ONLY})
+
+    def _digest_of(self, values: dict[str, Any]) -> str:
+        content = json.dumps([self.run, self.engine, values], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def table(self) -> pd.DataFrame:

@@ -198,11 +198,14 @@ class Suite:
     def _stamp(self, step: Step) -> Path:
         return self.folder / f".{step.name}.json"
 
+    def _trains(self, step: Step) -> bool:
+        return step.notebook.startswith("fine_tuning")
+
     def _result(self, step: Step) -> Path:
         """What a step leaves behind, and is nothing without."""
         if step.run is None:
             return paths.results_folder(self.profile) / "report.html"
-        if step.needs or step.run == "base":
+        if not self._trains(step):
             return paths.run_folder(self.profile, step.run) / "predictions.jsonl"
         recipe = settings.plan(step.run, self.profile, self.overrides_for(step.run)).recipe
         return paths.artefact_folder(self.profile, step.run, recipe.adapter)
@@ -215,7 +218,7 @@ class Suite:
             parts = [
                 (NOTEBOOKS / f"{step.notebook}.ipynb").read_bytes(),
                 _sources_digest().encode(),
-                plan.digest.encode(),
+                (plan.training_digest if self._trains(step) else plan.digest).encode(),
                 manifest.read_bytes() if manifest.is_file() else b"",
                 *self._read_records(step),
             ]

@@ -87,6 +87,7 @@ class Session:
         tokens, articles = round(self.encoded_tokens * recipe.epochs), round(len(self.data.train) * recipe.epochs)
         training = records.Training(
             environment=records.environment(),
+            settings_digest=self.settings.training_digest,
             seconds=self.clock.seconds,
             steps=state.global_step,
             articles=articles,
@@ -258,12 +259,15 @@ class ValidationWatch(TrainerCallback):
             probabilities = scorer.score(self._prompts)
         model.train()
         result = metrics.compute(self._labels, evaluation.predicted_labels(probabilities))
+        # Logging clears the flag that this step's loss is due to be logged too.
+        due = control.should_log
         self.trainer.log(
             {
                 "validation_accuracy": result.accuracy,
                 "validation_log_loss": metrics.log_loss(self._labels, probabilities),
             }
         )
+        control.should_log = due
         self.clock.go_on()
 
 
@@ -300,9 +304,7 @@ def _packing_choice(settings: Settings, attention: models.Attention) -> str:
     if not settings.recipe.packing:
         return "off: packing=False"
     if not attention.isolates:
-        return (
-            f"off: {attention.implementation} attention does not keep packed articles apart; grouped by length"
-        )
+        return f"off: {attention.implementation} attention does not keep packed articles apart; grouped by length"
     return "on: the attention keeps packed articles apart"
 
 
@@ -345,10 +347,10 @@ def _fresh_state(settings: Settings) -> Path:
     """The folder of this run's checkpoints, emptied if they are of other settings."""
     folder = paths.state_folder(settings.profile, settings.run)
     mark = folder / "settings.json"
-    if folder.is_dir() and (not mark.is_file() or json.loads(mark.read_text())["digest"] != settings.digest):
+    if folder.is_dir() and (not mark.is_file() or json.loads(mark.read_text())["digest"] != settings.training_digest):
         print(f"Discarding the checkpoints in {folder}: they are of other settings")
         shutil.rmtree(folder)
-    write_json(mark, {"digest": settings.digest})
+    write_json(mark, {"digest": settings.training_digest})
     return folder
 
 

@@ -1,0 +1,196 @@
+"""The notebooks, executed as the suite does it, on the tiny model: what runs, what is reused, what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from data_prep import UserError
+from finetune import comparison, paths, records
+from finetune.__main__ import main
+from finetune.suite import NOTEBOOKS, STEPS, Suite
+
+SKIPPED = {"fine_tuning_full_unsloth", "full_unsloth_finetuning_performance"}
+
+
+@pytest.fixture(scope="module")
+def suite_home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("suite")
+
+
+@pytest.fixture
+def home(suite_home, monkeypatch) -> Path:
+    """One output folder for the module: the second run finds what the first one made."""
+    monkeypatch.setenv("FINETUNE_HOME", str(suite_home))
+    return suite_home
+
+
+@pytest.fixture
+def overrides(tiny) -> dict[str, object]:
+    return tiny | {"learning_rate": 3e-3, "epochs": 4}
+
+
+@pytest.fixture
+def finished(home, overrides) -> Path:
+    """The whole suite, executed once."""
+    if not (home / "results" / "cpu" / "report.html").exists():
+        outcomes = Suite("cpu", overrides).execute()
+        assert {outcome.step.name: outcome.status for outcome in outcomes} == {
+            step.name: "skipped" if step.name in SKIPPED else "done" for step in STEPS
+        }
+    return home / "results" / "cpu"
+
+
+def executed(folder: Path, name: str) -> nbformat.NotebookNode:
+    return nbformat.read(folder / "notebooks" / f"{name}.ipynb", as_version=4)
+
+
+def text_of(notebook: nbformat.NotebookNode) -> str:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "\n".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
+def test_every_run_leaves_a_record_whose_numbers_its_predictions_give(finished):
+    for run in ("base", "full", "lora", "qlora"):
+        record = records.read(finished / run)
+        rows = records.read_predictions(record, finished / run)
+        assert len(rows) == 24 == record.evaluation.scoring.rows
+        right = sum(row.prediction == row.label for row in rows)
+        assert record.evaluation.scoring.accuracy == pytest.approx(right / 24)
+        assert all(sum(row.probabilities.values()) == pytest.approx(1, abs=1e-6) for row in rows)
+        assert [row.generated is not None for row in rows] == [True] * 8 + [False] * 16
+        assert (record.training is None) == (run == "base")
+
+
+def test_training_on_the_sample_learns_its_rows(finished):
+    for run in ("full", "lora", "qlora"):
+        losses = [point.loss for point in records.read(finished / run).training.history if point.loss is not None]
+        assert losses[-1] < losses[0] / 2
+
+
+def test_the_notebooks_show_what_the_records_hold(finished):
+    for run in ("full", "lora", "qlora"):
+        record = records.read(finished / run)
+        shown = text_of(executed(finished, f"{run}_finetuning_performance"))
+        assert f"{record.evaluation.scoring.accuracy:.1%}" in shown
+        assert str(comparison.load("cpu").pair(run, "base")) in shown
+    assert comparison.load("cpu").answer() in text_of(executed(finished, "compare_methods"))
+
+
+def test_the_training_notebooks_draw_curves_and_the_comparison_pictures(finished):
+    for name, pictures in {"fine_tuning_lora": 1, "lora_finetuning_performance": 1, "compare_methods": 4}.items():
+        outputs = [output for cell in executed(finished, name).cells for output in cell.get("outputs", [])]
+        assert sum("image/png" in output.get("data", {}) for output in outputs) == pictures, name
+
+
+def test_the_lora_notebooks_show_their_one_difference(finished):
+    for name in ("fine_tuning_lora", "fine_tuning_qlora"):
+        assert "{'load_in_4bit': (False, True)}" in text_of(executed(finished, name))
+
+
+def test_the_report_is_written_with_every_run(finished):
+    html = (finished / "report.html").read_text()
+    assert all(name in html for name in ("base model", "full", "LoRA", "QLoRA", "not AG News"))
+
+
+def test_a_second_run_reuses_everything(finished, overrides):
+    before = (finished / "report.html").stat().st_mtime_ns
+    outcomes = Suite("cpu", overrides).execute()
+    assert {outcome.status for outcome in outcomes if outcome.step.name not in SKIPPED} == {"reused"}
+    assert (finished / "report.html").stat().st_mtime_ns == before
+
+
+def test_a_lost_artefact_or_another_setting_is_not_reused(finished, overrides):
+    suite = Suite("cpu", overrides)
+    [step] = [step for step in STEPS if step.name == "fine_tuning_lora"]
+    assert suite._is_done(step, suite._key(step))
+    other = Suite("cpu", overrides | {"learning_rate": 1e-3})
+    assert not other._is_done(step, other._key(step))
+    artefact = paths.artefact_folder("cpu", "lora", is_adapter=True)
+    artefact.rename(artefact.with_name("elsewhere"))
+    assert not suite._is_done(step, suite._key(step))
+    artefact.with_name("elsewhere").rename(artefact)
+
+
+def test_skipped_steps_give_the_reason(finished, overrides, capsys):
+    outcomes = {outcome.step.name: outcome for outcome in Suite("cpu", overrides).execute()}
+    assert "Unsloth needs an NVIDIA GPU" in outcomes["fine_tuning_full_unsloth"].reason
+    assert outcomes["full_unsloth_finetuning_performance"].reason == "fine_tuning_full_unsloth was skipped"
+    assert "skipped            fine_tuning_full_unsloth: Unsloth needs" in capsys.readouterr().out
+
+
+def test_without_its_artefact_a_notebook_names_the_one_that_makes_it(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_HOME", str(tmp_path))
+    suite = Suite("cpu", tiny, only=("lora",))
+    suite.steps = tuple(step for step in suite.steps if step.needs)
+    [outcome] = suite.execute()
+    assert outcome.status == "failed"
+    assert outcome.reason == ("UserError: there is no lora model of profile cpu yet: run fine_tuning_lora.ipynb first")
+
+
+def test_the_unsloth_notebook_stops_at_its_first_step_without_cuda(tiny, tmp_path, monkeypatch):
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    monkeypatch.setenv("FINETUNE_HOME", str(tmp_path))
+    notebook = nbformat.read(NOTEBOOKS / "fine_tuning_full_unsloth.ipynb", as_version=4)
+    with pytest.raises(CellExecutionError, match="Unsloth needs an NVIDIA GPU with CUDA and this machine has none"):
+        NotebookClient(notebook, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    [error] = [output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "error"]
+    assert len(error.traceback) == 1, "one sentence, no traceback"
+
+
+def test_an_unknown_run_is_refused_before_anything_is_executed(tiny):
+    with pytest.raises(UserError, match=r"--only lora2: there is no such run; the runs are: base, full"):
+        Suite("cpu", tiny, only=("lora2",))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--profile", "laptop"], "unknown profile 'laptop'; the profiles are: auto, spark, gpu, cpu"),
+        (["run", "--set", "lr=1"], "unknown parameter 'lr' (override); the parameters are: adapter, batch_size"),
+        (["run", "--set", "learning_rate"], "--set learning_rate: write it as name=value"),
+        (["plan", "lora", "--set", "epochs=-1"], "epochs='-1' is not possible: Input should be greater than 0"),
+        (["plan", "dora"], "unknown run 'dora'; the runs are: base, full, full_unsloth, lora, qlora"),
+    ],
+)
+def test_the_command_line_refuses_in_one_sentence(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_the_plan_command_prints_every_parameter_and_its_origin(capsys):
+    assert main(["plan", "lora", "--profile", "cpu", "--set", "learning_rate=1e-4"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("learning_rate")]
+    assert line.split()[1:3] == ["0.0001", "override"]
+
+
+def test_an_interrupted_suite_goes_on_where_it_was(overrides, tmp_path):
+    environment = os.environ | {"FINETUNE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "finetune", "run", "--profile", "cpu", "--only", "base", "--only", "lora"]
+    for name, value in (overrides | {"saves": 16}).items():
+        command += ["--set", f"{name}={value}"]
+    process = subprocess.Popen(
+        command, env=environment, cwd=paths.PROJECT, text=True, start_new_session=True, stdout=subprocess.PIPE
+    )
+    state = tmp_path / "checkpoints" / ".training" / "cpu-lora"
+    deadline = time.monotonic() + 180
+    while not list(state.glob("checkpoint-*/whole.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not (tmp_path / "adapters" / "cpu-lora").exists()
+    second = subprocess.run(command, env=environment, cwd=paths.PROJECT, text=True, capture_output=True, check=False)
+    assert second.returncode == 0, second.stderr
+    assert "reused             base_model_performance" in second.stdout
+    assert "Resuming from checkpoint-" in text_of(executed(tmp_path / "results" / "cpu", "fine_tuning_lora"))
