@@ -26,7 +26,7 @@ test: $(READY) ## run the tests, without the slow demo and the GPU
 lint: $(READY) ## check style and that committed notebooks carry no outputs
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@$(VENV)/bin/nbstripout --verify notebooks/*.ipynb
+	@$(VENV)/bin/nbstripout --keep-id --verify notebooks/*.ipynb
 
 lab: $(READY) ## open Jupyter Lab on 127.0.0.1:8888, with a token
 	@$(VENV)/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.port=8888 --ServerApp.root_dir=$(CURDIR)

@@ -56,7 +56,8 @@ def prepare(
     provenance = source.provenance()
     request = {"source": provenance, "prompt": prompt.id, "normalised": clean, "seed": seed}
     existing = _existing(folder, provenance)
-    if existing and _answers(existing, request, validation_rows, folder, count_tokens is not None):
+    cut = None if "validation" in source.splits() else validation_rows
+    if existing and _answers(existing, request, cut, folder, count_tokens is not None):
         return existing, True
 
     reader = _Reader(source, clean)
@@ -83,9 +84,11 @@ class _Reader:
         self._clean = clean
 
     def articles(self, split: Split) -> Iterator[Article]:
-        for article in self._source.articles(split):
+        for row, article in enumerate(self._source.articles(split), start=1):
             if self._clean:
                 article = replace(article, title=normalise(article.title), description=normalise(article.description))
+            if not article.text:
+                raise DataError(f"{self._source.name} {split} row {row}", "empty text: nothing but markup")
             yield article
 
 
@@ -108,13 +111,13 @@ def _existing(folder: Path, provenance: dict) -> Manifest | None:
     return None
 
 
-def _answers(manifest: Manifest, request: dict, validation_rows: int, folder: Path, tokens: bool) -> bool:
-    """Whether an existing result is what `request` asks for, its files untouched."""
+def _answers(manifest: Manifest, request: dict, validation_rows: int | None, folder: Path, tokens: bool) -> bool:
+    """Whether an existing result is what `request` asks for, its files untouched.
+
+    `validation_rows` is None for a source that has a validation split of its own.
+    """
     same = all(getattr(manifest, key) == value for key, value in request.items())
-    # A source with a validation split of its own ignores `validation_rows`.
-    same_split = manifest.total("validation") == validation_rows or "validation.csv" in manifest.source.get(
-        "sha256", {}
-    )
+    same_split = validation_rows in (None, manifest.total("validation"))
     whole = all(
         (folder / f"{split}.jsonl").is_file() and file_digest(folder / f"{split}.jsonl") == digest
         for split, digest in manifest.files.items()
@@ -192,7 +195,7 @@ def _counts(repeats: RepeatCounter) -> Repeats:
 def _token_statistics(reader: _Reader, count_tokens: TokenCounter) -> dict:
     """Tokens per example under every prompt, from a sample of the training rows."""
     total = sum(1 for _ in reader.articles("train"))
-    step = max(1, total // TOKEN_SAMPLE)
+    step = -(-total // TOKEN_SAMPLE)
     articles = list(islice(reader.articles("train"), 0, step * TOKEN_SAMPLE, step))
     return {
         prompt.id: _summary(np.array(count_tokens([prompt.render(article) for article in articles])))

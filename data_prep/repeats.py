@@ -26,13 +26,13 @@ SHINGLE_WORDS = 5
 NEAR_SHARE = 0.5
 BANDS = 3
 
-_WORD = re.compile(rb"[a-z0-9]+")
+_WORD = re.compile(r"[^\W_]+")
 # Odd multipliers make h -> h * m (mod 2^64) a permutation: six cheap hash functions from one.
 _MULTIPLIERS = np.random.default_rng(0).integers(1, 2**63, size=(2 * BANDS, 1), dtype=np.uint64) | np.uint64(1)
 
 
 def _words(article: Article) -> list[bytes]:
-    return _WORD.findall(article.text.lower().encode())
+    return [word.encode() for word in _WORD.findall(article.text.lower())]
 
 
 def _key(words: list[bytes]) -> int:

@@ -58,13 +58,16 @@ class CsvFolder:
     def articles(self, split: Split) -> Iterator[Article]:
         path = self._path(split)
         reader = csv.reader(_decoded_lines(path), strict=True)
+        # A row may span lines: it is reported by the one that it begins on.
+        begin = 1
         try:
-            for number, row in enumerate(reader):
-                if number == 0 and [column.strip().lower() for column in row] == CSV_HEADER:
-                    continue
-                yield _article_from_row(row, path, reader.line_num)
+            for row in reader:
+                is_header = begin == 1 and [column.strip().lower() for column in row] == CSV_HEADER
+                if not is_header:
+                    yield _article_from_row(row, path, begin)
+                begin = reader.line_num + 1
         except csv.Error as error:
-            raise DataError(path, f"not valid CSV ({error}); is the file cut short?", reader.line_num) from error
+            raise DataError(path, f"not valid CSV ({error}); is the file cut short?", begin) from error
 
     def provenance(self) -> dict[str, Any]:
         return {

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -42,7 +42,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     source: dict[str, Any]
     prompt: str
     normalised: bool
@@ -130,10 +130,12 @@ def read_examples(folder: Path, split: Split) -> Iterator[Example]:
 
 
 def _parsed(path: Path) -> Iterator[Example]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise DataError(path, f"not UTF-8 ({error.reason}); is the file cut short?", number) from error
             except json.JSONDecodeError as error:
                 raise DataError(path, f"not valid JSON ({error.msg}); is the file cut short?", number) from error
             yield _example(row, path, number)
@@ -148,7 +150,7 @@ def _example(row: Any, path: Path, number: int) -> Example:
         raise DataError(path, "not an example with id, messages and has_twin", number) from error
     if roles != ["system", "user", "assistant"]:
         raise DataError(path, f"roles {roles} instead of system, user, assistant", number)
-    if answer not in _ANSWERS:
+    if not isinstance(answer, str) or answer not in _ANSWERS:
         raise DataError(path, f"unknown answer {answer!r}; the answers are {sorted(_ANSWERS)}", number)
     return example
 

@@ -15,9 +15,9 @@ import html
 import re
 
 # "#39;", "quot;" and the like whose ampersand was lost.
-_LOST_AMPERSAND = re.compile(r"(?<![&\w])(#\d{2,4}|quot|amp|lt|gt|nbsp);")
-# "it #39;s": the feed put a space before an apostrophe that belongs to the word.
-_DETACHED_APOSTROPHE = re.compile(r"(?<=\w) &#39;(?=(?:s|t|re|ve|ll|d|m)\b)")
+_LOST_AMPERSAND = re.compile(r"(?<![&\w])(?<!&amp;)(#\d{2,4}|quot|amp|lt|gt|nbsp);")
+# "it #39;s", "companies #39; profits": the feed put a space before an apostrophe that belongs to the word.
+_DETACHED_APOSTROPHE = re.compile(r"(?<=\w) &#39;(?=(?:s|t|re|ve|ll|d|m)\b)|(?<=s) &#39;(?=\s|$)")
 # Only what looks like a tag: "profit < 5 percent" and "<3" stay.
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 

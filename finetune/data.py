@@ -30,7 +30,7 @@ class PreparedData:
     @property
     def title(self) -> str:
         """What to call the data: the sample's results are never called AG News results."""
-        return "built-in sample (not AG News)" if self.manifest.source["kind"] == "sample" else "AG News"
+        return "the built-in sample (not AG News)" if self.manifest.source["kind"] == "sample" else "AG News"
 
     @property
     def reference(self) -> DataReference:

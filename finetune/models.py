@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit
 
 from data_prep import UserError
-from finetune import embedded, hardware
+from finetune import embedded, hardware, paths
 from finetune.settings import Settings
 
 # It recommends a package that would fetch a faster 4-bit kernel from the hub; we run without either.
@@ -39,6 +41,8 @@ def import_unsloth() -> None:
     Raises:
         UserError: It is not installed.
     """
+    # It writes the trainers that it generates to the working folder otherwise, beside the notebooks.
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(paths.home().resolve() / "checkpoints" / ".unsloth"))
     try:
         import unsloth  # noqa: F401
     except ImportError as error:
@@ -81,7 +85,7 @@ def load_tokenizer(settings: Settings):
 def choose_attention(settings: Settings) -> Attention:
     """The attention that suits the engine and the device, with its reason."""
     if settings.engine == "unsloth":
-        return Attention("unsloth", "Unsloth chooses among the kernels that it finds", isolates=True)
+        return _unsloth_attention()
     if not hardware.has_cuda():
         return Attention(
             "eager", "on CPU cores the fused kernel's bf16 backward pass makes a step a quarter longer", isolates=False
@@ -124,7 +128,47 @@ def load_for_evaluation(settings: Settings, artefact: Path | None):
         base = _load_plain(model_path(settings), dtype, settings.recipe.load_in_4bit, attention)
         with _loading(str(artefact)):
             model = PeftModel.from_pretrained(base, str(artefact))
-    return model.eval()
+    return evaluating(model)
+
+
+def evaluating(model):
+    """The model in evaluation mode; its 4-bit layers stay in training mode where there is no GPU.
+
+    In evaluation mode on a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer's weights for a bf16 kernel,
+    for good: label probabilities then shift by up to 0.025 with the batch size, whatever the dtype, and a training
+    that goes on after a validation gets no gradient through the layer any more. The flag governs nothing else there.
+    """
+    model.eval()
+    if not hardware.has_cuda():
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.train()
+    return model
+
+
+def for_scoring(model):
+    """A model in training as `evaluation.LabelScorer` takes it: one that fills the cache it is given."""
+    return _FillsCache(model)
+
+
+class _FillsCache:
+    """Fills the cache that a model was given, as transformers' own forward passes do.
+
+    Unsloth's (2026.10.9) only read it, and return the keys and values of all layers as a tuple instead.
+    """
+
+    def __init__(self, model):
+        self._model = model
+        self.device, self.dtype = model.device, model.dtype
+
+    def __call__(self, *, past_key_values, **inputs):
+        output = self._model(past_key_values=past_key_values, **inputs)
+        if isinstance(output.past_key_values, tuple):
+            known = past_key_values.get_seq_length()
+            for layer, pair in enumerate(output.past_key_values):
+                # accelerate returns all outputs in fp32; attention wants the model's precision.
+                past_key_values.update(*(part[:, :, known:].to(self.dtype) for part in pair), layer)
+        return output
 
 
 def trainable_table(model) -> dict[str, int]:
@@ -193,10 +237,12 @@ def _with_adapter(model, settings: Settings):
 def _load_with_unsloth(settings: Settings):
     from unsloth import FastLanguageModel
 
-    recipe, experiment = settings.recipe, settings.experiment
-    with _loading(experiment.model):
+    recipe, path = settings.recipe, model_path(settings)
+    with _loading(path):
         model, _ = FastLanguageModel.from_pretrained(
-            model_name=model_path(settings),
+            model_name=path,
+            # Or it takes its own 4-bit file of a hub model, which quantises other layers than evaluation's base does.
+            use_exact_model_name=True,
             max_seq_length=recipe.max_length,
             load_in_4bit=recipe.load_in_4bit,
             full_finetuning=not recipe.adapter,
@@ -214,8 +260,22 @@ def _load_with_unsloth(settings: Settings):
         lora_dropout=recipe.lora_dropout,
         target_modules=recipe.target_modules,
         use_gradient_checkpointing=_checkpointing_for_unsloth(settings),
-        random_state=experiment.seed,
+        random_state=settings.experiment.seed,
     )
+
+
+def _unsloth_attention() -> Attention:
+    """Which kernel Unsloth runs packed rows with; all of them keep the articles apart, at very different speeds."""
+    from unsloth.utils.attention_dispatch import select_attention_backend
+
+    backend = select_attention_backend(use_varlen=True)
+    if backend != "sdpa":
+        return Attention(f"unsloth ({backend})", "the fastest kernel that Unsloth found", isolates=True)
+    # Unsloth (2026.10.9) wants torch's kernel for rows of several lengths to group heads itself: torch 2.12 does.
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12):
+        return Attention("unsloth (torch varlen)", "neither flash-attn nor xformers is usable", isolates=True)
+    slow = "SLOW, one article at a time: install flash-attn or xformers for this torch, or torch 2.12 or later"
+    return Attention("unsloth (sdpa)", slow, isolates=True)
 
 
 def _checkpointing_for_unsloth(settings: Settings) -> str | bool:

@@ -46,9 +46,8 @@ def summary(record: records.RunRecord) -> pd.DataFrame:
     rows = {
         "scoring, all test rows": result.scoring,
         "scoring, rows without a twin in train": result.without_twins,
+        "generation, valid JSON or wrong": result.generation and result.generation.metrics,
     }
-    if result.generation:
-        rows["generation, valid JSON or wrong"] = result.generation.metrics
     return pd.DataFrame(
         {
             name: {
@@ -58,6 +57,7 @@ def summary(record: records.RunRecord) -> pd.DataFrame:
                 "macro-F1": f"{value.macro_f1:.1%}",
             }
             for name, value in rows.items()
+            if value
         }
     ).T
 
@@ -115,7 +115,7 @@ def _evaluate_model(
         dtype=experiment.evaluation_dtype,
         scoring=metrics.compute(labels, predicted),
         log_loss=metrics.log_loss(labels, probabilities),
-        without_twins=metrics.compute([labels[row] for row in alone], [predicted[row] for row in alone]),
+        without_twins=metrics.compute([labels[r] for r in alone], [predicted[r] for r in alone]) if alone else None,
         generation=generation,
         predictions_digest=digest,
     )

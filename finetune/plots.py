@@ -20,7 +20,15 @@ COLOURS = {
 }
 MARKERS = {"full": "s", "full_unsloth": "D", "lora": "o", "qlora": "^"}
 
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110, "font.size": 10})
+plt.rcParams.update(
+    {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.dpi": 110,
+        "font.size": 10,
+        "svg.hashsalt": "finetune",
+    }
+)
 
 
 def training_curves(record: RunRecord) -> Figure:

@@ -28,7 +28,8 @@ PREDICTIONS = "predictions.jsonl"
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A loss that is no number must not read as one that was not logged.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
 class Environment(Part):
@@ -99,7 +100,7 @@ class Evaluation(Part):
     dtype: str
     scoring: Metrics
     log_loss: float
-    without_twins: Metrics
+    without_twins: Metrics | None
     generation: Generation | None
     predictions_digest: str
 

@@ -71,7 +71,7 @@ def results_text(compared: Comparison) -> str:
     data = compared.any_record.data
     return (
         f"{markdown(pd.DataFrame(rows))}\n\n{compared.answer()}\n\n"
-        f"{compared.any_record.model} on the {data.title} (fingerprint `{data.fingerprint}`, prompt `{data.prompt}`, "
+        f"{compared.any_record.model} on {data.title} (fingerprint `{data.fingerprint}`, prompt `{data.prompt}`, "
         f"{data.train_rows:,} training and {data.test_rows:,} test rows); {hardware}; commit "
         f"`{(where.commit or '')[:10]}`; `{where.command}`; records in `results/reference/{compared.profile}/`.\n"
     )

@@ -33,7 +33,7 @@ NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND"}
 class Experiment:
     """What is asked: which model, which rows, which prompt, evaluated how."""
 
-    model: str = "embedded"
+    model: Annotated[str, Field(min_length=1)] = "embedded"
     """A causal chat model: a hub name, a folder, or `embedded` (SmolLM2-135M-Instruct from a PyPI wheel)."""
     source: Literal["sample", "csv", "hub"] = "sample"
     """Where the articles come from."""
@@ -55,7 +55,7 @@ class Experiment:
     """Articles per forward pass of the evaluation; the result does not depend on it."""
     evaluation_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the evaluation."""
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0)] = 42
     """Seed of the split, the row selection, the initialisation and the order of the rows."""
 
 

@@ -17,17 +17,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import nbformat
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from tqdm import tqdm
-from traitlets.config import Config
 
 from data_prep import UserError
 from data_prep.store import MANIFEST, replacing, write_json
@@ -167,18 +168,18 @@ class Suite:
         client = NotebookClient(
             notebook,
             timeout=None,
+            # Ten seconds on an idle machine; minutes on one that swaps.
+            startup_timeout=300,
             kernel_name="python3",
             resources={"metadata": {"path": str(NOTEBOOKS)}},
-            # Sockets in the user's own runtime folder: over TCP, other users of the machine could listen.
-            config=Config({"KernelManager": {"transport": "ipc"}}),
+            # Or each kernel warns that its loopback connection is signed but not encrypted.
+            extra_arguments=["--log-level=ERROR"],
             on_cell_start=lambda cell, cell_index: progress.cell(step, cell_index + 1, len(notebook.cells)),
             on_cell_executed=lambda cell, cell_index, execute_reply: progress.advance(),
         )
         try:
-            client.execute()
+            _execute_interruptibly(client)
         except CellExecutionError as error:
-            if error.ename == "KeyboardInterrupt":
-                raise KeyboardInterrupt from error
             return Outcome(step, "failed", reason=f"{error.ename}: {ANSI.sub('', error.evalue)}")
         except DeadKernelError:
             return Outcome(step, "failed", reason="its kernel died; out of memory is the usual cause")
@@ -272,6 +273,22 @@ class _Progress:
         """Keep the elapsed time moving through long cells."""
         while not self._stop.wait(1):
             self._bar.set_postfix_str(_training_progress(self._profile))
+
+
+def _execute_interruptibly(client: NotebookClient) -> None:
+    """Execute a notebook; Ctrl-C interrupts the cell that runs, and ends the kernel, before it goes on up.
+
+    In a thread, because in the main one nbclient 0.11 takes SIGINT for itself, shuts the kernel down twice and ends in
+    an AssertionError.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        execution = pool.submit(client.execute)
+        try:
+            execution.result()
+        except KeyboardInterrupt:
+            if client.km is not None:
+                run_sync(client.km.interrupt_kernel)()
+            raise
 
 
 def _training_progress(profile: str) -> str:

@@ -130,7 +130,7 @@ def prepare_training(settings: Settings, data: PreparedData) -> Session:
     watch = ValidationWatch(tokenizer, data.validation, encode(data.validation), settings)
     trainer = SFTTrainer(
         model=model,
-        args=_arguments(settings, attention, len(dataset)),
+        args=_arguments(settings, attention),
         train_dataset=dataset,
         processing_class=tokenizer,
         callbacks=[clock, watch, StopOnNonFiniteLoss()],
@@ -252,8 +252,9 @@ class ValidationWatch(TrainerCallback):
         if state.global_step not in _spread(state.max_steps, self._times):
             return
         self.clock.pause()
-        model.eval()
-        scorer = evaluation.LabelScorer(model, self._tokenizer, self._batch_size)
+        models.evaluating(model)
+        # Unsloth's forward passes (2026.10.9) treat the scorer's cache in a way of their own.
+        scorer = evaluation.LabelScorer(models.for_scoring(model), self._tokenizer, self._batch_size)
         # The same products in bf16 as in training; the labels' probabilities are formed in fp32.
         with torch.autocast(model.device.type, dtype=torch.bfloat16):
             probabilities = scorer.score(self._prompts)
@@ -308,13 +309,12 @@ def _packing_choice(settings: Settings, attention: models.Attention) -> str:
     return "on: the attention keeps packed articles apart"
 
 
-def _arguments(settings: Settings, attention: models.Attention, rows: int) -> SFTConfig:
+def _arguments(settings: Settings, attention: models.Attention) -> SFTConfig:
     recipe, seed = settings.recipe, settings.experiment.seed
     pack = recipe.packing and attention.isolates
     run_folder = paths.run_folder(settings.profile, settings.run)
     # transformers 5 takes the folder of TensorBoard's logs from the environment alone.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_folder / "tensorboard")
-    steps = max(1, math.ceil(rows / (recipe.batch_size * recipe.gradient_accumulation_steps)) * recipe.epochs)
     return SFTConfig(
         output_dir=str(_fresh_state(settings)),
         learning_rate=recipe.learning_rate,
@@ -335,9 +335,11 @@ def _arguments(settings: Settings, attention: models.Attention, rows: int) -> SF
         dataloader_pin_memory=hardware.has_cuda(),
         seed=seed,
         data_seed=seed,
-        logging_steps=max(1, round(steps / 50)),
+        # As shares of the steps: Unsloth packs the rows, so that their number is not known here.
+        logging_steps=0.02,
         logging_nan_inf_filter=False,
-        save_steps=max(1, math.ceil(steps / recipe.saves)),
+        # A share of 1 would be read as every single step.
+        save_steps=min(1 / recipe.saves, 0.999),
         save_total_limit=2,
         report_to=["tensorboard"],
     )

@@ -1,6 +1,5 @@
 """The notebooks, executed as the suite does it, on the tiny model: what runs, what is reused, what is refused."""
 
-import json
 import os
 import signal
 import subprocess

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from data_prep import UserError
-from finetune import chat, evaluation, paths, plan, records
+from finetune import chat, evaluation, models, paths, plan, records
 from finetune.data import prepare_data
 from finetune.performance import evaluate
 from finetune.training import Session, check_supervision, newest_whole_checkpoint, prepare_training
@@ -136,7 +136,7 @@ def test_artefacts_load_in_plain_libraries_and_predict_the_same(tiny, tiny_model
         assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = chat.encode_prompts(tokenizer, [example.prompt for example in data.test])
-    plain = evaluation.LabelScorer(model.eval(), tokenizer, 4).score(prompts)
+    plain = evaluation.LabelScorer(models.evaluating(model), tokenizer, 4).score(prompts)
     evaluated = evaluate(settings, data, "the notebook")
     saved = records.read_predictions(evaluated, paths.run_folder("cpu", run))
     np.testing.assert_allclose(plain, [list(row.probabilities.values()) for row in saved], atol=1e-5)
@@ -232,3 +232,33 @@ def _train(run: str, overrides: dict, home: Path, **options) -> subprocess.Popen
         text=True,
         **options,
     )
+
+
+def test_a_validation_leaves_the_gradients_of_a_4_bit_model_as_they_were(tiny):
+    """bitsandbytes repacks 4-bit layers in evaluation mode on the CPU; no gradient passes a repacked layer."""
+    session = session_of("qlora", tiny)
+    batch = session.trainer.data_collator([session.trainer.train_dataset[row] for row in range(4)])
+
+    def gradients() -> list[torch.Tensor]:
+        session.model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            session.trainer.compute_loss(session.model, dict(batch)).backward()
+        return [p.grad.clone() for p in session.model.parameters() if p.requires_grad]
+
+    before = gradients()
+    scorer = evaluation.LabelScorer(models.evaluating(session.model), session.tokenizer, 4)
+    scorer.score([row["input_ids"][:50] for row in session.trainer.train_dataset])
+    session.model.train()
+    assert all(torch.equal(first, second) for first, second in zip(before, gradients(), strict=True))
+    assert any(gradient.abs().sum() > 0 for gradient in before)
+
+
+def test_scores_of_a_4_bit_model_do_not_depend_on_the_batch_size(tiny):
+    session_of("qlora", tiny).run()
+    settings = plan("qlora", "cpu", tiny)
+    model = models.load_for_evaluation(settings, paths.artefact_folder("cpu", "qlora", is_adapter=True))
+    tokenizer = models.load_tokenizer(settings)
+    prompts = chat.encode_prompts(tokenizer, [example.prompt for example in prepare_data(settings).test])
+    scored = [evaluation.LabelScorer(model, tokenizer, size).score(prompts) for size in (1, 5, 24)]
+    np.testing.assert_allclose(scored[0], scored[2], atol=1e-5)
+    np.testing.assert_allclose(scored[1], scored[2], atol=1e-5)

@@ -1,0 +1,177 @@
+"""The Dockerfile's own steps, run in order by a real engine on a base whose pip and git record what they were asked."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from base_image import BASE_VERSIONS
+from container_kit import BASE, IMAGE, REPO, USER
+
+DOCKERFILE = (REPO / "Dockerfile.dgx-spark").read_text()
+
+
+def asked(engine, tag=IMAGE):
+    """What pip was asked in the image's last stage, in order."""
+    lines = engine.docker("run", "--rm", tag, "cat", "/stand-in/asked.jsonl").stdout.splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def label(engine, name):
+    return engine.inspect(f'{{{{index .Config.Labels "{name}"}}}}', IMAGE)
+
+
+@pytest.fixture(scope="module")
+def calls(engine, image):
+    return asked(engine)
+
+
+def test_order_of_the_steps(calls):
+    words = [" ".join(call["argv"]) for call in calls]
+    kinds = ["list" if text.startswith("list") else text.split()[-1].rsplit("/", 1)[-1] for text in words]
+    assert kinds == ["list", "xformers-0.0.0-py3-none-any.whl", "install.txt", "gpu.txt", "list", "workspace"]
+    assert all("--no-deps" in text and "--no-cache-dir" in text for text in words if text.startswith("install"))
+    assert "--no-build-isolation" in words[-1]
+
+
+def test_the_images_own_torch_is_protected(calls):
+    pins = {f"{name}=={BASE_VERSIONS[name]}" for name in ("torch", "torchvision", "triton", "numpy")}
+    for call in calls[1:]:
+        assert set(call["constraint"].split()) == pins
+        assert call["prefix"] == "/opt/venv"
+    assert calls[0]["constraint"] is None and calls[0]["prefix"] == "/usr/local"
+
+
+def test_the_lists_are_the_projects_pins(calls):
+    installed = calls[2]["lists"]["/opt/finetune/install.txt"].splitlines()
+    listed = (REPO / "requirements/base.txt").read_text().splitlines()
+    assert [line for line in listed if line not in installed] == [line for line in listed if line.startswith("numpy==")]
+    assert not [line for line in installed if re.match(r"(torch|torchvision|triton|numpy)\b", line)]
+    assert calls[3]["lists"]["/opt/finetune/gpu.txt"] == (REPO / "requirements/gpu.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["base.txt", "gpu.txt"])
+def test_every_line_is_one_pin(name):
+    lines = [
+        line for line in (REPO / "requirements" / name).read_text().splitlines() if line and not line.startswith("#")
+    ]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+( ; .+)?", line) for line in lines)
+
+
+def test_both_lists_never_name_the_same_package():
+    names = [
+        re.findall(r"^([\w.-]+)==", (REPO / "requirements" / name).read_text(), re.M)
+        for name in ("base.txt", "gpu.txt")
+    ]
+    assert not {n.lower().replace("_", "-") for n in names[0]} & {n.lower().replace("_", "-") for n in names[1]}
+
+
+def test_xformers_is_compiled_for_sm_121(calls):
+    [record] = calls[1]["wheels"].values()
+    git, wheel = [json.loads(line) for line in record.splitlines()]
+    assert "--branch v0.0.33" in git["git"] and "facebookresearch/xformers" in git["git"]
+    assert wheel["arch"] == "12.1"
+    assert wheel["argv"][:3] == ["wheel", "--no-deps", "--no-build-isolation"]
+
+
+def test_labels_and_user(engine, image):
+    assert (
+        label(engine, "finetune.unsloth")
+        == re.search(r"^unsloth==(.*)", (REPO / "requirements/gpu.txt").read_text(), re.M)[1]
+    )
+    assert label(engine, "finetune.host-uid") == str(USER)
+    assert label(engine, "org.opencontainers.image.base.name") == BASE
+    assert label(engine, "org.opencontainers.image.revision") == "unknown"  # the tests' checkout is no git repository
+    assert engine.docker("run", "--rm", IMAGE, "bash", "-c", "id -un; id -u; echo $HOME").stdout.split() == [
+        "trainer",
+        str(USER),
+        "/home/trainer",
+    ]
+    environment = engine.inspect("{{json .Config.Env}}", IMAGE)
+    assert "TRITON_PTXAS_PATH=/usr/local/cuda/bin/ptxas" in environment and "PYTORCH_CUDA_ALLOC_CONF" not in environment
+    command = engine.inspect("{{json .Config.Cmd}} {{json .Config.Healthcheck.Test}}", IMAGE)
+    assert (
+        "allow-root" not in command and "token=" not in command and "allow_origin" not in command and "/api" in command
+    )
+
+
+def test_a_change_of_the_project_rebuilds_in_seconds(script, engine, image, checkout):
+    before = len(asked(engine))
+    (checkout / "finetune/__init__.py").write_text("# changed\n")
+    begun = time.time()
+    again = script("build")
+    assert again.returncode == 0, again.stderr
+    assert time.time() - begun < 20
+    log = Path(re.search(r"the whole log is in (\S+)", again.stdout)[1]).read_text()
+    reused = log.count("Using cache")
+    copied = int(re.search(r"Step (\d+)/\d+ : COPY --chown", log)[1])
+    assert reused == copied - 5, "every step before the copy but ARG and three FROMs comes from the cache"
+    assert len(asked(engine)) == before
+
+
+def test_switches(script, engine, kept_image):
+    built = script("build", TRITON="source", XFORMERS="bundled")
+    assert built.returncode == 0, built.stderr
+    wheel = asked(engine)[1]
+    assert wheel["argv"][-1].endswith("triton-0.0.0-py3-none-any.whl")
+    assert "c5d671f91d90f40900027382f98b17a3e04045f6" in wheel["wheels"][wheel["argv"][-1]]
+    # A Triton from source replaces the image's: its pin is gone, and only its.
+    assert wheel["constraint"].split() == [
+        f"{name}=={BASE_VERSIONS[name]}" for name in ("numpy", "torch", "torchvision")
+    ]
+    refused = script("build", TRITON="sauce")
+    assert refused.returncode == 19 and "TRITON must be 'bundled' or 'source', not 'sauce'" in refused.stderr
+
+
+def test_a_base_whose_torch_changes_fails_the_build(script, engine, kept_image):
+    engine.derive("ENV STAND_IN_REPLACES_TORCH=1", tag="nvidia:replaced", base=BASE)
+    before = engine.inspect("{{.Id}}", IMAGE)
+    built = script("build", BASE_IMAGE="nvidia:replaced")
+    assert built.returncode == 19
+    assert "The image did not build; no image was tagged" in built.stderr
+    assert f"torch=={BASE_VERSIONS['torch']}" in built.stderr and "no longer the base image's own" in built.stderr
+    assert engine.inspect("{{.Id}}", IMAGE) == before
+
+
+def test_a_base_without_nvidias_torch_fails_the_build(script, engine, kept_image):
+    change = "sed -i s/nv25.11/cpu/ /usr/local/lib/python3*/site-packages/torch.py"
+    engine.derive(f"RUN {change}", tag="nvidia:generic", base=BASE)
+    built = script("build", BASE_IMAGE="nvidia:generic")
+    assert built.returncode == 19 and "is not a torch of NVIDIA" in built.stderr
+
+
+def test_root_is_refused_and_ubuntus_user_makes_way(engine, checkout, image):
+    context = ["-f", checkout / "Dockerfile.dgx-spark", checkout]
+    refused = engine.docker("build", "--build-arg", "HOST_UID=0", *context, check=False)
+    assert refused.returncode != 0 and "files on the mount would belong to root" in refused.stdout + refused.stderr
+    engine.docker("build", "-t", "uid:1000", "--build-arg", "HOST_UID=1000", "--build-arg", "HOST_GID=1000", *context)
+    assert engine.docker(
+        "run", "--rm", "uid:1000", "bash", "-c", "id -un; getent passwd ubuntu || echo gone"
+    ).stdout.split() == ["trainer", "gone"]
+
+
+def test_another_users_image_is_rebuilt_for_you(script, engine, kept_image):
+    engine.derive("LABEL finetune.host-uid=1234")
+    started = script("start")
+    assert started.returncode == 0, started.stderr
+    assert f"was built for uid 1234; its last layers are rebuilt for yours, {USER}" in started.stdout
+
+
+def test_a_checkpoint_never_travels_to_the_daemon(engine, checkout, image):
+    (checkout / "checkpoints/weights.safetensors").write_bytes(b"x")
+    (checkout / ".env").write_text("JUPYTER_TOKEN=secret\n")
+    built = engine.docker("build", "-t", "context:all", "-f", "-", checkout, input=f"FROM {BASE}\nCOPY . /context\n")
+    assert re.search(r"build context to Docker daemon +[\d.]+ ?kB", built.stdout)
+    names = engine.docker("run", "--rm", "context:all", "find", "/context", "-type", "f").stdout
+    assert "pyproject.toml" in names and "safetensors" not in names and ".env" not in names
+    (checkout / ".env").unlink()
+
+
+def test_the_lora_assert_runs_on_the_real_peft():
+    """The stand-in's torch and peft only answer; the assert itself is run on the installed ones."""
+    [code] = re.findall(r'RUN python -c "(import torch; from peft.*?)"\n', DOCKERFILE, re.S)
+    result = subprocess.run([sys.executable, "-c", code.replace("\\\n", "")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,266 @@
+"""Every way to fail has its own sentence, remedy and exit code; `doctor` says the same and changes nothing."""
+
+import os
+import re
+import shutil
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from container_kit import CONTAINER, IMAGE, STRANGER, USER, make_checkout
+
+
+def assert_fails(result, code, sentence, remedy):
+    assert result.returncode == code, result.stdout + result.stderr
+    said, remedies = re.search(r"^error: (.*)\n((.|\n)*)", result.stderr, re.M).group(1, 2)
+    assert sentence in said and remedy in remedies, result.stderr
+
+
+@pytest.fixture(scope="session")
+def bare_path(workdir):
+    """The system's programs without docker and without NVIDIA's."""
+    folder = workdir / "bare-bin"
+    folder.mkdir()
+    for directory in ("/usr/bin", "/bin"):
+        for program in Path(directory).iterdir():
+            link = folder / program.name
+            if not link.exists() and not program.name.startswith(("docker", "nvidia")):
+                link.symlink_to(program)
+    return str(folder)
+
+
+@contextmanager
+def listener(port, user):
+    """Another program on 127.0.0.1:port. Perl, because this Python may lie where the user cannot reach it."""
+    options = f"Listen => 1, ReuseAddr => 1, LocalAddr => '127.0.0.1:{port}'"
+    listen = f"$s = IO::Socket::INET->new({options}) or die"
+    code = f"{listen}; $| = 1; print qq(up\\n); sleep 600"
+    process = subprocess.Popen(
+        ["perl", "-MIO::Socket::INET", "-e", code], stdout=subprocess.PIPE, user=user, group=user, extra_groups=[]
+    )
+    assert process.stdout.readline() == b"up\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_words(script):
+    assert_fails(script("strat"), 2, "no command 'strat'. Did you mean 'start'?", "./start_docker.sh help")
+    assert_fails(script("start", "finetun"), 2, "no service 'finetun'. Did you mean 'finetune'?", "help")
+    assert_fails(script("build", "--no-cahce"), 2, "Did you mean '--no-cache'?", "help")
+    assert_fails(script("logs", "xyzzy"), 2, "There is no service 'xyzzy'.", "help")
+    assert_fails(script("status", "--jsn"), 2, "Did you mean '--json'?", "help")
+    assert_fails(script("exec"), 2, "exec needs a command", "exec nvidia-smi")
+    assert script().returncode == 2 and "usage:" in script().stderr
+
+
+def test_the_usage_is_the_truth(script):
+    usage = script("help").stdout
+    text = (Path(__file__).parents[2] / "start_docker.sh").read_text()
+    described = set(re.findall(r"^  (\w+)[ ,]", usage.split("exit codes")[0], re.M)) - {"adapter"}
+    assert described == set(re.findall(r"^cmd_(\w+)\(\)", text, re.M)) | {"help"}
+    codes = {int(code) for code in re.findall(r"\bfail (\d+)", text)} | {3}
+    assert codes == {int(code) for code in re.findall(r"(?<=\s)(\d+) [a-zA-Z]", usage.split("exit codes")[1])}
+
+
+def test_no_docker(script, bare_path):
+    assert_fails(script("start", PATH=bare_path), 10, "Docker is not installed", "docs.docker.com")
+
+
+def test_daemon_down(script):
+    assert_fails(
+        script("start", DOCKER_HOST="unix:///nowhere.sock"),
+        11,
+        "daemon does not answer at unix:///nowhere.sock",
+        "systemctl start docker",
+    )
+
+
+def test_no_permission(script):
+    assert_fails(script("start", user=STRANGER), 12, "You may not use Docker", "usermod -aG docker")
+
+
+def test_no_compose(script, workdir):
+    if (
+        subprocess.run(
+            ["docker", "compose", "version"],
+            env={"PATH": os.environ["PATH"], "DOCKER_CONFIG": "/nowhere"},
+            capture_output=True,
+        ).returncode
+        == 0
+    ):
+        pytest.skip("this machine has docker compose as a system plugin")
+    (workdir / "no-plugins").mkdir()
+    assert_fails(
+        script("start", DOCKER_CONFIG=str(workdir / "no-plugins")), 13, "no compose plugin", "docker-compose-plugin"
+    )
+
+
+def test_old_compose(script, workdir):
+    # A plugin that only tells its version; the engine is the real one.
+    plugin = workdir / "old-plugins/cli-plugins/docker-compose"
+    plugin.parent.mkdir(parents=True)
+    metadata = '{"SchemaVersion":"0.1.0","Vendor":"test","Version":"v2.3.3"}'
+    plugin.write_text(f"#!/bin/sh\ncase $1 in docker-cli-plugin-metadata) echo '{metadata}';; *) echo 2.3.3;; esac\n")
+    plugin.chmod(0o755)
+    assert_fails(
+        script("start", DOCKER_CONFIG=str(workdir / "old-plugins")),
+        14,
+        "is 2.3.3; 2.20.0 is the oldest",
+        "--only-upgrade",
+    )
+
+
+def test_root(script):
+    for command in ("start", "restart", "build", "run"):
+        assert_fails(script(command, user=0), 15, "running as root", "Run it as your own user")
+
+
+def test_too_little_memory(script):
+    assert_fails(
+        script("start", MIN_FREE_GIB="99999"), 21, "of memory are available; at least 99999 GiB", "drop_caches"
+    )
+
+
+def test_port_taken_by_a_process(script, port):
+    with listener(port, USER) as process:
+        assert_fails(
+            script("start"),
+            17,
+            f"Port {port} on 127.0.0.1 is taken by perl (pid {process.pid})",
+            f"JUPYTER_PORT={port + 1}",
+        )
+    with listener(port, STRANGER):
+        assert_fails(
+            script("start"), 17, f"taken by a process of another user (sudo ss -ltnp 'sport = :{port}'", "Stop that"
+        )
+
+
+def test_port_taken_by_a_container(script, engine, port, image):
+    engine.docker("run", "-d", "--name", "squatter", "-p", f"127.0.0.1:{port}:1", IMAGE, "sleep", "600")
+    try:
+        assert_fails(script("start"), 17, "taken by the container squatter", "Stop that")
+    finally:
+        engine.clean()
+
+
+def test_base_image_unreachable(script):
+    # A registry on this machine that does not exist: refused at once.
+    assert_fails(
+        script("build", BASE_IMAGE="127.0.0.1:9/nowhere:1"),
+        18,
+        "127.0.0.1:9/nowhere:1 is not here and cannot be pulled",
+        "network",
+    )
+
+
+def test_unhealthy(script, engine, kept_image):
+    engine.derive('CMD ["bash", "-c", "echo port 8888 is haunted; exit 1"]')
+    assert_fails(script("start"), 20, f"{CONTAINER} is not healthy", "port 8888 is haunted")
+
+
+def test_no_gpu_in_the_container(script, engine, kept_image):
+    engine.derive("RUN touch /tmp/gpu-is-lost")
+    assert_fails(script("start"), 22, "sees no GPU", "systemctl restart docker")
+
+
+def test_docker_refuses(script, engine, image):
+    engine.docker("create", "--name", CONTAINER, IMAGE)
+    try:
+        assert_fails(script("start"), 25, f"Docker could not start {CONTAINER}", "is already in use")
+    finally:
+        engine.clean()
+
+
+def test_another_checkouts_container(script, workdir, image):
+    other = make_checkout(workdir / "other project")
+    assert script("start", root=other).returncode == 0
+    assert_fails(script("start"), 24, f"running for another checkout: {other}", f"'{other}/start_docker.sh' stop")
+    assert_fails(script("restart"), 24, "running for another checkout", "stop")
+    assert script("stop", root=other).returncode == 0
+    shutil.rmtree(other)
+
+
+def test_nothing_to_serve(script, checkout):
+    assert_fails(
+        script("start", "serve", "results"), 26, "There is no model to serve in results", "adapter_config.json"
+    )
+    assert_fails(script("start", "serve", "adapters/none"), 26, "in adapters/none", "train one first")
+
+
+def test_not_running(script):
+    assert_fails(script("exec", "true"), 3, "pytorch-finetune is not running", "./start_docker.sh start finetune")
+    assert_fails(script("shell"), 3, "pytorch-finetune is not running", "./start_docker.sh start finetune")
+
+
+# ---- doctor -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def healthy_path(engine, workdir, bare_path):
+    """A machine with NVIDIA's tools: the stand-in nvidia-smi answers as a GB10."""
+    folder = workdir / "gpu-tools"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(Path(__file__).parent / "stand_in/bin/nvidia-smi", folder)
+    return f"{folder}:{engine.gpu_bin}:{os.environ['PATH']}"
+
+
+def doctor_line(result, name):
+    return re.search(rf"^(ok|FAIL) +{name} +(.*)", result.stdout, re.M).groups()
+
+
+def test_doctor_on_a_good_machine_changes_nothing(script, engine, workdir, image, healthy_path):
+    fresh = make_checkout(workdir / "fresh")
+    before = sorted(fresh.rglob("*")), engine.docker("ps", "-aq").stdout, engine.docker("images", "-q").stdout
+    result = script("doctor", root=fresh, PATH=healthy_path)
+    assert result.returncode == 0, result.stdout
+    assert "FAIL" not in result.stdout and len(result.stdout.splitlines()) == 11
+    assert doctor_line(result, "GPU") == ("ok", "NVIDIA GB10, 580.95.05, 12.1")
+    assert doctor_line(result, "unified")[1].startswith("yes: ")
+    assert (sorted(fresh.rglob("*")), engine.docker("ps", "-aq").stdout, engine.docker("images", "-q").stdout) == before
+    assert not (fresh / ".env").exists()
+    shutil.rmtree(fresh)
+
+
+def test_doctor_says_everything_at_once(script, port):
+    with listener(port, USER):
+        result = script("doctor", MIN_FREE_GIB="99999")
+    assert result.returncode == 17, result.stdout  # the first failure's
+    assert doctor_line(result, "port")[0] == doctor_line(result, "memory")[0] == "FAIL"
+    if not shutil.which("nvidia-smi"):
+        assert doctor_line(result, "GPU") == ("FAIL", "nvidia-smi finds no GPU on this machine.")
+    assert doctor_line(result, "daemon")[0] == "ok"
+
+
+def test_doctor_without_docker(script, bare_path):
+    result = script("doctor", PATH=bare_path)
+    assert result.returncode == 10
+    assert doctor_line(result, "docker")[1].startswith("Docker is not installed")
+
+
+def test_doctor_sees_a_full_disk(script, checkout, healthy_path):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", checkout / "checkpoints"], check=True)
+    try:
+        result = script("doctor", PATH=healthy_path)
+    finally:
+        subprocess.run(["umount", checkout / "checkpoints"], check=True)
+    assert result.returncode == 23
+    assert "a full fine-tuning checkpoint takes 16" in doctor_line(result, "model disk")[1]
+
+
+def test_no_nvidia_runtime(script, engine, image):
+    """Last: the engine is started again without the hook, and then with it."""
+    if shutil.which("nvidia-container-runtime-hook"):
+        pytest.skip("this machine has NVIDIA's container runtime")
+    engine.restart(hook=False)
+    try:
+        path = os.environ["PATH"]
+        assert_fails(
+            script("start", PATH=path), 16, "Docker cannot hand the GPU to a container", "nvidia-ctk runtime configure"
+        )
+        result = script("doctor", PATH=path)
+        assert doctor_line(result, "runtime")[0] == "FAIL"
+        assert script("stop").returncode == 0
+    finally:
+        engine.restart(hook=True)

@@ -1,0 +1,81 @@
+"""Normalisation repairs the artefacts and leaves everything else alone."""
+
+import pytest
+
+from data_prep.sources import CsvFolder
+from data_prep.text import normalise
+
+REPAIRED = {
+    "it #39;s late": "it's late",
+    "it&#39;s late": "it's late",
+    "don #39;t go": "don't go",
+    "they #39;ve won": "they've won",
+    "the #39;80s": "the '80s",
+    "companies #39; profits": "companies' profits",
+    "for the companies #39;": "for the companies'",
+    "&lt;b&gt;Apple&lt;/b&gt; rises": "Apple rises",
+    '&lt;A HREF="http://www.example.com/a?b=c"&gt;Apple&lt;/A&gt; rises': "Apple rises",
+    "<b>Apple</b> rises": "Apple rises",
+    "profit &lt; 5 percent": "profit < 5 percent",
+    "on Wednesday\\said": "on Wednesday said",
+    "first\\\\second\\": "first second",
+    "quot;Enough,quot; she said": '"Enough," she said',
+    "R amp; D": "R & D",
+    "AT&amp;T": "AT&T",
+    "#36;10 million": "$10 million",
+    "up 3 #151; a record": "up 3 — a record",
+    "one  two\tthree\nfour ": "one two three four",
+    "one&nbsp;two": "one two",
+}
+DOUBLY_ESCAPED = {
+    "AT&amp;amp;T": "AT&T",
+    "it&amp;#39;s late": "it's late",
+    "&amp;quot;Enough": '"Enough',
+    "&amp;lt;b&amp;gt;Apple&amp;lt;/b&amp;gt; rises": "Apple rises",
+}
+KEPT = [
+    "profit < 5 percent",
+    "3 > 2 and 2 < 3",
+    "I <3 it",
+    "R&D",
+    "AT&T",
+    "Q&A",
+    "the No. #39 seed; the No. #12 seed",
+    "C#; F#",
+    "a semicolon; a #hashtag",
+    "it's the players' fault",
+    "São Paulo — 東京",
+    "",
+]
+
+
+@pytest.mark.parametrize(("raw", "repaired"), REPAIRED.items())
+def test_repairs_the_artefact(raw, repaired):
+    assert normalise(raw) == repaired
+
+
+@pytest.mark.parametrize(("raw", "repaired"), DOUBLY_ESCAPED.items())
+def test_repairs_what_was_escaped_twice(raw, repaired):
+    assert normalise(raw) == repaired
+
+
+@pytest.mark.parametrize("text", KEPT)
+def test_keeps_ordinary_text(text):
+    assert normalise(text) == text
+
+
+@pytest.mark.parametrize("raw", [*REPAIRED, *KEPT])
+def test_is_idempotent(raw):
+    assert normalise(normalise(raw)) == normalise(raw)
+
+
+def test_is_idempotent_on_real_rows_and_leaves_no_artefact(ag_news):
+    remains = ("#39;", "quot;", "amp;", "&lt;", "&gt;", "\\", "<b>", "</A>")
+    changed = 0
+    for article in CsvFolder(ag_news).articles("test"):
+        text = normalise(article.description)
+        changed += text != article.description
+        assert normalise(text) == text
+        assert not [remain for remain in remains if remain in text], text
+        assert text, "normalisation must not empty a real row"
+    assert changed > 1900, "the test set has #39; alone in 1,900 rows"

@@ -1,0 +1,237 @@
+"""The comparison's figures, its refusals, and an answer that is true whatever the figures are."""
+
+import re
+
+import factories
+import numpy as np
+import pytest
+from factories import predictions, right_on, write_run
+
+from data_prep import DataError
+from finetune import comparison, paths, records
+from finetune.comparison import Pair, format_p, load_folder
+
+
+@pytest.fixture
+def results(home):
+    return paths.results_folder("cpu")
+
+
+def compare(results, **right) -> comparison.Comparison:
+    """A comparison of runs that are right on the given rows; confidences differ, so that probabilities do."""
+    for number, (run, rows) in enumerate(right.items()):
+        write_run(results, run, rows, confidence=0.4 + 0.05 * number)
+    return load_folder(results, "cpu")
+
+
+class TestFigures:
+    def test_quality_is_that_of_the_records(self, results):
+        table = compare(results, base=right_on(20, 40), lora=right_on(30, 40)).quality_table()
+        assert list(table.index) == ["base model", "LoRA"]
+        assert table.loc["base model", "accuracy %"] == pytest.approx(50)
+        assert table.loc["LoRA", "accuracy %"] == pytest.approx(75)
+        assert table.loc["LoRA", "against base"] == pytest.approx(25)
+        assert table.loc["base model", "against base"] == 0
+        # Wilson's interval of 30 in 40, by hand: (0.75 + z²/80 ± z √(0.75·0.25/40 + z²/6400)) / (1 + z²/40)
+        assert table.loc["LoRA", "95 % interval"] == "59.8 to 85.8"
+
+    def test_f1_per_class_by_hand(self, results):
+        """Each class has 10 rows. LoRA is right on rows 0 to 29, and gives the next label on rows 30 to 39."""
+        table = compare(results, base=right_on(0, 40), lora=right_on(30, 40)).quality_table()
+        # Rows 30 to 39 are 2 World, 2 Sports, 3 Business and 3 Sci/Tech; each goes to the class after it.
+        wrong, received = (2, 2, 3, 3), (3, 2, 2, 3)
+        names = ("World", "Sports", "Business", "Sci/Tech")
+        f1 = [100 * 2 * (10 - w) / (2 * (10 - w) + w + r) for w, r in zip(wrong, received, strict=True)]
+        for name, expected in zip(names, f1, strict=True):
+            assert table.loc["LoRA", f"{name} F1 %"] == pytest.approx(expected)
+            assert table.loc["LoRA", f"{name} against base"] == pytest.approx(expected)
+        assert table.loc["LoRA", "macro-F1 %"] == pytest.approx(np.mean(f1))
+        assert table.loc["LoRA", "macro-F1 against base"] == pytest.approx(np.mean(f1))
+
+    def test_cost_is_that_of_the_records(self, results):
+        write_run(results, "base", right_on(20, 40))
+        write_run(results, "full", right_on(30, 40), cost={"seconds": 120.0, "trainable_parameters": 1_000_000})
+        write_run(results, "lora", right_on(30, 40), cost={"seconds": 90.0, "peak_memory_bytes": 1_500_000_000})
+        table = load_folder(results, "cpu").cost_table()
+        assert list(table.index) == ["full", "LoRA"]
+        assert list(table["training min"]) == [2.0, 1.5]
+        assert list(table["share of parameters %"]) == [100, 2]
+        assert list(table["peak memory GB"]) == [2.5, 1.5]
+        assert list(table["artefact MB"]) == [4, 4]
+
+    def test_without_a_tuned_run_there_is_no_cost(self, results):
+        assert compare(results, base=right_on(20, 40)).cost_table().empty
+
+    def test_a_pair_counts_rows_on_which_one_alone_is_right(self, results):
+        pair = compare(results, base=right_on(20, 40, start=5), lora=right_on(30, 40)).pair("lora", "base")
+        assert (pair.only_first, pair.only_second) == (10, 0)
+        assert pair.points == pytest.approx(25)
+        assert pair.p_value == pytest.approx(2 / 2**10)
+        assert pair.low < 25 < pair.high
+
+    def test_exchanging_a_pair_exchanges_its_figures(self, results):
+        runs = compare(results, base=right_on(20, 40, start=10), lora=right_on(30, 40))
+        forth, back = runs.pair("lora", "base"), runs.pair("base", "lora")
+        assert back.points == -forth.points
+        assert (back.only_first, back.only_second) == (forth.only_second, forth.only_first)
+        assert back.p_value == forth.p_value
+        assert (-back.high, -back.low) == pytest.approx((forth.low, forth.high), abs=2.6)
+
+    @pytest.mark.parametrize(("only_first", "only_second"), [(120, 80), (30, 10), (300, 300)])
+    def test_the_interval_of_a_large_sample_is_wald_s(self, results, only_first, only_second):
+        rows = 2000
+        first = [row < only_first or row >= 1000 for row in range(rows)]
+        second = [only_first <= row < only_first + only_second or row >= 1000 for row in range(rows)]
+        pair = compare(results, base=second, lora=first).pair("lora", "base")
+        share = (only_first - only_second) / rows
+        error = ((only_first + only_second) / rows - share**2) ** 0.5 / rows**0.5
+        wald = (100 * (share - 1.96 * error), 100 * (share + 1.96 * error))
+        assert (pair.low, pair.high) == pytest.approx(wald, abs=0.1 * 100 * 1.96 * error)
+
+    def test_runs_that_agree_on_every_row_differ_by_nothing(self, results):
+        pair = compare(results, base=right_on(0, 40), lora=right_on(30, 40), qlora=right_on(30, 40)).pair(
+            "lora", "qlora"
+        )
+        assert (pair.points, pair.low, pair.high, pair.p_value) == (0, 0, 0, 1)
+        assert pair.is_tie
+
+    def test_pairs_are_each_against_the_base_and_then_each_other(self, results):
+        rows = {run: right_on(5 * number, 40) for number, run in enumerate(("qlora", "lora", "full", "base"), 1)}
+        pairs = compare(results, **rows).pairs()
+        assert [(pair.first, pair.second) for pair in pairs] == [
+            ("full", "base"),
+            ("lora", "base"),
+            ("qlora", "base"),
+            ("full", "lora"),
+            ("full", "qlora"),
+            ("lora", "qlora"),
+        ]
+
+    def test_a_training_that_was_not_evaluated_is_left_out(self, results):
+        records.write(factories.record("full", training=factories.training("full")), results / "full")
+        assert list(compare(results, base=right_on(20, 40), lora=right_on(30, 40)).records) == ["base", "lora"]
+
+    @pytest.mark.parametrize(
+        ("p_value", "text"), [(0.0009, "< 0.001"), (0.001, "= 0.001"), (0.0496, "= 0.050"), (1.0, "= 1.000")]
+    )
+    def test_p_values_are_written_with_three_digits(self, p_value, text):
+        assert format_p(p_value) == text
+
+
+class TestSentence:
+    @pytest.mark.parametrize(("first", "second"), [(180, 100), (100, 180)])
+    def test_winner_points_and_interval_have_one_direction(self, results, first, second):
+        text = str(compare(results, base=right_on(second, 200), lora=right_on(first, 200)).pair("lora", "base"))
+        winner = "LoRA beats base model" if first > second else "base model beats LoRA"
+        points, low, high = map(float, re.search(r": ([-+\d.]+) points \(([-+\d.]+) to ([-+\d.]+)", text).groups())
+        assert text.startswith(f"{winner}: 40.0 points")
+        assert low < points < high
+
+    def test_a_tie_is_called_a_tie(self):
+        tie = Pair("lora", "qlora", 0.3, -0.2, 0.8, 10, 7, 0.63)
+        assert tie.is_tie
+        assert str(tie) == ("LoRA and QLoRA cannot be told apart: +0.3 points (-0.2 to +0.8; exact McNemar p = 0.630)")
+
+    @pytest.mark.parametrize(("p_value", "is_tie"), [(0.0499, False), (0.05, True), (0.0501, True)])
+    def test_the_limit_is_five_percent(self, p_value, is_tie):
+        assert Pair("lora", "qlora", 0.3, 0.1, 0.5, 10, 7, p_value).is_tie == is_tie
+
+
+class TestAnswer:
+    def test_of_the_base_alone(self, results):
+        answer = compare(results, base=right_on(100, 200)).answer()
+        assert answer.startswith("On 200 test rows of ")
+        assert answer.endswith("AG News, a-model without tuning gets 50.0% right (43.1% to 56.9%).")
+
+    def test_of_a_clear_win(self, results):
+        answer = compare(results, base=right_on(100, 200), lora=right_on(180, 200)).answer()
+        assert "LoRA beats base model: 40.0 points (" in answer
+        assert "p < 0.001" in answer
+        assert "cannot be told apart" not in answer
+        assert "cost decides" not in answer, "there is nothing to decide between"
+
+    def test_of_a_loss_against_the_base(self, results):
+        answer = compare(results, base=right_on(180, 200), full=right_on(100, 200)).answer()
+        assert "base model beats full: 40.0 points" in answer
+        assert "full beats" not in answer
+
+    def test_of_a_tie_with_the_base(self, results):
+        answer = compare(results, base=right_on(100, 200), full=right_on(101, 200)).answer()
+        assert "full and base model cannot be told apart: +0.5 points" in answer
+        assert "beats" not in answer
+
+    def test_of_tuned_models_that_tie(self, results):
+        answer = compare(results, base=right_on(100, 200), lora=right_on(180, 200), qlora=right_on(179, 200)).answer()
+        assert "LoRA and QLoRA cannot be told apart" in answer
+        assert "Between the tuned models, cost decides." in answer
+
+    def test_of_tuned_models_of_which_one_stands_out(self, results):
+        answer = compare(
+            results, base=right_on(60, 200), full=right_on(120, 200), lora=right_on(180, 200), qlora=right_on(179, 200)
+        ).answer()
+        assert "LoRA beats full: 30.0 points" in answer
+        assert "LoRA and QLoRA cannot be told apart" in answer
+        assert "cost decides" not in answer
+
+    def test_it_names_the_fastest_and_the_leanest(self, results):
+        write_run(results, "base", right_on(20, 40))
+        for run, seconds, memory in (("full", 100.0, 3e9), ("lora", 60.0, 2e9), ("qlora", 90.0, 1e9)):
+            cost = {"seconds": seconds, "peak_memory_bytes": int(memory)}
+            write_run(results, run, right_on(30, 40), confidence=0.5 + seconds / 1000, cost=cost)
+        assert load_folder(results, "cpu").answer().endswith("LoRA trained fastest; QLoRA took the least memory.")
+
+
+class TestRefusals:
+    def test_no_run_at_all(self, results):
+        with pytest.raises(DataError, match="the base model was not evaluated; run base_model_performance"):
+            comparison.load("cpu")
+
+    def test_no_base(self, results):
+        with pytest.raises(DataError, match="the base model was not evaluated"):
+            compare(results, lora=right_on(30, 40))
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"data": {"fingerprint": "ffffffffffff"}}, "fingerprint is ffffffffffff, and 0123456789ab"),
+            ({"data": {"prompt": "verbose-1"}}, "prompt is verbose-1, and lean-1"),
+            ({"data": {"test_rows": 39}}, "test_rows is 39, and 40"),
+            ({"model": "another-model"}, "the model is another-model, and a-model"),
+        ],
+        ids=["data", "prompt", "rows", "model"],
+    )
+    def test_another_question_than_the_base_s_is_named(self, results, changes, said):
+        write_run(results, "base", right_on(20, 40))
+        write_run(results, "lora", right_on(30, 40), **changes)
+        with pytest.raises(DataError, match=f"cpu/lora: {said} in the base's record"):
+            comparison.load("cpu")
+
+    def test_other_rows_of_the_same_data(self, results):
+        """Another seed draws other test rows, as many of them: a paired test of the two would mean nothing."""
+        write_run(results, "base", right_on(20, 40))
+        rows = [row.model_copy(update={"id": f"test-{100 + n}"}) for n, row in enumerate(predictions([True] * 40))]
+        write_run(results, "lora", [], rows=rows)
+        with pytest.raises(DataError, match=r"cpu/lora: .*rows"):
+            comparison.load("cpu")
+
+    def test_the_base_s_own_probabilities(self, results):
+        write_run(results, "base", right_on(30, 40), confidence=0.6)
+        write_run(results, "lora", right_on(30, 40), confidence=0.6)
+        with pytest.raises(DataError, match="cpu/lora: gives exactly the base model's probabilities"):
+            comparison.load("cpu")
+
+    def test_the_base_s_answers_with_other_probabilities_are_a_result(self, results):
+        assert compare(results, base=right_on(30, 40), lora=right_on(30, 40)).pair("lora", "base").is_tie
+
+    def test_changed_predictions(self, results):
+        write_run(results, "base", right_on(20, 40))
+        (results / "base" / "predictions.jsonl").write_text("")
+        with pytest.raises(DataError, match="not the predictions of"):
+            comparison.load("cpu")
+
+    def test_a_broken_record(self, results):
+        write_run(results, "base", right_on(20, 40))
+        (results / "lora").mkdir()
+        (results / "lora" / "record.json").write_text("{")
+        with pytest.raises(DataError, match=r"lora/record\.json: not a record of this version"):
+            comparison.load("cpu")

@@ -1,0 +1,87 @@
+"""Folders that appear whole or not at all."""
+
+import shutil
+
+import pytest
+
+from finetune.files import folder_bytes, folder_digest, replacing_folder
+
+
+@pytest.fixture
+def target(tmp_path):
+    folder = tmp_path / "outputs" / "target"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a").write_text("old")
+    (folder / "sub" / "b").write_text("older")
+    return folder
+
+
+def files(folder) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_new_folder_replaces_the_old_one_whole(target):
+    with replacing_folder(target) as beside:
+        (beside / "c").write_text("new")
+        assert files(target) == {"a": "old", "sub/b": "older"}, "the old one stays until the new one is whole"
+    assert files(target) == {"c": "new"}
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+def test_a_failure_keeps_the_old_folder(target, error):
+    with pytest.raises(error), replacing_folder(target) as beside:
+        (beside / "a").write_text("new")
+        raise error
+    assert files(target) == {"a": "old", "sub/b": "older"}
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_failure_without_an_old_folder_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), replacing_folder(tmp_path / "target") as beside:
+        (beside / "a").write_text("new")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parents_are_made(tmp_path):
+    with replacing_folder(tmp_path / "x" / "y") as beside:
+        (beside / "a").write_text("new")
+    assert files(tmp_path / "x" / "y") == {"a": "new"}
+
+
+def test_what_a_killed_process_left_is_cleared(target):
+    for leftover in (".target.partial", ".target.old"):
+        shutil.copytree(target, target.with_name(leftover))
+    with replacing_folder(target) as beside:
+        assert files(beside) == {}
+        (beside / "c").write_text("new")
+    assert files(target) == {"c": "new"}
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_the_digest_is_that_of_names_and_contents(target, tmp_path):
+    copy = shutil.copytree(target, tmp_path / "copy")
+    assert folder_digest(copy) == folder_digest(target)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "a").write_text("OLD"),
+        lambda folder: (folder / "sub" / "b").write_text("oldest"),
+        lambda folder: (folder / "a").rename(folder / "c"),
+        lambda folder: (folder / "a").rename(folder / "sub" / "a"),
+        lambda folder: (folder / "a").unlink(),
+        lambda folder: (folder / "empty").touch(),
+    ],
+    ids=["content", "content below", "name", "place", "one less", "one more"],
+)
+def test_the_digest_changes_with_any_file(target, change):
+    before = folder_digest(target)
+    change(target)
+    assert folder_digest(target) != before
+
+
+def test_bytes_are_those_of_all_files(target):
+    assert folder_bytes(target) == len("old") + len("older")

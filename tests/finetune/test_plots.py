@@ -1,0 +1,94 @@
+"""The pictures show the records' figures."""
+
+from itertools import pairwise
+
+import factories
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from factories import right_on, write_run
+
+from data_prep import LABELS
+from finetune import paths, plots
+from finetune.comparison import load
+from finetune.records import LogPoint
+from finetune.settings import RUNS
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def comparison(home):
+    for number, run in enumerate(RUNS):
+        write_run(
+            paths.results_folder("cpu"),
+            run,
+            right_on(20 + 4 * number, 40),
+            confidence=0.5 + number / 100,
+            cost={"seconds": 60.0 * number},
+        )
+    return load("cpu")
+
+
+def test_every_run_has_a_colour_and_every_tuned_one_a_marker():
+    assert plots.COLOURS.keys() == RUNS.keys()
+    assert plots.MARKERS.keys() == RUNS.keys() - {"base"}
+    assert len(set(plots.COLOURS.values())) == len(plots.COLOURS)
+    assert len(set(plots.MARKERS.values())) == len(plots.MARKERS)
+
+
+def test_training_curves_show_loss_and_accuracy_by_step():
+    record = factories.record("lora", training=factories.training("lora"))
+    loss, accuracy = plots.training_curves(record).axes
+    np.testing.assert_allclose(loss.lines[0].get_xydata(), [(1, 1.4), (10, 0.7)])
+    np.testing.assert_allclose(accuracy.lines[0].get_xydata(), [(5, 60), (10, 80)])
+
+
+@pytest.mark.parametrize("history", [[], [LogPoint(step=1, epoch=1.0, loss=0.5)]], ids=["nothing", "no validation"])
+def test_training_curves_of_a_short_run_can_be_drawn(history):
+    record = factories.record("lora", training=factories.training("lora", history=history))
+    assert len(plots.training_curves(record).axes) == 2
+
+
+def test_accuracy_bars_have_the_records_lengths(comparison):
+    (axes,) = plots.accuracy_bars(comparison).axes
+    assert [round(bar.get_width(), 6) for bar in axes.patches] == [50, 60, 70, 80, 90]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "base model",
+        "full",
+        "full (Unsloth)",
+        "LoRA",
+        "QLoRA",
+    ]
+
+
+def test_f1_bars_have_the_records_heights(comparison):
+    (axes,) = plots.f1_by_class(comparison).axes
+    classes = [record.evaluation.scoring.classes for record in comparison.records.values()]
+    expected = [100 * of_run[label].f1 for of_run in classes for label in LABELS]
+    np.testing.assert_allclose([bar.get_height() for bar in axes.patches], expected)
+    edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
+    assert all(left[1] <= right[0] + 1e-9 for left, right in pairwise(edges)), "bars overlap"
+
+
+def test_accuracy_against_time_has_a_point_per_training(comparison):
+    (axes,) = plots.accuracy_against_time(comparison).axes
+    points = [tuple(container.lines[0].get_xydata()[0]) for container in axes.containers]
+    np.testing.assert_allclose(points, [(1, 60), (2, 70), (3, 80), (4, 90)])
+    assert axes.lines[0].get_ydata()[0] == pytest.approx(50), "the base is a line"
+
+
+def test_a_confusion_matrix_shows_its_counts(comparison):
+    scoring = comparison.records["lora"].evaluation.scoring
+    (axes,) = plots.confusion(scoring, "LoRA").axes
+    assert [int(text.get_text()) for text in axes.texts] == np.ravel(scoring.confusion).tolist()
+    assert axes.get_title() == "LoRA: 80.0%"
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(LABELS)
+
+
+def test_the_grid_has_a_matrix_per_run(comparison):
+    assert len(plots.confusion_grid(comparison).axes) == len(RUNS)

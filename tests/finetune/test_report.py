@@ -1,0 +1,91 @@
+"""The report: one file that holds everything, says what it must, and runs nothing that it was given."""
+
+import base64
+import re
+from dataclasses import replace
+from html import unescape
+
+import pytest
+from factories import right_on, write_run
+
+from finetune import paths, report
+from finetune.comparison import load
+
+HOSTILE = "<script>alert('x')</script>&\"{{ 7 * 7 }}"
+RUNS = ("base", "full", "full_unsloth", "lora", "qlora")
+
+
+def write_report(runs=("base", "lora"), **changes) -> str:
+    """The report on runs of 40 rows, one more right than the other."""
+    results = paths.results_folder("cpu")
+    for number, run in enumerate(runs):
+        write_run(results, run, right_on(20 + 4 * number, 40), confidence=0.5 + number / 100, **changes)
+    return report.write_report(load("cpu"), results / "report.html").read_text(encoding="utf-8")
+
+
+def text_of(html: str) -> str:
+    return unescape(re.sub("<[^>]+>", " ", html))
+
+
+@pytest.mark.usefixtures("home")
+class TestReport:
+    def test_it_is_self_contained(self):
+        html = write_report()
+        assert not re.findall(r"""(?:src|href|action)\s*=\s*["']?(?!data:)[^"'>\s]""", html)
+        assert "http://" not in html and "https://" not in html
+        assert "<link" not in html and "@import" not in html and "<script" not in html
+        pictures = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', html)
+        assert len(pictures) == html.count("<img") == 4
+        for picture in pictures:
+            assert b"<svg" in base64.b64decode(picture, validate=True)
+
+    def test_it_holds_the_answer_and_every_run(self):
+        html = write_report(RUNS)
+        assert load("cpu").answer() in text_of(html)
+        for name in ("base model", "full", "full (Unsloth)", "LoRA", "QLoRA"):
+            assert f"<th>{name}</th>" in html
+        assert text_of(html).count(" against ") >= len(load("cpu").pairs())
+
+    def test_its_figures_are_those_of_the_comparison(self):
+        html = write_report()
+        row = re.search(r"<th>LoRA</th>\s*((?:<td>.*?</td>\s*)+)", html).group(1)
+        assert re.findall("<td>(.*?)</td>", row)[:3] == ["60.0", "44.6 to 73.7", "+10.0"]
+        pair = re.search(r"<td>LoRA against base model</td>(.*?)</tr>", html, re.DOTALL).group(1)
+        assert re.findall("<td>(.*?)</td>", pair)[0] == "+10.0"
+        assert re.findall("<td>(.*?)</td>", pair)[2:] == ["4", "0", "= 0.125", "tie"]
+
+    @pytest.mark.parametrize(("source", "warned"), [("sample", True), ("csv", False), ("hub", False)])
+    def test_the_sample_s_warning_is_there_for_the_sample_alone(self, source, warned):
+        html = write_report(data={"source": source})
+        assert ("they are not AG News results" in " ".join(html.split())) == warned
+
+    def test_a_hostile_name_is_shown_and_not_obeyed(self):
+        html = write_report(model=HOSTILE, data={"title": HOSTILE})
+        assert "<script" not in html
+        assert HOSTILE in unescape(html)
+        assert "49" not in re.search("<title>(.*?)</title>", html).group(1)
+
+    def test_the_base_alone_makes_a_report(self):
+        text = text_of(write_report(("base",)))
+        assert "without tuning gets 50.0% right" in text
+        assert "Empty DataFrame" not in text
+        assert "Index: []" not in text
+
+    def test_a_perfect_and_a_hopeless_run_can_be_drawn(self):
+        results = paths.results_folder("cpu")
+        write_run(results, "base", right_on(0, 40))
+        write_run(results, "lora", right_on(40, 40))
+        assert "100.0" in text_of(report.write_report(load("cpu"), results / "report.html").read_text())
+
+    def test_the_same_records_give_the_same_file(self):
+        assert write_report() == write_report()
+
+    def test_a_failure_while_writing_keeps_the_earlier_report(self):
+        before = write_report()
+        path = paths.results_folder("cpu") / "report.html"
+        comparison = load("cpu")
+        unwritable = {run: record.model_copy(update={"model": "\ud800"}) for run, record in comparison.records.items()}
+        with pytest.raises(UnicodeEncodeError):
+            report.write_report(replace(comparison, records=unwritable), path)
+        assert path.read_text(encoding="utf-8") == before
+        assert not list(path.parent.glob("*.partial"))
