@@ -136,6 +136,7 @@ def prepare_training(settings: Settings, data: PreparedData) -> Session:
         callbacks=[clock, watch, StopOnNonFiniteLoss()],
     )
     watch.trainer, watch.clock = trainer, clock
+    _set_pace(trainer, settings)
     supervision = check_supervision(trainer, tokenizer)
     return Session(
         settings, data, model, tokenizer, trainer, attention, supervision, choices, clock, sum(map(len, encoded))
@@ -335,14 +336,19 @@ def _arguments(settings: Settings, attention: models.Attention) -> SFTConfig:
         dataloader_pin_memory=hardware.has_cuda(),
         seed=seed,
         data_seed=seed,
-        # As shares of the steps: Unsloth packs the rows, so that their number is not known here.
-        logging_steps=0.02,
         logging_nan_inf_filter=False,
-        # A share of 1 would be read as every single step.
-        save_steps=min(1 / recipe.saves, 0.999),
         save_total_limit=2,
         report_to=["tensorboard"],
     )
+
+
+def _set_pace(trainer: SFTTrainer, settings: Settings) -> None:
+    """Log about 50 times and save `saves` times; where rows are packed, the trainer alone knows how many are left."""
+    recipe = settings.recipe
+    updates = math.ceil(len(trainer.train_dataset) / (recipe.batch_size * recipe.gradient_accumulation_steps))
+    steps = math.ceil(updates * recipe.epochs)
+    trainer.args.logging_steps = max(1, round(steps / 50))
+    trainer.args.save_steps = math.ceil(steps / recipe.saves)
 
 
 def _fresh_state(settings: Settings) -> Path:

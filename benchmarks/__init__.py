@@ -1,0 +1,1 @@
+"""What a performance claim is measured with."""
