@@ -45,7 +45,7 @@ class Pair:
         return self.p_value >= SIGNIFICANT
 
     def __str__(self) -> str:
-        first, second = NAMES[self.first], NAMES[self.second]
+        first, second = _spoken(self.first), _spoken(self.second)
         p_value = f"exact McNemar p {format_p(self.p_value)}"
         if self.is_tie:
             interval = f"{self.low:+.1f} to {self.high:+.1f}"
@@ -116,15 +116,12 @@ class Comparison:
         sentences = [
             f"On {rows:,} test rows of {self.any_record.data.title}, {self.any_record.model} without tuning gets "
             f"{base.accuracy:.1%} right ({base.accuracy_low:.1%} to {base.accuracy_high:.1%}).",
-            *(f"{pair}." for pair in [*against, *among]),
+            *(_as_sentence(pair) for pair in [*against, *among]),
         ]
-        ties = [pair for pair in among if pair.is_tie]
+        if among and all(pair.is_tie for pair in among):
+            sentences.append("Between the tuned models, cost decides.")
         if len(tuned) > 1:
-            fastest = min(tuned, key=lambda run: self.records[run].training.seconds)
-            leanest = min(tuned, key=lambda run: self.records[run].training.peak_memory_bytes)
-            if among and len(ties) == len(among):
-                sentences.append("Between the tuned models, cost decides.")
-            sentences.append(f"{NAMES[fastest]} trained fastest; {NAMES[leanest]} took the least memory.")
+            sentences.append(_as_sentence(_costs(self.tuned())))
         return " ".join(sentences)
 
 
@@ -173,6 +170,29 @@ def load_folder(folder: Path, profile: str) -> Comparison:
 
 def format_p(p_value: float) -> str:
     return "< 0.001" if p_value < 0.001 else f"= {p_value:.3f}"
+
+
+def _spoken(run: str) -> str:
+    """A run's name within a sentence."""
+    names = {"base": "the base model", "full": "full fine-tuning", "full_unsloth": "full fine-tuning with Unsloth"}
+    return names.get(run, NAMES[run])
+
+
+def _as_sentence(text: object) -> str:
+    text = str(text)
+    return text[0].upper() + text[1:] + "."
+
+
+def _costs(tuned: dict[str, RunRecord]) -> str:
+    """Who trained fastest and with the least memory, beside those at the other end."""
+    by_time = sorted(tuned, key=lambda run: tuned[run].training.seconds)
+    by_memory = sorted(tuned, key=lambda run: tuned[run].training.peak_memory_bytes)
+    minutes = [f"{tuned[run].training.seconds / 60:.1f} minutes" for run in (by_time[0], by_time[-1])]
+    memory = [f"{tuned[run].training.peak_memory_bytes / 1e9:.1f} GB" for run in (by_memory[0], by_memory[-1])]
+    return (
+        f"{_spoken(by_time[0])} trained fastest ({minutes[0]}; {_spoken(by_time[-1])} {minutes[1]}), and "
+        f"{_spoken(by_memory[0])} took the least memory ({memory[0]}; {_spoken(by_memory[-1])} {memory[1]})"
+    )
 
 
 def _require_same_question(evaluated: dict[str, RunRecord], folder: Path) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Linear4bit
 
 from data_prep import UserError
 from finetune import embedded, hardware, paths
@@ -138,6 +137,9 @@ def evaluating(model):
     for good: label probabilities then shift by up to 0.025 with the batch size, whatever the dtype, and a training
     that goes on after a validation gets no gradient through the layer any more. The flag governs nothing else there.
     """
+    # Not at the top: it would come before the line that silences bitsandbytes, and before Unsloth.
+    from bitsandbytes.nn import Linear4bit
+
     model.eval()
     if not hardware.has_cuda():
         for module in model.modules():

@@ -37,6 +37,8 @@ PROFILES = {
             "batch_size": 32,
             "gradient_accumulation_steps": 1,
             "gradient_checkpointing": "off",
+            # A packed row holds five articles: 24 updates instead of 128 took LoRA to 70 % instead of 88 %.
+            "packing": False,
             "lora_targets": "all-linear",
         },
         by_method={
@@ -48,7 +50,8 @@ PROFILES = {
     "cpu": Profile(
         "The embedded SmolLM2-135M on the built-in sample, on a laptop without a GPU",
         shared={
-            # One pass in small steps: two passes reach no more on the validation rows, and take twice the time.
+            # One pass in small steps: on the 64 validation rows LoRA got one row fewer right than after two passes of
+            # twice the batch, in half the time.
             "batch_size": 8,
             "gradient_accumulation_steps": 1,
             "gradient_checkpointing": "off",

@@ -33,7 +33,7 @@ class Recipe:
     epochs: Positive = 1.0
     """Passes over the training rows."""
     batch_size: Count = 8
-    """Rows in one forward pass."""
+    """Rows in one forward pass; a row is an article, or max_length tokens of whole articles where packing is on."""
     gradient_accumulation_steps: Count = 4
     """Forward passes per optimiser step; an update sees batch_size x gradient_accumulation_steps rows."""
     max_length: Annotated[int, Field(ge=64)] = 512

@@ -32,8 +32,8 @@ def write_report(comparison: Comparison, path: Path) -> Path:
         comparison=comparison,
         names=NAMES,
         format_p=format_p,
-        quality=formatted(comparison.quality_table()).to_html(border=0),
-        cost=formatted(comparison.cost_table()).to_html(border=0),
+        quality=formatted(comparison.quality_table()).T.to_html(border=0),
+        cost=formatted(comparison.cost_table()).T.to_html(border=0),
         pictures={
             name: _embedded(draw(comparison))
             for name, draw in {

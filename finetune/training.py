@@ -304,7 +304,7 @@ def _choices(settings: Settings, attention: models.Attention) -> dict[str, str]:
 
 def _packing_choice(settings: Settings, attention: models.Attention) -> str:
     if not settings.recipe.packing:
-        return "off: packing=False"
+        return "off: packing=False; Unsloth joins a batch without padding" if settings.engine == "unsloth" else "off"
     if not attention.isolates:
         return f"off: {attention.implementation} attention does not keep packed articles apart; grouped by length"
     return "on: the attention keeps packed articles apart"
@@ -329,7 +329,7 @@ def _arguments(settings: Settings, attention: models.Attention) -> SFTConfig:
         optim=recipe.optimizer,
         max_length=recipe.max_length,
         packing=pack,
-        train_sampling_strategy="random" if pack else "group_by_length",
+        train_sampling_strategy="random" if pack or settings.engine == "unsloth" else "group_by_length",
         gradient_checkpointing=recipe.gradient_checkpointing != "off",
         bf16=True,
         use_cpu=not hardware.has_cuda(),
