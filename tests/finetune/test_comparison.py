@@ -122,7 +122,7 @@ class TestSentence:
     @pytest.mark.parametrize(("first", "second"), [(180, 100), (100, 180)])
     def test_winner_points_and_interval_have_one_direction(self, results, first, second):
         text = str(compare(results, base=right_on(second, 200), lora=right_on(first, 200)).pair("lora", "base"))
-        winner = "LoRA beats base model" if first > second else "base model beats LoRA"
+        winner = "LoRA beats the base model" if first > second else "the base model beats LoRA"
         points, low, high = map(float, re.search(r": ([-+\d.]+) points \(([-+\d.]+) to ([-+\d.]+)", text).groups())
         assert text.startswith(f"{winner}: 40.0 points")
         assert low < points < high
@@ -145,19 +145,19 @@ class TestAnswer:
 
     def test_of_a_clear_win(self, results):
         answer = compare(results, base=right_on(100, 200), lora=right_on(180, 200)).answer()
-        assert "LoRA beats base model: 40.0 points (" in answer
+        assert "LoRA beats the base model: 40.0 points (" in answer
         assert "p < 0.001" in answer
         assert "cannot be told apart" not in answer
         assert "cost decides" not in answer, "there is nothing to decide between"
 
     def test_of_a_loss_against_the_base(self, results):
         answer = compare(results, base=right_on(180, 200), full=right_on(100, 200)).answer()
-        assert "base model beats full: 40.0 points" in answer
+        assert "The base model beats full fine-tuning: 40.0 points" in answer
         assert "full beats" not in answer
 
     def test_of_a_tie_with_the_base(self, results):
         answer = compare(results, base=right_on(100, 200), full=right_on(101, 200)).answer()
-        assert "full and base model cannot be told apart: +0.5 points" in answer
+        assert "Full fine-tuning and the base model cannot be told apart: +0.5 points" in answer
         assert "beats" not in answer
 
     def test_of_tuned_models_that_tie(self, results):
@@ -169,7 +169,7 @@ class TestAnswer:
         answer = compare(
             results, base=right_on(60, 200), full=right_on(120, 200), lora=right_on(180, 200), qlora=right_on(179, 200)
         ).answer()
-        assert "LoRA beats full: 30.0 points" in answer
+        assert "LoRA beats full fine-tuning: 30.0 points" in answer
         assert "LoRA and QLoRA cannot be told apart" in answer
         assert "cost decides" not in answer
 
@@ -178,7 +178,14 @@ class TestAnswer:
         for run, seconds, memory in (("full", 100.0, 3e9), ("lora", 60.0, 2e9), ("qlora", 90.0, 1e9)):
             cost = {"seconds": seconds, "peak_memory_bytes": int(memory)}
             write_run(results, run, right_on(30, 40), confidence=0.5 + seconds / 1000, cost=cost)
-        assert load_folder(results, "cpu").answer().endswith("LoRA trained fastest; QLoRA took the least memory.")
+        assert (
+            load_folder(results, "cpu")
+            .answer()
+            .endswith(
+                "LoRA trained fastest (1.0 minutes; full fine-tuning 1.7 minutes), and QLoRA took the least memory "
+                "(1.0 GB; full fine-tuning 3.0 GB)."
+            )
+        )
 
 
 class TestRefusals:
