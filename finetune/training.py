@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 from data_prep import Example, UserError
 from data_prep.store import write_json
-from finetune import cards, chat, evaluation, hardware, metrics, models, paths, records
+from finetune import cards, chat, evaluation, hardware, memory, metrics, models, paths, records
 from finetune.data import PreparedData
 from finetune.files import folder_bytes, folder_digest, replacing_folder
 from finetune.settings import Settings
@@ -123,6 +123,8 @@ def prepare_training(settings: Settings, data: PreparedData) -> Session:
         print(f"{name}: {choice}")
     tokenizer = models.load_tokenizer(settings)
     model = models.load_for_training(settings, attention)
+    choices["memory"] = memory.require_room(settings.recipe, sum(models.trainable_table(model).values()))
+    print(f"memory: {choices['memory']}")
     encode = partial(chat.encode, tokenizer, max_length=settings.recipe.max_length)
     encoded = encode(data.train)
     dataset = Dataset.from_list([row.row for row in encoded])
