@@ -167,7 +167,7 @@ def _choose_engine(wanted: str) -> tuple[Literal["transformers", "unsloth"], str
         UserError: Unsloth is asked for by name where there is no CUDA.
     """
     if wanted == "transformers":
-        return "transformers", "this notebook shows plain transformers + TRL + PEFT"
+        return "transformers", "this run is of the plain libraries, by design"
     if not hardware.has_cuda():
         if wanted == "unsloth":
             raise UnavailableHere(

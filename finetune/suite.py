@@ -37,6 +37,8 @@ from finetune import paths, settings
 NOTEBOOKS = paths.PROJECT / "notebooks"
 # finetune.records knows this name too, but imports transformers, which the runner does without.
 RECORD = "record.json"
+# A killed training leaves its progress behind; a step of a 7B model on a DGX Spark takes about 20 seconds.
+STALE_SECONDS = 300
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -297,6 +299,8 @@ def _training_progress(profile: str) -> str:
         # The file is replaced at every step and removed at the end, perhaps between glob and read.
         with contextlib.suppress(FileNotFoundError):
             state = json.loads(path.read_text())
+            if time.time() - state["updated"] > STALE_SECONDS:
+                continue
             return f"step {state['step']}/{state['total_steps']}, {state['seconds_left']} s left"
     return ""
 
