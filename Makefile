@@ -47,7 +47,7 @@ $(READY): requirements/base.txt requirements/torch.txt pyproject.toml
 		|| { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12"; exit 1; }
 	@echo "Setting up $(VENV) (once; about 700 MB of packages)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH_INDEX) -c requirements/base.txt -r requirements/torch.txt
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/base.txt
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@$(PY) -m pip install -qq --disable-pip-version-check $(TORCH_INDEX) -c requirements/base.txt -r requirements/torch.txt
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps -r requirements/base.txt
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps -e .
 	@touch $@
