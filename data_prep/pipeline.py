@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -65,12 +64,13 @@ def prepare(
     repeats = RepeatCounter(reader.articles("test"))
     (folder / MANIFEST).unlink(missing_ok=True)
     rows = _write_splits(reader, folder, prompt, in_validation, repeats)
+    source_rows = sum(rows["train"].values()) if in_validation is None else len(in_validation)
     manifest = Manifest(
         **request,
         rows=rows,
         files={split: file_digest(folder / f"{split}.jsonl") for split in SPLITS},
         repeats=_counts(repeats),
-        tokens=_token_statistics(reader, count_tokens) if count_tokens else None,
+        tokens=_token_statistics(reader, source_rows, count_tokens) if count_tokens else None,
     )
     write_json(folder / MANIFEST, manifest.model_dump())
     return manifest, False
@@ -85,11 +85,19 @@ class _Reader:
 
     def articles(self, split: Split) -> Iterator[Article]:
         for row, article in enumerate(self._source.articles(split), start=1):
-            if self._clean:
-                article = replace(article, title=normalise(article.title), description=normalise(article.description))
+            article = self._cleaned(article)
             if not article.text:
                 raise DataError(f"{self._source.name} {split} row {row}", "empty text: nothing but markup")
             yield article
+
+    def every(self, step: int, split: Split) -> list[Article]:
+        """Every `step`-th article of a split; the others are not even normalised."""
+        return [self._cleaned(article) for article in islice(self._source.articles(split), 0, None, step)]
+
+    def _cleaned(self, article: Article) -> Article:
+        if not self._clean:
+            return article
+        return Article(normalise(article.title), normalise(article.description), article.label)
 
 
 def _existing(folder: Path, provenance: dict) -> Manifest | None:
@@ -192,11 +200,9 @@ def _counts(repeats: RepeatCounter) -> Repeats:
     )
 
 
-def _token_statistics(reader: _Reader, count_tokens: TokenCounter) -> dict:
-    """Tokens per example under every prompt, from a sample of the training rows."""
-    total = sum(1 for _ in reader.articles("train"))
-    step = -(-total // TOKEN_SAMPLE)
-    articles = list(islice(reader.articles("train"), 0, step * TOKEN_SAMPLE, step))
+def _token_statistics(reader: _Reader, source_rows: int, count_tokens: TokenCounter) -> dict:
+    """Tokens per example under every prompt, from at most TOKEN_SAMPLE training rows, spread evenly."""
+    articles = reader.every(-(-source_rows // TOKEN_SAMPLE), "train")
     return {
         prompt.id: _summary(np.array(count_tokens([prompt.render(article) for article in articles])))
         for prompt in PROMPTS.values()
@@ -219,6 +225,10 @@ def _short(source: dict) -> str:
     return " ".join(filter(None, [source["kind"], source.get("dataset"), digest]))
 
 
+# Made once: json.dumps with an option makes an encoder for every row.
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def _to_json(example: Example) -> str:
     row = {"id": example.id, "messages": example.messages, "has_twin": example.has_twin}
-    return json.dumps(row, ensure_ascii=False)
+    return _encode(row)

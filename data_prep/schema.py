@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 # In the order of AG News' class indices (1 World ... 4 Sci/Tech in the CSV files, 0 ... 3 on the hub).
@@ -49,6 +50,7 @@ class Example:
         return json.loads(self.messages[-1]["content"])["category"]
 
 
+@cache
 def answer_for(label: str) -> str:
     """The assistant's message for a label: compact JSON, e.g. `{"category":"World"}`."""
     return json.dumps({"category": label}, separators=(",", ":"))
