@@ -3,6 +3,7 @@
 python -m finetune run     [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh]
 python -m finetune plan    RUN [--profile P] [--set NAME=VALUE ...]
 python -m finetune data    [--profile P] [--set NAME=VALUE ...]
+python -m finetune merge   RUN [--profile P] [--set NAME=VALUE ...]
 python -m finetune report  FOLDER
 python -m finetune publish [--profile P]
 """
@@ -51,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", parents=[common], help="prepare the data")
     data.set_defaults(command=_data)
+
+    merge = commands.add_parser("merge", parents=[common], help="merge an adapter into its base and evaluate it again")
+    merge.add_argument("run", metavar="RUN")
+    merge.set_defaults(command=_merge)
 
     report = commands.add_parser("report", help="write FOLDER/report.html anew from the records in FOLDER")
     report.add_argument("folder", type=Path, metavar="FOLDER")
@@ -103,6 +108,15 @@ def _data(options: argparse.Namespace) -> int:
 
     overrides = settings.parse_assignments(options.assignments)
     print(prepare_data(settings.plan("base", options.profile, overrides)).table().to_string())
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from finetune.data import prepare_data
+    from finetune.merging import merge
+
+    resolved = settings.plan(options.run, options.profile, settings.parse_assignments(options.assignments))
+    print(merge(resolved, prepare_data(resolved)))
     return 0
 
 

@@ -92,6 +92,17 @@ def model_card(settings: Settings, data: PreparedData, model: str) -> str:
     )
 
 
+def merged_card(settings: Settings, data: PreparedData, model: str, base: str) -> str:
+    """The card of a model that an adapter was merged into; `base` says which weights those were."""
+    card = model_card(settings, data, model)
+    start, end = card.index("```python\n"), card.index("\n```\n")
+    loading = LOADING_WEIGHTS.format(folder="PATH/TO/THIS/FOLDER")
+    card = card[:start] + "```python\n" + loading + card[end:]
+    return card.replace("library_name: peft", "library_name: transformers").replace(
+        "\n## Load it", f"\nThe adapter is merged into {base}.\n\n## Load it"
+    )
+
+
 def _prompt_form(settings: Settings) -> list[Message]:
     """The messages with a placeholder for the article: rows of AG News are not ours to publish."""
     article = Article("TITLE", "DESCRIPTION", LABELS[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from data_prep import LABELS, Example, UserError, answer_for
 from data_prep.schema import Message
@@ -18,10 +19,10 @@ class Encoded:
     prompt: list[int]
     answer: list[int]
 
-    @property
-    def row(self) -> dict[str, list[int]]:
-        """Training row: `input_ids`, and `labels` that carry loss on the answer alone."""
-        return {"input_ids": self.prompt + self.answer, "labels": [IGNORED] * len(self.prompt) + self.answer}
+    def row(self, supervise: Literal["answer", "all"] = "answer") -> dict[str, list[int]]:
+        """Training row: `input_ids`, and `labels` that carry loss on the answer, or on all tokens."""
+        prompt = self.prompt if supervise == "all" else [IGNORED] * len(self.prompt)
+        return {"input_ids": self.prompt + self.answer, "labels": prompt + self.answer}
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
@@ -60,6 +61,21 @@ def count_tokens(tokenizer, chats: Sequence[list[Message]]) -> list[int]:
     """Tokens of each whole chat, answer and eos included."""
     texts = [_render(tokenizer, chat[:-1]) + chat[-1]["content"] for chat in chats]
     return [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens that all sequences begin with."""
+    shared = []
+    for column in zip(*sequences, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return shared
+
+
+def shared_length(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with; each keeps at least one of its own."""
+    return min(len(common_prefix(prompts)), min(map(len, prompts)) - 1)
 
 
 def _render(tokenizer, prompt: list[Message]) -> str:

@@ -7,6 +7,7 @@ elsewhere; evaluation always loads artefacts with plain transformers and peft, a
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from data_prep import UserError
-from finetune import embedded, hardware, paths
+from finetune import embedded, hardware, paths, segments
 from finetune.settings import Settings
 
 # It recommends a package that would fetch a faster 4-bit kernel from the hub; we run without either.
@@ -27,13 +28,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class Attention:
-    """Which attention runs, and whether it keeps the articles of a packed row apart."""
+    """Which attention runs, and why."""
 
     implementation: str
     reason: str
-    isolates: bool
 
 
+@functools.cache
 def import_unsloth() -> None:
     """Import Unsloth, which patches transformers, peft and trl: before they are imported elsewhere.
 
@@ -49,6 +50,7 @@ def import_unsloth() -> None:
             f"CUDA is present but Unsloth cannot be imported ({error}); use the container (./start_docker.sh start "
             "finetune) or install requirements/gpu.txt"
         ) from error
+    _route_unsloth_attention()
 
 
 def model_path(settings: Settings) -> str:
@@ -82,29 +84,62 @@ def load_tokenizer(settings: Settings):
 
 
 def choose_attention(settings: Settings) -> Attention:
-    """The attention that suits the engine and the device, with its reason."""
-    if settings.engine == "unsloth":
-        return _unsloth_attention()
-    if not hardware.has_cuda():
-        return Attention(
-            "eager", "on CPU cores the fused kernel's bf16 backward pass makes a step a quarter longer", isolates=False
-        )
-    if _has_flash_attention():
-        return Attention("flash_attention_2", "flash-attn is installed", isolates=True)
-    return Attention("sdpa", "flash-attn is not installed", isolates=False)
+    """The attention that training runs, with its reason."""
+    if settings.recipe.packing:
+        return _packed_attention()
+    return Attention("sdpa", "packing is off: padded batches")
 
 
-def load_for_training(settings: Settings, attention: Attention):
-    """The model as its method trains it: whole, or frozen with an adapter."""
+def _packed_attention() -> Attention:
+    if segments.kernel_for(torch.empty(1, 1, 1, 64, device=hardware.device(), dtype=torch.bfloat16)) == "flash":
+        return Attention("flash", "FlashAttention-2 of PyTorch, all articles of a row at once")
+    lacking = "a GPU of compute capability 8.0 or later" if hardware.has_cuda() else "a GPU"
+    return Attention("loop", f"one article after the other: FlashAttention needs {lacking}")
+
+
+def configuration(settings: Settings):
+    """The model's configuration, read without its weights."""
+    from transformers import AutoConfig
+
+    path = model_path(settings)
+    with _loading(path):
+        return AutoConfig.from_pretrained(path)
+
+
+def load_for_training(settings: Settings, checkpointing: str = "off"):
+    """The model as its method trains it: whole, or frozen with an adapter.
+
+    Args:
+        settings: The run.
+        checkpointing: Gradient checkpointing: `unsloth`, `plain` or `off`; on other engines than Unsloth it is the
+            trainer's to turn on.
+    """
     if settings.engine == "unsloth":
-        return _load_with_unsloth(settings)
-    model = _load_plain(
-        model_path(settings),
-        weights=settings.recipe.weights,
-        quantised=settings.recipe.load_in_4bit,
-        attention=attention.implementation,
-    )
+        return _load_with_unsloth(settings, {"unsloth": "unsloth", "plain": True, "off": False}[checkpointing])
+    model = _load_plain(model_path(settings), weights=settings.recipe.weights, quantised=settings.recipe.load_in_4bit)
     return _with_adapter(model, settings) if settings.recipe.adapter else model
+
+
+def training_backbone(model, settings: Settings) -> segments.Backbone:
+    """A model in training as packed rows and validation use it."""
+    # Unsloth trains all weights through transformers' own layers, and adapters through its own.
+    fast = settings.engine == "unsloth" and settings.recipe.adapter
+    return _UnslothBackbone(model) if fast else segments.Backbone(model)
+
+
+class _UnslothBackbone(segments.Backbone):
+    """Unsloth's layers take no mask of four dimensions, and cut rows that are longer than max_seq_length, unless they
+    are told that a row is packed."""
+
+    def _keywords(self, row: segments.Row) -> dict[str, torch.Tensor]:
+        return {"packed_seq_lengths": _one_document(row.input_ids.shape[1])}
+
+
+@functools.cache
+def _one_document(tokens: int) -> torch.Tensor:
+    # The same tensor for the same length: Unsloth copies what it derives from it to the GPU when it sees a new one,
+    # which a CUDA graph cannot record.
+    return torch.tensor([tokens], dtype=torch.int32)
 
 
 def load_for_evaluation(settings: Settings, artefact: Path | None):
@@ -118,16 +153,28 @@ def load_for_evaluation(settings: Settings, artefact: Path | None):
     from peft import PeftModel
 
     dtype = settings.experiment.evaluation_dtype
-    attention = "sdpa"
     if artefact is None:
-        model = _load_plain(model_path(settings), dtype, quantised=False, attention=attention)
+        model = _load_plain(model_path(settings), dtype, quantised=False)
     elif not settings.recipe.adapter:
-        model = _load_plain(str(artefact), dtype, quantised=False, attention=attention)
+        model = _load_plain(str(artefact), dtype, quantised=False)
     else:
-        base = _load_plain(model_path(settings), dtype, settings.recipe.load_in_4bit, attention)
+        base = _load_plain(model_path(settings), dtype, settings.recipe.load_in_4bit)
         with _loading(str(artefact)):
             model = PeftModel.from_pretrained(base, str(artefact))
     return evaluating(model)
+
+
+def merged(settings: Settings, adapter: Path):
+    """The base model with an adapter merged into it, in bf16; of a 4-bit base, into its dequantised weights.
+
+    Merging into 4-bit weights themselves would round the merged ones to 4 bits again.
+    """
+    from peft import PeftModel
+
+    base = _load_plain(model_path(settings), "bfloat16", settings.recipe.load_in_4bit)
+    if settings.recipe.load_in_4bit:
+        base = base.dequantize()
+    return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().eval()
 
 
 def evaluating(model):
@@ -146,31 +193,6 @@ def evaluating(model):
             if isinstance(module, Linear4bit):
                 module.train()
     return model
-
-
-def for_scoring(model):
-    """A model in training as `evaluation.LabelScorer` takes it: one that fills the cache it is given."""
-    return _FillsCache(model)
-
-
-class _FillsCache:
-    """Fills the cache that a model was given, as transformers' own forward passes do.
-
-    Unsloth's (2026.10.9) only read it, and return the keys and values of all layers as a tuple instead.
-    """
-
-    def __init__(self, model):
-        self._model = model
-        self.device, self.dtype = model.device, model.dtype
-
-    def __call__(self, *, past_key_values, **inputs):
-        output = self._model(past_key_values=past_key_values, **inputs)
-        if isinstance(output.past_key_values, tuple):
-            known = past_key_values.get_seq_length()
-            for layer, pair in enumerate(output.past_key_values):
-                # accelerate returns all outputs in fp32; attention wants the model's precision.
-                past_key_values.update(*(part[:, :, known:].to(self.dtype) for part in pair), layer)
-        return output
 
 
 def trainable_table(model) -> dict[str, int]:
@@ -195,14 +217,14 @@ def parameter_count(model) -> int:
     )
 
 
-def _load_plain(path: str, weights: str, quantised: bool, attention: str):
+def _load_plain(path: str, weights: str, quantised: bool):
     from transformers import AutoModelForCausalLM
 
     with _loading(path):
         return AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES[weights],
-            attn_implementation=attention,
+            attn_implementation="sdpa",
             quantization_config=_four_bit(DTYPES[weights]) if quantised else None,
             device_map={"": hardware.device()},
         )
@@ -236,7 +258,7 @@ def _with_adapter(model, settings: Settings):
     )
 
 
-def _load_with_unsloth(settings: Settings):
+def _load_with_unsloth(settings: Settings, checkpointing: str | bool):
     from unsloth import FastLanguageModel
 
     recipe, path = settings.recipe, model_path(settings)
@@ -251,7 +273,7 @@ def _load_with_unsloth(settings: Settings):
             dtype=torch.bfloat16,
             # Unsloth's name for fp32 weights under bf16 products.
             float32_mixed_precision=recipe.weights == "float32",
-            use_gradient_checkpointing=_checkpointing_for_unsloth(settings),
+            use_gradient_checkpointing=checkpointing,
         )
     if not recipe.adapter:
         return model
@@ -261,33 +283,30 @@ def _load_with_unsloth(settings: Settings):
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
         target_modules=recipe.target_modules,
-        use_gradient_checkpointing=_checkpointing_for_unsloth(settings),
+        use_gradient_checkpointing=checkpointing,
         random_state=settings.experiment.seed,
     )
 
 
-def _unsloth_attention() -> Attention:
-    """Which kernel Unsloth runs packed rows with; all of them keep the articles apart, at very different speeds."""
-    from unsloth.utils.attention_dispatch import select_attention_backend
+def _route_unsloth_attention() -> None:
+    """Send packed rows from Unsloth's layers to `segments`; everything else stays as it is.
 
-    backend = select_attention_backend(use_varlen=True)
-    if backend != "sdpa":
-        return Attention(f"unsloth ({backend})", "the fastest kernel that Unsloth found", isolates=True)
-    # Unsloth (2026.10.9) wants torch's kernel for rows of several lengths to group heads itself: torch 2.12 does.
-    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12):
-        return Attention("unsloth (torch varlen)", "neither flash-attn nor xformers is usable", isolates=True)
-    slow = "SLOW, one article at a time: install flash-attn or xformers for this torch, or torch 2.12 or later"
-    return Attention("unsloth (sdpa)", slow, isolates=True)
+    Unsloth (2026.10.9) has no switch for it: without flash-attn and xformers, and with a torch older than 2.12, it runs
+    one kernel per article and layer, which on an H100 made LoRA of a 7B model slower than plain TRL; and its own
+    rows know no common beginning. Its layers of Llama and Qwen2 call this function; a model of another family fails the
+    isolation check.
+    """
+    from unsloth.models import llama
 
+    unsloth_attention = llama.run_attention
 
-def _checkpointing_for_unsloth(settings: Settings) -> str | bool:
-    return {"unsloth": "unsloth", "plain": True, "off": False}[settings.recipe.gradient_checkpointing]
+    def run_attention(*, config, context, Q, K, V):
+        row = segments.active()
+        if row is None:
+            return unsloth_attention(config=config, context=context, Q=Q, K=K, V=V)
+        return segments.attend(Q, K, V, row, scale=None)
 
-
-def _has_flash_attention() -> bool:
-    from transformers.utils import is_flash_attn_2_available
-
-    return is_flash_attn_2_available()
+    llama.run_attention = run_attention
 
 
 @contextlib.contextmanager

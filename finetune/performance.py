@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from data_prep import LABELS, Example
-from finetune import chat, comparison, evaluation, hardware, metrics, models, paths, records
+from finetune import chat, comparison, evaluation, hardware, metrics, models, paths, records, segments
 from finetune.data import PreparedData
 from finetune.settings import Settings
 
@@ -99,7 +99,7 @@ def _evaluate_model(
 ) -> records.Evaluation:
     experiment = settings.experiment
     prompts = [row.prompt for row in chat.encode(tokenizer, examples, MAX_LENGTH)]
-    scorer = evaluation.LabelScorer(model, tokenizer, experiment.evaluation_batch_size)
+    scorer = evaluation.LabelScorer(segments.Backbone(model), tokenizer, experiment.evaluation_batch_size)
     probabilities, seconds = evaluation.timed(scorer.score, prompts, progress="scoring")
     labels, predicted = [example.label for example in examples], evaluation.predicted_labels(probabilities)
     generation, answers = _generate(model, tokenizer, settings, prompts, labels, predicted)

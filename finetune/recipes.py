@@ -26,6 +26,8 @@ class Recipe:
 
     adapter: bool
     """Train a LoRA adapter (Hu et al. 2021) and leave the base weights alone; otherwise train all weights."""
+    engine: Literal["auto", "transformers", "unsloth"] = "auto"
+    """What trains: Unsloth's kernels, transformers + TRL + PEFT; `auto`: Unsloth where CUDA is."""
     load_in_4bit: bool = False
     """Hold the base weights in 4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023)."""
     learning_rate: Positive = 2e-4
@@ -33,17 +35,20 @@ class Recipe:
     epochs: Positive = 1.0
     """Passes over the training rows."""
     batch_size: Count = 8
-    """Rows in one forward pass; a row is an article, or max_length tokens of whole articles where packing is on."""
+    """Articles in one forward pass."""
     gradient_accumulation_steps: Count = 4
-    """Forward passes per optimiser step; an update sees batch_size x gradient_accumulation_steps rows."""
+    """Forward passes per optimiser step; an update sees batch_size x gradient_accumulation_steps articles."""
     max_length: Annotated[int, Field(ge=64)] = 512
-    """Tokens in a row; a longer article is shortened, its answer never."""
+    """Tokens of an article with its prompt and answer; a longer article is shortened, its answer never."""
     packing: bool = True
-    """Fill rows of max_length with whole articles, where the attention keeps them apart; elsewhere it turns off."""
+    """Join a batch into one row without padding, and compute once what all prompts begin with; changes no result."""
+    supervise: Literal["answer", "all"] = "answer"
+    """Which tokens carry loss: the answer's, or the prompt's and the article's too."""
     weights: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision that the trained model's weights are held in; matrix products are bfloat16 either way."""
-    optimizer: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit"] = "adamw_torch_fused"
-    """AdamW; `adamw_8bit` (bitsandbytes) holds its two moments in a byte each instead of four."""
+    optimizer: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_8bit_stochastic"] = "adamw_torch_fused"
+    """AdamW; `adamw_8bit` (bitsandbytes) holds its two moments in a byte each, `adamw_8bit_stochastic` (torchao) also
+    rounds bfloat16 weights up or down at random, so that small updates count on average."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after the warm-up."""
     warmup_share: Share = 0.03
@@ -52,8 +57,10 @@ class Recipe:
     """Decoupled weight decay."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
-    gradient_checkpointing: Literal["unsloth", "plain", "off"] = "unsloth"
-    """Recompute activations in the backward pass to save memory; `unsloth` becomes `plain` on other engines."""
+    gradient_checkpointing: Literal["auto", "unsloth", "plain", "off"] = "auto"
+    """Recompute activations in the backward pass to save memory; `auto`: only where they would not fit."""
+    cuda_graphs: bool = False
+    """Replay each step as one CUDA graph: several times the speed for small models, nothing for large ones."""
     cudnn_benchmark: bool = True
     """Let cuDNN time its algorithms and keep the fastest; it governs convolutions, and a GPU alone."""
     lora_rank: Count = 16
@@ -83,7 +90,8 @@ class Recipe:
 
 # bfloat16 has 8 bits of precision: an update below 1/256 of a weight is lost. With fp32 weights the same run ended
 # 4.1 points higher on AG News (SmolLM2-135M, 514 steps, learning rate 5e-5).
-FULL = Recipe(adapter=False, learning_rate=2e-5, weights="float32")
+FULL = Recipe(adapter=False, engine="transformers", learning_rate=2e-5, weights="float32")
+FULL_UNSLOTH = replace(FULL, engine="unsloth")
 LORA = Recipe(adapter=True)
 QLORA = replace(LORA, load_in_4bit=True)
 

@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from data_prep import UserError
 from finetune import hardware
 from finetune.profiles import PROFILES, choose_profile
-from finetune.recipes import FULL, LORA, QLORA, STRICT, Count, Recipe, check
+from finetune.recipes import FULL, FULL_UNSLOTH, LORA, QLORA, STRICT, Count, Recipe, check
 
 ENVIRONMENT_PREFIX = "FINETUNE_"
 EVALUATION_ONLY = {"test_rows", "generation_rows", "evaluation_batch_size", "evaluation_dtype"}
@@ -59,13 +59,13 @@ class Experiment:
     """Seed of the split, the row selection, the initialisation and the order of the rows."""
 
 
-# run -> (recipe, engine). `auto`: Unsloth where CUDA is, transformers + TRL elsewhere.
-RUNS: dict[str, tuple[Recipe | None, Literal["auto", "transformers", "unsloth"]]] = {
-    "base": (None, "transformers"),
-    "full": (FULL, "transformers"),
-    "full_unsloth": (FULL, "unsloth"),
-    "lora": (LORA, "auto"),
-    "qlora": (QLORA, "auto"),
+# The base model is not trained.
+RUNS: dict[str, Recipe | None] = {
+    "base": None,
+    "full": FULL,
+    "full_unsloth": FULL_UNSLOTH,
+    "lora": LORA,
+    "qlora": QLORA,
 }
 
 
@@ -128,9 +128,8 @@ def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = 
     """
     if run not in RUNS:
         raise UserError(f"unknown run '{run}'; the runs are: {', '.join(RUNS)}")
-    recipe, engine = RUNS[run]
+    recipe = RUNS[run]
     profile, reason = choose_profile(profile)
-    engine, engine_reason = _choose_engine(engine)
     layers = [
         (f"profile {profile}", PROFILES[profile].values_for(recipe.method if recipe else None)),
         ("environment", _from_environment()),
@@ -140,7 +139,8 @@ def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = 
     experiment = _build(Experiment, values, None)
     recipe = _build(Recipe, values, recipe) if recipe else None
     if recipe:
-        check(recipe, RUNS[run][0].method)
+        check(recipe, RUNS[run].method)
+    engine, engine_reason = _choose_engine(recipe.engine) if recipe else ("transformers", "evaluation only")
     used = {field.name for part in filter(None, (experiment, recipe)) for field in fields(part)}
     origins = {name: origins.get(name, "default" if name in _names(Experiment) else "recipe") for name in used}
     return Settings(run, profile, reason, engine, engine_reason, experiment, recipe, origins)
@@ -167,7 +167,7 @@ def _choose_engine(wanted: str) -> tuple[Literal["transformers", "unsloth"], str
         UserError: Unsloth is asked for by name where there is no CUDA.
     """
     if wanted == "transformers":
-        return "transformers", "this run is of the plain libraries, by design"
+        return "transformers", "asked for by name"
     if not hardware.has_cuda():
         if wanted == "unsloth":
             raise UnavailableHere(
@@ -195,11 +195,10 @@ def parse_assignments(assignments: list[str]) -> dict[str, str]:
 
 def applicable(overrides: Mapping[str, Any], run: str) -> dict[str, Any]:
     """The overrides that mean something to a run: the base model has no learning rate."""
-    recipe, _ = RUNS[run]
     unknown = set(overrides) - _names(Experiment) - _names(Recipe)
     if unknown:
         raise UserError(_unknown(unknown.pop(), "override"))
-    return {name: value for name, value in overrides.items() if recipe or name in _names(Experiment)}
+    return {name: value for name, value in overrides.items() if RUNS[run] or name in _names(Experiment)}
 
 
 def _unknown(name: str, origin: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,20 @@ from trl import SFTConfig, SFTTrainer
 
 from data_prep import Example, UserError
 from data_prep.store import write_json
-from finetune import cards, chat, evaluation, hardware, memory, metrics, models, paths, records
+from finetune import cards, chat, evaluation, hardware, memory, metrics, models, paths, records, segments
 from finetune.data import PreparedData
 from finetune.files import folder_bytes, folder_digest, replacing_folder
+from finetune.recipes import Recipe
 from finetune.settings import Settings
+from finetune.trainer import FixedShapes, RowCollator, RowTrainer
 
 # Written last into a checkpoint: one without it was cut short.
 WHOLE = "whole.json"
 SUPERVISION_ROWS = 8
+CHECKED_TOKENS = 32
+SECONDS_BETWEEN_REPORTS = 1
+# bf16 rounding gives 0.003 to 0.01; a row whose articles saw each other, 0.9.
+LARGEST_ISOLATION_ERROR = 0.1
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class Session:
     model: Any
     tokenizer: Any
     trainer: SFTTrainer
+    backbone: segments.Backbone
     attention: models.Attention
     supervision: Supervision
     choices: dict[str, str]
@@ -113,36 +122,72 @@ def prepare_training(settings: Settings, data: PreparedData) -> Session:
     """Load the model, encode the rows and check what the loss will see; prints every choice made on the way.
 
     Raises:
-        UserError: The model cannot be loaded, or no token carries loss.
+        UserError: The model cannot be loaded or will not fit, no token carries loss, or packed articles see each other.
     """
+    recipe = settings.recipe
     set_seed(settings.experiment.seed)
-    torch.backends.cudnn.benchmark = settings.recipe.cudnn_benchmark
+    torch.backends.cudnn.benchmark = recipe.cudnn_benchmark
+    tokenizer = models.load_tokenizer(settings)
+    encode = partial(chat.encode, tokenizer, max_length=recipe.max_length)
+    encoded = encode(data.train)
     attention = models.choose_attention(settings)
-    choices = _choices(settings, attention)
+    checkpointing = memory.choose_checkpointing(settings, models.configuration(settings), list(map(len, encoded)))
+    choices = _choices(settings, attention, checkpointing)
     for name, choice in choices.items():
         print(f"{name}: {choice}")
-    tokenizer = models.load_tokenizer(settings)
-    model = models.load_for_training(settings, attention)
-    choices["memory"] = memory.require_room(settings.recipe, sum(models.trainable_table(model).values()))
-    print(f"memory: {choices['memory']}")
-    encode = partial(chat.encode, tokenizer, max_length=settings.recipe.max_length)
-    encoded = encode(data.train)
-    dataset = Dataset.from_list([row.row for row in encoded])
+    model = models.load_for_training(settings, checkpointing.mode)
+    choices["memory"] = memory.require_room(recipe, sum(models.trainable_table(model).values()))
+    backbone = models.training_backbone(model, settings)
     clock = Clock(settings)
-    watch = ValidationWatch(tokenizer, data.validation, encode(data.validation), settings)
-    trainer = SFTTrainer(
-        model=model,
-        args=_arguments(settings, attention),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        callbacks=[clock, watch, StopOnNonFiniteLoss()],
-    )
+    watch = ValidationWatch(backbone, tokenizer, data.validation, encode(data.validation), settings)
+    callbacks = [clock, watch, StopOnNonFiniteLoss()]
+    trainer = _trainer(settings, backbone, tokenizer, encoded, checkpointing.mode, callbacks)
     watch.trainer, watch.clock = trainer, clock
     _set_pace(trainer, settings)
     supervision = check_supervision(trainer, tokenizer)
-    return Session(
-        settings, data, model, tokenizer, trainer, attention, supervision, choices, clock, sum(map(len, encoded))
-    )
+    if recipe.packing:
+        choices["isolation"] = check_isolation(backbone, encoded)
+    for name in ("memory", "isolation"):
+        print(f"{name}: {choices.get(name, 'nothing to check: padded batches')}")
+    tokens = sum(map(len, encoded))
+    return Session(settings, data, model, tokenizer, trainer, backbone, attention, supervision, choices, clock, tokens)
+
+
+def _trainer(
+    settings: Settings,
+    backbone: segments.Backbone,
+    tokenizer,
+    encoded: Sequence[chat.Encoded],
+    checkpointing: str,
+    callbacks: list[TrainerCallback],
+) -> SFTTrainer:
+    recipe = settings.recipe
+    arguments = {
+        "model": backbone.model,
+        "args": _arguments(settings, checkpointing),
+        "train_dataset": Dataset.from_list([row.row(recipe.supervise) for row in encoded]),
+        "processing_class": tokenizer,
+        "callbacks": callbacks,
+    }
+    if not recipe.packing:
+        return SFTTrainer(**arguments)
+    # Where prompts carry loss too, each article pays for its own.
+    shared = chat.shared_length([row.prompt for row in encoded]) if recipe.supervise == "answer" else 0
+    shapes = _fixed_shapes(recipe, encoded) if use_graphs(recipe, checkpointing) else None
+    return RowTrainer(backbone, shapes is not None, data_collator=RowCollator(shared, shapes), **arguments)
+
+
+def use_graphs(recipe: Recipe, checkpointing: str) -> bool:
+    """CUDA graphs, where they are asked for and can be: each pass must be an update, with all activations kept."""
+    possible = hardware.has_cuda() and recipe.gradient_accumulation_steps == 1 and checkpointing == "off"
+    return recipe.cuda_graphs and possible
+
+
+def _fixed_shapes(recipe: Recipe, encoded: Sequence[chat.Encoded]) -> FixedShapes:
+    supervised = max(len(row.answer) if recipe.supervise == "answer" else len(row) for row in encoded)
+    # Few shapes, each of which is recorded once, against little padding: batches of 32 articles have 1,800 to 2,400
+    # tokens.
+    return FixedShapes(multiple=256, longest=max(map(len, encoded)), supervised=supervised)
 
 
 def check_supervision(trainer: SFTTrainer, tokenizer) -> Supervision:
@@ -160,10 +205,48 @@ def check_supervision(trainer: SFTTrainer, tokenizer) -> Supervision:
         rows=rows,
         tokens=sum(len(trainer.train_dataset[row]["input_ids"]) for row in range(rows)),
         labelled_tokens=int(labelled.sum()),
-        decoded=[
-            tokenizer.decode(ids[mask]) for ids, mask in zip(batch["input_ids"], labelled, strict=True) if mask.any()
-        ],
+        decoded=[tokenizer.decode(ids) for ids in _labelled_stretches(batch["input_ids"], labelled)],
     )
+
+
+def _labelled_stretches(ids: torch.Tensor, labelled: torch.Tensor) -> list[list[int]]:
+    """Tokens that carry loss, shape (rows, tokens) each, as uninterrupted stretches."""
+    stretches = []
+    for row_ids, row_labelled in zip(ids.tolist(), labelled.tolist(), strict=True):
+        for is_labelled, stretch in itertools.groupby(zip(row_ids, row_labelled, strict=True), key=itemgetter(1)):
+            if is_labelled:
+                stretches.append([token for token, _ in stretch])
+    return stretches
+
+
+@torch.no_grad()
+def check_isolation(backbone: segments.Backbone, encoded: Sequence[chat.Encoded]) -> str:
+    """Two articles in one row behind what they share, against each of them alone in the model's own attention.
+
+    Returns:
+        How much their hidden states differ, in words.
+
+    Raises:
+        UserError: They see each other.
+    """
+    sequences = [(row.prompt + row.answer)[-CHECKED_TOKENS:] for row in encoded[:2]]
+    shared = sequences[0][:8]
+    forest = segments.Forest()
+    root = forest.add(shared)
+    for sequence in sequences:
+        forest.add(sequence, root)
+    models.evaluating(backbone.model)
+    with torch.autocast(backbone.device.type, dtype=torch.bfloat16):
+        together = backbone(forest.row().to(backbone.device)).float()[len(shared) :].split([*map(len, sequences)])
+        alone = [backbone.alone(shared + sequence).float()[len(shared) :] for sequence in sequences]
+    backbone.model.train()
+    error = max(((a - b).norm() / b.norm()).item() for a, b in zip(together, alone, strict=True))
+    if not error < LARGEST_ISOLATION_ERROR:
+        raise UserError(
+            f"packed articles see each other: their hidden states differ from those of each alone by {error:.0%}. The "
+            "model's attention does not go through the packed one; use packing=False"
+        )
+    return f"packed articles are apart: hidden states within {error:.1%} of each article's alone"
 
 
 def newest_whole_checkpoint(state: Path) -> Path | None:
@@ -198,6 +281,7 @@ class Clock(TrainerCallback):
         self._since = 0.0
         self._resumed_at = 0
         self._before = 0.0
+        self._reported = 0.0
         self._run = settings.run
         self._progress = paths.run_folder(settings.profile, settings.run) / "progress.json"
 
@@ -217,6 +301,10 @@ class Clock(TrainerCallback):
     def on_step_end(self, args, state, control, **_) -> None:
         self.pause()
         self.go_on()
+        # Small models take a hundred steps a second; a file each would take longer.
+        if time.time() - self._reported < SECONDS_BETWEEN_REPORTS:
+            return
+        self._reported = time.time()
         pace = (self.seconds - self._before) / (state.global_step - self._resumed_at)
         write_json(
             self._progress,
@@ -244,23 +332,27 @@ class ValidationWatch(TrainerCallback):
     trainer: SFTTrainer
     clock: Clock
 
-    def __init__(self, tokenizer, examples: Sequence[Example], encoded: Sequence[chat.Encoded], settings: Settings):
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        backbone: segments.Backbone,
+        tokenizer,
+        examples: Sequence[Example],
+        encoded: Sequence[chat.Encoded],
+        settings: Settings,
+    ):
+        self._scorer = evaluation.LabelScorer(backbone, tokenizer, settings.experiment.evaluation_batch_size)
         self._labels = [example.label for example in examples]
         self._prompts = [row.prompt for row in encoded]
         self._times = settings.recipe.evaluations
-        self._batch_size = settings.experiment.evaluation_batch_size
 
     def on_step_end(self, args, state, control, model=None, **_) -> None:
         if state.global_step not in _spread(state.max_steps, self._times):
             return
         self.clock.pause()
         models.evaluating(model)
-        # Unsloth's forward passes (2026.10.9) treat the scorer's cache in a way of their own.
-        scorer = evaluation.LabelScorer(models.for_scoring(model), self._tokenizer, self._batch_size)
         # The same products in bf16 as in training; the labels' probabilities are formed in fp32.
         with torch.autocast(model.device.type, dtype=torch.bfloat16):
-            probabilities = scorer.score(self._prompts)
+            probabilities = self._scorer.score(self._prompts)
         model.train()
         result = metrics.compute(self._labels, evaluation.predicted_labels(probabilities))
         # Logging clears the flag that this step's loss is due to be logged too.
@@ -286,35 +378,35 @@ class StopOnNonFiniteLoss(TrainerCallback):
             )
 
 
-def _choices(settings: Settings, attention: models.Attention) -> dict[str, str]:
+def _choices(settings: Settings, attention: models.Attention, checkpointing: memory.Checkpointing) -> dict[str, str]:
     """What was decided for the user, each with its reason."""
     recipe = settings.recipe
-    choices = {
-        "device": f"{hardware.gpu_name() or 'CPU'}",
+    precision = "4-bit NormalFloat base" if recipe.load_in_4bit else f"{recipe.weights} weights"
+    return {
+        "device": hardware.gpu_name() or "CPU",
         "engine": f"{settings.engine}: {settings.engine_reason}",
         "attention": f"{attention.implementation}: {attention.reason}",
-        "packing": _packing_choice(settings, attention),
-        "gradient checkpointing": recipe.gradient_checkpointing,
-        "precision": f"{recipe.weights} weights, bfloat16 products",
+        "packing": "on: a batch is one row, and what prompts share is computed once" if recipe.packing else "off",
+        "gradient checkpointing": f"{checkpointing.mode}: {checkpointing.reason}",
+        "precision": f"{precision}, bfloat16 products",
+        "CUDA graphs": _graphs_choice(recipe, checkpointing.mode),
     }
-    if recipe.load_in_4bit:
-        choices["precision"] = "4-bit NormalFloat base, bfloat16 products"
-    if recipe.gradient_checkpointing == "unsloth" and settings.engine != "unsloth":
-        choices["gradient checkpointing"] = "plain: Unsloth's needs the Unsloth engine"
-    return choices
 
 
-def _packing_choice(settings: Settings, attention: models.Attention) -> str:
-    if not settings.recipe.packing:
-        return "off: packing=False; Unsloth joins a batch without padding" if settings.engine == "unsloth" else "off"
-    if not attention.isolates:
-        return f"off: {attention.implementation} attention does not keep packed articles apart; grouped by length"
-    return "on: the attention keeps packed articles apart"
+def _graphs_choice(recipe: Recipe, checkpointing: str) -> str:
+    if use_graphs(recipe, checkpointing):
+        return "on: a step is recorded once per shape of its batch, then replayed"
+    if not recipe.cuda_graphs:
+        return "off: asked for"
+    return "off: they need CUDA, gradient_accumulation_steps=1 and no gradient checkpointing"
 
 
-def _arguments(settings: Settings, attention: models.Attention) -> SFTConfig:
+# Ours for a torchao optimiser with an option.
+_OPTIMIZERS = {"adamw_8bit_stochastic": {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}}
+
+
+def _arguments(settings: Settings, checkpointing: str) -> SFTConfig:
     recipe, seed = settings.recipe, settings.experiment.seed
-    pack = recipe.packing and attention.isolates
     run_folder = paths.run_folder(settings.profile, settings.run)
     # transformers 5 takes the folder of TensorBoard's logs from the environment alone.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_folder / "tensorboard")
@@ -328,11 +420,13 @@ def _arguments(settings: Settings, attention: models.Attention) -> SFTConfig:
         warmup_steps=recipe.warmup_share,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        optim=recipe.optimizer,
+        **_OPTIMIZERS.get(recipe.optimizer, {"optim": recipe.optimizer}),
         max_length=recipe.max_length,
-        packing=pack,
-        train_sampling_strategy="random" if pack or settings.engine == "unsloth" else "group_by_length",
-        gradient_checkpointing=recipe.gradient_checkpointing != "off",
+        # Packing is ours (RowTrainer). Unsloth would turn its own on.
+        packing=False,
+        padding_free=False,
+        train_sampling_strategy="random" if recipe.packing else "group_by_length",
+        gradient_checkpointing=checkpointing != "off",
         bf16=True,
         use_cpu=not hardware.has_cuda(),
         dataloader_pin_memory=hardware.has_cuda(),
@@ -345,7 +439,7 @@ def _arguments(settings: Settings, attention: models.Attention) -> SFTConfig:
 
 
 def _set_pace(trainer: SFTTrainer, settings: Settings) -> None:
-    """Log about 50 times and save `saves` times; where rows are packed, the trainer alone knows how many are left."""
+    """Log about 50 times and save `saves` times."""
     recipe = settings.recipe
     updates = math.ceil(len(trainer.train_dataset) / (recipe.batch_size * recipe.gradient_accumulation_steps))
     steps = math.ceil(updates * recipe.epochs)

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_prep import LABELS, PROMPTS
 from data_prep.sources import sample
 from finetune import chat, evaluation
-from finetune.evaluation import LabelScorer, LabelTree
+from finetune.evaluation import LabelScorer
+from finetune.segments import Backbone
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +44,22 @@ def one_by_one(model, tokenizer, prompt: list[int]) -> list[float]:
 
 def test_scores_are_those_of_separate_forward_passes(model, tokenizer, prompts):
     expected = [one_by_one(model, tokenizer, prompt) for prompt in prompts]
-    scored = LabelScorer(model, tokenizer, batch_size=8).score(prompts)
+    scored = LabelScorer(Backbone(model), tokenizer, batch_size=8).score(prompts)
     np.testing.assert_allclose(scored, expected, atol=1e-5)
     assert np.ptp(scored, axis=0).max() > 1e-3, "a model that ignores the article would pass anything"
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 21, 64])
 def test_scores_do_not_depend_on_the_batch_size(model, tokenizer, prompts, batch_size):
-    reference = LabelScorer(model, tokenizer, batch_size=7).score(prompts)
-    scored = LabelScorer(model, tokenizer, batch_size).score(prompts)
+    reference = LabelScorer(Backbone(model), tokenizer, batch_size=7).score(prompts)
+    scored = LabelScorer(Backbone(model), tokenizer, batch_size).score(prompts)
     np.testing.assert_allclose(scored, reference, atol=1e-5)
     assert evaluation.predicted_labels(scored) == evaluation.predicted_labels(reference)
 
 
 def test_scores_do_not_depend_on_the_other_rows(model, tokenizer, prompts):
     """A row scored alone, where all but its last token is shared prefix, scores as among others."""
-    scorer = LabelScorer(model, tokenizer, batch_size=4)
+    scorer = LabelScorer(Backbone(model), tokenizer, batch_size=4)
     together = scorer.score(prompts)
     alone = np.concatenate([scorer.score([prompt]) for prompt in prompts[:5]])
     np.testing.assert_allclose(alone, together[:5], atol=1e-5)
@@ -67,29 +68,15 @@ def test_scores_do_not_depend_on_the_other_rows(model, tokenizer, prompts):
 def test_prompts_without_a_common_beginning_are_scored(model, tokenizer):
     prompts = [tokenizer(text)["input_ids"] for text in ("alpha beta gamma", "zeta eta theta iota")]
     expected = [one_by_one(model, tokenizer, prompt) for prompt in prompts]
-    np.testing.assert_allclose(LabelScorer(model, tokenizer, 2).score(prompts), expected, atol=1e-5)
-
-
-def test_labels_that_share_first_tokens_are_told_apart():
-    tree = LabelTree.of([[9, 1, 2, 5], [9, 1, 2, 6, 7], [9, 1, 3, 5], [9, 4, 5]])
-    assert tree.prefix == [9]
-    assert tree.tokens == [1, 2, 6, 3, 4]
-    assert tree.parents == [-1, 0, 1, 0, -1]
-    assert tree.depths == [1, 2, 3, 2, 1]
-    assert tree.paths == [
-        [(0, 1), (1, 2), (2, 5)],
-        [(0, 1), (1, 2), (2, 6), (3, 7)],
-        [(0, 1), (1, 3), (4, 5)],
-        [(0, 4), (5, 5)],
-    ]
+    np.testing.assert_allclose(LabelScorer(Backbone(model), tokenizer, 2).score(prompts), expected, atol=1e-5)
 
 
 def test_a_tree_with_shared_first_tokens_is_scored_exactly(model, tokenizer):
     """The tiny tokenizer's labels share no first token, so give the scorer answers that do."""
     answers = [[9, 21, 22, 25], [9, 21, 22, 26, 27], [9, 21, 23, 25], [9, 24, 25]]
     prompts = [tokenizer(text)["input_ids"] for text in ("one two three", "one four")]
-    scorer = LabelScorer(model, tokenizer, 2)
-    scorer.tree = LabelTree.of(answers)
+    scorer = LabelScorer(Backbone(model), tokenizer, 2)
+    scorer.set_answers(answers)
     expected = []
     for prompt in prompts:
         with torch.no_grad():

@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from data_prep import UserError
 from finetune import chat, evaluation, models, paths, plan, records
 from finetune.data import prepare_data
+from finetune.merging import merge
 from finetune.performance import evaluate
+from finetune.segments import Backbone
 from finetune.training import Session, check_supervision, newest_whole_checkpoint, prepare_training
 
 RUNS = ["full", "lora", "qlora"]
@@ -53,10 +55,9 @@ def test_the_loss_sees_the_answers_and_nothing_else(tiny, run):
     assert all(text.startswith('{"category":"') and text.endswith("<|im_end|>") for text in session.supervision.decoded)
     [row] = [session.trainer.train_dataset[0]]
     batch = session.trainer.data_collator([row])
-    batch = {name: tensor.to(session.model.device) for name, tensor in batch.items()}
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         loss = session.trainer.compute_loss(session.model, dict(batch)).item()
-        logits = session.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[0].float()
+        logits = session.model(input_ids=torch.tensor([row["input_ids"]])).logits[0].float()
     answer = [token for token in row["labels"] if token != chat.IGNORED]
     start = len(row["labels"]) - len(answer)
     by_hand = -np.mean([logits[start + i - 1].log_softmax(-1)[token].item() for i, token in enumerate(answer)])
@@ -136,7 +137,7 @@ def test_artefacts_load_in_plain_libraries_and_predict_the_same(tiny, tiny_model
         assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = chat.encode_prompts(tokenizer, [example.prompt for example in data.test])
-    plain = evaluation.LabelScorer(models.evaluating(model), tokenizer, 4).score(prompts)
+    plain = evaluation.LabelScorer(Backbone(models.evaluating(model)), tokenizer, 4).score(prompts)
     evaluated = evaluate(settings, data, "the notebook")
     saved = records.read_predictions(evaluated, paths.run_folder("cpu", run))
     np.testing.assert_allclose(plain, [list(row.probabilities.values()) for row in saved], atol=1e-5)
@@ -246,7 +247,7 @@ def test_a_validation_leaves_the_gradients_of_a_4_bit_model_as_they_were(tiny):
         return [p.grad.clone() for p in session.model.parameters() if p.requires_grad]
 
     before = gradients()
-    scorer = evaluation.LabelScorer(models.evaluating(session.model), session.tokenizer, 4)
+    scorer = evaluation.LabelScorer(Backbone(models.evaluating(session.model)), session.tokenizer, 4)
     scorer.score([row["input_ids"][:50] for row in session.trainer.train_dataset])
     session.model.train()
     assert all(torch.equal(first, second) for first, second in zip(before, gradients(), strict=True))
@@ -259,6 +260,62 @@ def test_scores_of_a_4_bit_model_do_not_depend_on_the_batch_size(tiny):
     model = models.load_for_evaluation(settings, paths.artefact_folder("cpu", "qlora", is_adapter=True))
     tokenizer = models.load_tokenizer(settings)
     prompts = chat.encode_prompts(tokenizer, [example.prompt for example in prepare_data(settings).test])
-    scored = [evaluation.LabelScorer(model, tokenizer, size).score(prompts) for size in (1, 5, 24)]
+    scored = [evaluation.LabelScorer(Backbone(model), tokenizer, size).score(prompts) for size in (1, 5, 24)]
     np.testing.assert_allclose(scored[0], scored[2], atol=1e-5)
     np.testing.assert_allclose(scored[1], scored[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("run", ["lora", "qlora"])
+def test_a_merged_model_predicts_what_base_and_adapter_do(tiny, run):
+    overrides = tiny | {"learning_rate": 5e-3}
+    session_of(run, overrides).run()
+    settings = plan(run, "cpu", overrides)
+    data = prepare_data(settings)
+    evaluate(settings, data, "the notebook")
+    result = merge(settings, data)
+    assert result.agreement > 0.9
+    assert ("4-bit" in result.base) == (run == "qlora")
+    folder = paths.home() / result.artefact
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = chat.encode_prompts(tokenizer, [example.prompt for example in data.test])
+    merged = evaluation.LabelScorer(Backbone(model), tokenizer, 8).score(prompts)
+    predicted = evaluation.predicted_labels(merged)
+    right = [label == example.label for label, example in zip(predicted, data.test, strict=True)]
+    assert np.mean(right) == pytest.approx(result.scoring.accuracy)
+    if run == "qlora":
+        # On the base in full precision, the adapter is another model than on the 4-bit one.
+        elsewhere = AutoPeftModelForCausalLM.from_pretrained(paths.home() / "adapters" / "cpu-qlora")
+        wrong = evaluation.LabelScorer(Backbone(elsewhere), tokenizer, 8).score(prompts)
+        saved = records.read_predictions(records.read(paths.run_folder("cpu", run)), paths.run_folder("cpu", run))
+        known = np.array([list(row.probabilities.values()) for row in saved])
+        assert np.abs(merged - known).mean() < np.abs(wrong - known).mean() / 2
+    card = (folder / "README.md").read_text()
+    assert "AutoPeftModel" not in card and f"merged into {result.base}" in card
+
+
+def test_a_run_without_an_adapter_cannot_be_merged(tiny):
+    settings = plan("full", "cpu", tiny)
+    with pytest.raises(UserError, match="full trains no adapter: there is nothing to merge"):
+        merge(settings, prepare_data(settings))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_packed_and_padded_batches_have_the_same_loss_and_gradients(tiny, run):
+    """Packing changes the layout of a batch and the kernel of its attention, not what is learnt."""
+    packed, padded = session_of(run, tiny), session_of(run, tiny | {"packing": False})
+    results = []
+    for session in (packed, padded):
+        rows = [session.trainer.train_dataset[row] for row in range(8)]
+        batch = session.trainer.data_collator(rows)
+        count = torch.tensor(sum(label != chat.IGNORED for row in rows for label in row["labels"]))
+        session.model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = session.trainer.compute_loss(session.model, dict(batch), num_items_in_batch=count)
+        loss.backward()
+        gradients = [p.grad.float().flatten() for p in session.model.parameters() if p.grad is not None]
+        results.append((loss.item(), torch.cat(gradients)))
+    (loss, gradient), (other_loss, other) = results
+    assert loss == pytest.approx(other_loss, rel=1e-2)
+    assert torch.nn.functional.cosine_similarity(gradient, other, dim=0) > 0.999

@@ -1,0 +1,445 @@
+"""Speed and memory of training and evaluation on one GPU: a ladder of optimisations, and the peer beside it.
+
+    python -m benchmarks.throughput CSV_FOLDER [--layers 28] [--only PART ...] [--out FILE]
+
+CSV_FOLDER holds AG News' train.csv and test.csv. The model has the shape of Qwen2.5-7B and random weights: time and
+memory do not depend on their values. Its tokenizer is the embedded model's, whose articles are about as long as
+Qwen's. Every part is measured in a process of its own; all of it on one machine, in one run.
+
+Counting: `tokens/s` counts each article's own tokens, prompt and answer included, whether a row shares its beginning
+with others or not. `TFLOP/s` counts the tokens that were computed, 4 N per token where the base is frozen and 6 N where
+it is trained (N parameters, all of them; recomputation does not count), and 2 N for scoring; `share of peak` divides by
+a large bf16 matrix product of the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+WARM_STEPS, TIMED_STEPS = 4, 8
+SEED_BATCH = {"batch_size": 8, "gradient_accumulation_steps": 4}
+LARGE_BATCH = {"batch_size": 64, "gradient_accumulation_steps": 1}
+ALL_LINEAR = {"lora_targets": "all-linear"}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One measurement.
+
+    Attributes:
+        name: What it adds to the rung before it.
+        run: The suite's run.
+        overrides: Parameters of the suite.
+        trainer: `suite`, or `trl`: SFTTrainer as its users set it up.
+        engine: `unsloth` or `transformers`.
+        options: SFTConfig's, for `trl`.
+        share: Whether rows share the tokens that all begin with.
+    """
+
+    name: str
+    run: str = "lora"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    trainer: str = "suite"
+    engine: str = "unsloth"
+    options: dict[str, Any] = field(default_factory=dict)
+    share: bool = True
+
+
+FIRST = SEED_BATCH | ALL_LINEAR | {"prompt": "verbose", "supervise": "all", "gradient_checkpointing": "plain"}
+PLAIN = {"trainer": "trl", "engine": "transformers"}
+PACK = {"packing": True, "max_length": 512}
+UNSLOTH = FIRST | {"gradient_checkpointing": "unsloth"}
+KEPT = UNSLOTH | {"gradient_checkpointing": "off"}
+LEAN = KEPT | {"supervise": "answer", "prompt": "lean"}
+BEST = LEAN | LARGE_BATCH
+FULL_BEST = BEST | {"weights": "bfloat16", "optimizer": "adamw_8bit"}
+
+PARTS: dict[str, tuple[Rung, ...]] = {
+    "plain": (
+        Rung("TRL + PEFT: 8 x 4 articles, long prompt, loss on all tokens, checkpointing", overrides=FIRST, **PLAIN),
+        Rung("+ cudnn.benchmark", overrides=FIRST | {"cudnn_benchmark": True}, **PLAIN),
+        Rung("peer: TRL + PEFT, tuned, checkpointing", overrides=BEST | {"gradient_checkpointing": "plain"}, **PLAIN),
+        Rung("peer: TRL + PEFT, tuned, no checkpointing", overrides=BEST, **PLAIN),
+    ),
+    "lora": (
+        Rung("+ Unsloth's kernels, packing in rows of 512", overrides=UNSLOTH, trainer="trl", options=PACK),
+        Rung("+ flash attention over whole articles", overrides=UNSLOTH, share=False),
+        Rung("+ no checkpointing", overrides=KEPT, share=False),
+        Rung("+ loss on the answer alone", overrides=KEPT | {"supervise": "answer"}, share=False),
+        Rung("+ lean prompt", overrides=LEAN, share=False),
+        Rung("+ common beginning computed once", overrides=LEAN),
+        Rung("+ 64 articles at once", overrides=BEST),
+        Rung("LoRA, 128 articles at once", overrides=BEST | {"batch_size": 128}),
+        Rung(
+            "LoRA, least memory: checkpointing, 32 articles",
+            overrides=LEAN | {"batch_size": 32, "gradient_accumulation_steps": 2, "gradient_checkpointing": "unsloth"},
+        ),
+    ),
+    "qlora": (
+        Rung("QLoRA", "qlora", BEST),
+        Rung(
+            "QLoRA, least memory: checkpointing, 32 articles",
+            "qlora",
+            LEAN | {"batch_size": 32, "gradient_accumulation_steps": 2, "gradient_checkpointing": "unsloth"},
+        ),
+    ),
+    "full": (
+        Rung("full, bf16 weights, 8-bit AdamW", "full_unsloth", FULL_BEST),
+        Rung("full, the same, checkpointing", "full_unsloth", FULL_BEST | {"gradient_checkpointing": "unsloth"}),
+    ),
+    "full_plain": (
+        Rung("full, bf16 weights, 8-bit AdamW, transformers", "full", FULL_BEST, engine="transformers"),
+        Rung(
+            "full, the same, checkpointing, transformers",
+            "full",
+            FULL_BEST | {"gradient_checkpointing": "plain"},
+            engine="transformers",
+        ),
+    ),
+}
+
+
+def main() -> None:
+    """Measure the parts that are asked for and write their table."""
+    options = _options()
+    if options.part:
+        _measure_part(options)
+        return
+    model = _random_model(options.layers, Path(options.scratch))
+    results = []
+    for part in options.only or [*PARTS, "evaluation", "start"]:
+        results += _in_process(part, options, model)
+        Path(options.out).write_text(json.dumps(results, indent=1))
+    print(table(results))
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results as a Markdown table."""
+    head = ["", "articles/s", "tokens/s", "TFLOP/s", "share of peak", "peak GB", "seconds to the first step"]
+    lines = [head, ["---"] * len(head)]
+    for row in results:
+        lines.append([row["name"], *(_shown(row.get(key), form) for key, form in _COLUMNS)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+_COLUMNS = (
+    ("articles_per_second", "{:.1f}"),
+    ("tokens_per_second", "{:,.0f}"),
+    ("tflops", "{:.0f}"),
+    ("share_of_peak", "{:.1%}"),
+    ("peak_gb", "{:.1f}"),
+    ("seconds_to_first_step", "{:.1f}"),
+)
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("csv", metavar="CSV_FOLDER")
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--scratch", default="/dev/shm")
+    parser.add_argument("--out", default="throughput.json")
+    parser.add_argument("--profile", action="store_true", help="print each rung's slowest kernels")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _in_process(part: str, options: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "benchmarks.throughput", options.csv, "--part", part, "--model", str(model)]
+    command += ["--profile"] if options.profile else []
+    start = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    print(f"{part}: {time.perf_counter() - start:.0f} s, exit {done.returncode}", flush=True)
+    if done.returncode:
+        print(done.stdout[-3000:], flush=True)
+    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
+
+
+def _random_model(layers: int, scratch: Path) -> Path:
+    """A folder with a model of Qwen2.5-7B's shape (config.json of Qwen/Qwen2.5-7B-Instruct) and random weights."""
+    folder = scratch / f"qwen2.5-7b-shape-{layers}"
+    if folder.is_dir():
+        return folder
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from finetune import embedded
+
+    config = Qwen2Config(
+        vocab_size=152_064,
+        hidden_size=3_584,
+        intermediate_size=18_944,
+        num_hidden_layers=layers,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=32_768,
+        rope_theta=1e6,
+        tie_word_embeddings=False,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(embedded.folder())
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = Qwen2ForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
+    return folder
+
+
+def _measure_part(options: argparse.Namespace) -> None:
+    """Measure one part's rungs in this process, and print each as a line of JSON."""
+    os.environ["FINETUNE_PROFILE"] = "gpu"
+    if options.part == "evaluation":
+        results: Iterator[dict[str, Any]] = _evaluation(options)
+    elif options.part == "start":
+        results = _start(options)
+    else:
+        results = (_training(rung, options) for rung in PARTS[options.part])
+    for result in results:
+        print("RESULT " + json.dumps({"part": options.part, **result}), flush=True)
+
+
+# When each training of this process had done its first step.
+first_step_at: list[float] = []
+
+
+def _training(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
+    from finetune import plan_training
+
+    wanted = rung.overrides | {
+        "model": options.model,
+        "source": "csv",
+        "data_path": options.csv,
+        "seed": 1,
+        "engine": rung.engine,
+    }
+    wanted["train_rows"] = (WARM_STEPS + TIMED_STEPS) * wanted["batch_size"] * wanted["gradient_accumulation_steps"]
+    wanted.setdefault("cudnn_benchmark", False)
+    plan = plan_training(rung.run, "gpu", wanted | {"evaluations": 1})
+    import torch
+
+    from finetune import models
+    from finetune.data import prepare_data
+
+    data = prepare_data(plan)
+    peak = matrix_peak()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        trainer = _suite_trainer(rung, plan, data) if rung.trainer == "suite" else _trl_trainer(rung, plan, data)
+        timing = _timed(trainer, options.profile)
+    except torch.OutOfMemoryError:
+        return {"name": rung.name, "outcome": "out of memory"}
+    first_step_at.append(timing.pop("first_step_at"))
+    parameters = models.parameter_count(trainer.model)
+    flops = (4 if plan.recipe.adapter else 6) * parameters * timing["computed_per_second"]
+    return {
+        "name": rung.name,
+        "run": rung.run,
+        "overrides": rung.overrides,
+        "parameters": parameters,
+        **timing,
+        "tflops": flops / 1e12,
+        "matrix_peak_tflops": peak / 1e12,
+        "share_of_peak": flops / peak,
+        "peak_gb": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
+def _suite_trainer(rung: Rung, plan, data):
+    from finetune.trainer import RowCollator
+    from finetune.training import ValidationWatch, prepare_training
+
+    trainer = prepare_training(plan, data).trainer
+    trainer.remove_callback(ValidationWatch)
+    if not rung.share:
+        trainer.data_collator = RowCollator(0)
+    return trainer
+
+
+def _trl_trainer(rung: Rung, plan, data):
+    """SFTTrainer as its users set it up: on this suite's rows, but with its own collator, loss and packing."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from finetune import chat, models
+
+    recipe = plan.recipe
+    model = models.load_for_training(plan, recipe.gradient_checkpointing)
+    tokenizer = models.load_tokenizer(plan)
+    rows = chat.encode(tokenizer, data.train, recipe.max_length)
+    arguments = SFTConfig(
+        output_dir="/tmp/throughput",
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        learning_rate=recipe.learning_rate,
+        optim=recipe.optimizer,
+        bf16=True,
+        gradient_checkpointing=recipe.gradient_checkpointing != "off",
+        report_to=[],
+        **({"train_sampling_strategy": "group_by_length"} if not rung.options else {}),
+        **rung.options,
+    )
+    dataset = Dataset.from_list([row.row(recipe.supervise) for row in rows])
+    return SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+
+
+def _timed(trainer, profile: bool) -> dict[str, Any]:
+    """Train for a few steps, and time all but the first; then, if asked, one more under the profiler."""
+    import torch
+    from transformers import TrainerCallback
+
+    batches: list[tuple[int, int, int]] = []
+    collate = trainer.data_collator
+
+    def counted(examples):
+        batch = collate(examples)
+        articles = sum(len(example.get("seq_lengths", [1])) for example in examples)
+        batches.append((articles, sum(len(example["input_ids"]) for example in examples), batch["input_ids"].numel()))
+        return batch
+
+    stamps: list[float] = []
+
+    class Stamps(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            torch.cuda.synchronize()
+            stamps.append(time.perf_counter())
+
+    steps = WARM_STEPS + TIMED_STEPS
+    trainer.data_collator = counted
+    trainer.args.max_steps, trainer.args.save_strategy, trainer.args.logging_steps = steps, "no", 4
+    trainer.add_callback(Stamps())
+    start = time.perf_counter()
+    trainer.train()
+    kernels = _kernels(trainer) if profile else {}
+    accumulated = trainer.args.gradient_accumulation_steps
+    counts = batches[WARM_STEPS * accumulated : steps * accumulated]
+    articles, tokens, computed = (sum(column) for column in zip(*counts, strict=True))
+    # The median step: one stall of the machine is not the method's.
+    seconds = statistics.median(b - a for a, b in zip(stamps[WARM_STEPS - 1 : -1], stamps[WARM_STEPS:], strict=True))
+    seconds *= TIMED_STEPS
+    return {
+        "articles_per_second": articles / seconds,
+        "tokens_per_second": tokens / seconds,
+        "computed_per_second": computed / seconds,
+        "seconds_to_first_step": stamps[0] - start,
+        "first_step_at": stamps[0],
+        **kernels,
+    }
+
+
+def _kernels(trainer, count: int = 14) -> dict[str, Any]:
+    """The kernels that one step spends its time in, in milliseconds, and the step's own milliseconds."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    examples = [trainer.train_dataset[row] for row in range(trainer.args.per_device_train_batch_size)]
+    batch = trainer.data_collator(examples)
+    batch = {name: value.to("cuda") for name, value in batch.items()}
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        start = time.perf_counter()
+        trainer.training_step(trainer.model, batch, torch.tensor(512, device="cuda"))
+        torch.cuda.synchronize()
+        milliseconds = 1000 * (time.perf_counter() - start)
+    trainer.model.zero_grad()
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    shown = {event.key[:90]: [round(event.self_device_time_total / 1000, 2), event.count] for event in kernels[:count]}
+    busy = sum(event.self_device_time_total for event in kernels) / 1000
+    return {"profile": {"step_ms": milliseconds, "busy_ms": busy, "kernels": shown}}
+
+
+def matrix_peak() -> float:
+    """FLOP/s of a large bf16 matrix product on random numbers, the best of five times ten."""
+    import torch
+
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / _best(lambda: a @ b)
+
+
+def _best(run: Callable[[], object], times: int = 5, inner: int = 10) -> float:
+    """Seconds of one call, the best of `times` groups of `inner`."""
+    import torch
+
+    run()
+    seconds = []
+    for _ in range(times):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(inner):
+            run()
+        torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - start) / inner)
+    return min(seconds)
+
+
+def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Scoring and generation of the same test rows by plain transformers."""
+    import torch
+
+    from finetune import chat, evaluation, models, plan, segments
+    from finetune.data import prepare_data
+
+    for prompt, batch in (("lean", 128), ("lean", 256), ("verbose", 128)):
+        wanted = {"model": options.model, "source": "csv", "data_path": options.csv, "prompt": prompt}
+        settings = plan("base", "gpu", wanted | {"test_rows": 2048, "evaluation_batch_size": batch})
+        data = prepare_data(settings)
+        tokenizer = models.load_tokenizer(settings)
+        prompts = [row.prompt for row in chat.encode(tokenizer, data.test, 1024)]
+        model = models.load_for_evaluation(settings, None)
+        peak = matrix_peak()
+        torch.cuda.reset_peak_memory_stats()
+        scorer = evaluation.LabelScorer(segments.Backbone(model), tokenizer, batch)
+        scorer.score(prompts[:batch])
+        _, seconds = evaluation.timed(scorer.score, prompts)
+        shared = chat.shared_length(prompts)
+        read = sum(len(prompt) - shared for prompt in prompts)
+        flops = 2 * models.parameter_count(model) * read / seconds
+        yield {
+            "name": f"scoring, {prompt} prompt, {batch} articles at once",
+            "articles_per_second": len(prompts) / seconds,
+            "tokens_per_second": sum(map(len, prompts)) / seconds,
+            "tflops": flops / 1e12,
+            "share_of_peak": flops / peak,
+            "peak_gb": torch.cuda.max_memory_allocated() / 2**30,
+        }
+        if batch == 128:
+            _, seconds = evaluation.timed(evaluation.generate, model, tokenizer, prompts[:512], 128)
+            yield {"name": f"generation, {prompt} prompt, 128 articles at once", "articles_per_second": 512 / seconds}
+        del model, scorer
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _start(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Seconds from the first import to the end of the first optimiser step, in this fresh process."""
+    start = time.perf_counter()
+    result = _training(Rung("LoRA, from the first import to the end of the first step", overrides=BEST), options)
+    yield {"name": result["name"], "seconds_to_first_step": first_step_at[0] - start}
+
+
+if __name__ == "__main__":
+    main()

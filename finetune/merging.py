@@ -1,0 +1,89 @@
+"""Merge an adapter into the weights that it was trained on, and evaluate again what came out: merging rounds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data_prep import LABELS, UserError
+from finetune import cards, chat, evaluation, metrics, models, paths, records, segments
+from finetune.data import PreparedData
+from finetune.files import folder_bytes, folder_digest, replacing_folder
+from finetune.performance import MAX_LENGTH
+from finetune.settings import Settings
+
+MERGED = "merged.json"
+BASES = {
+    "lora": "the base model's bf16 weights",
+    "qlora": "the base model's 4-bit weights, dequantised to bf16: those that the adapter was trained on",
+}
+
+
+class Merged(records.Part):
+    """A merged model, and how its predictions compare with those of base and adapter apart.
+
+    Attributes:
+        base: Which weights the adapter was merged into.
+        agreement: Share of the test rows with the same label.
+        largest_difference: Of a label's probability, over all rows.
+    """
+
+    environment: records.Environment
+    run: str
+    base: str
+    artefact: str
+    artefact_bytes: int
+    artefact_digest: str
+    scoring: metrics.Metrics
+    adapter_accuracy: float
+    agreement: float
+    largest_difference: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.artefact} ({self.artefact_bytes / 1e6:.0f} MB), merged into {self.base}: accuracy "
+            f"{self.scoring.accuracy:.2%} against {self.adapter_accuracy:.2%} with the adapter apart, "
+            f"{self.agreement:.2%} of the rows labelled alike, probabilities within {self.largest_difference:.3f}"
+        )
+
+
+def merge(settings: Settings, data: PreparedData) -> Merged:
+    """Merge the adapter of an evaluated run, save the model and score the test rows with it.
+
+    Raises:
+        UserError: The run trains no adapter, was not trained with these settings, or was not evaluated yet.
+    """
+    if settings.recipe is None or not settings.recipe.adapter:
+        raise UserError(f"{settings.run} trains no adapter: there is nothing to merge; choose lora or qlora")
+    _, adapter = records.require_artefact(settings, data.reference, f"fine_tuning_{settings.run}.ipynb")
+    run_folder = paths.run_folder(settings.profile, settings.run)
+    record = records.read(run_folder)
+    before = records.read_predictions(record, run_folder)
+    tokenizer = models.load_tokenizer(settings)
+    model = models.merged(settings, adapter)
+    folder = paths.artefact_folder(settings.profile, f"{settings.run}-merged", is_adapter=False)
+    with replacing_folder(folder) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        (beside / "README.md").write_text(
+            cards.merged_card(settings, data, models.model_name(settings), BASES[settings.run]), encoding="utf-8"
+        )
+    prompts = [row.prompt for row in chat.encode(tokenizer, data.test, MAX_LENGTH)]
+    scorer = evaluation.LabelScorer(segments.Backbone(model), tokenizer, settings.experiment.evaluation_batch_size)
+    probabilities = scorer.score(prompts, progress="scoring")
+    predicted = evaluation.predicted_labels(probabilities)
+    known = np.array([[row.probabilities[label] for label in LABELS] for row in before])
+    result = Merged(
+        environment=records.environment(),
+        run=settings.run,
+        base=BASES[settings.run],
+        artefact=str(folder.relative_to(paths.home())),
+        artefact_bytes=folder_bytes(folder),
+        artefact_digest=folder_digest(folder),
+        scoring=metrics.compute([example.label for example in data.test], predicted),
+        adapter_accuracy=record.evaluation.scoring.accuracy,
+        agreement=float(np.mean([row.prediction == label for row, label in zip(before, predicted, strict=True)])),
+        largest_difference=float(np.abs(probabilities - known).max()),
+    )
+    with records.replacing(run_folder / MERGED) as file:
+        file.write(result.model_dump_json(indent=2) + "\n")
+    return result

@@ -1,0 +1,160 @@
+"""Trains on a GPU and prints what came out, for test_gpu.py: each engine needs a process of its own, because Unsloth
+changes transformers for the whole process.
+
+    python tests/gpu/examine.py CSV_FOLDER ENGINE RUN [RUN ...]    # a line of JSON per run
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+
+from finetune import plan_training
+
+ROWS = 32
+OVERRIDES = {
+    "source": "csv",
+    "train_rows": 6 * ROWS,
+    "validation_rows": 64,
+    "test_rows": 64,
+    "batch_size": ROWS,
+    "gradient_accumulation_steps": 1,
+    "evaluations": 1,
+    "saves": 2,
+    "warmup_share": 0.0,
+}
+
+
+def main() -> None:
+    csv, engine, *runs = sys.argv[1:]
+    for run in runs:
+        settings = plan_training(run, "gpu", OVERRIDES | {"data_path": csv, "engine": engine})
+        print("RESULT " + json.dumps({"run": run, "engine": engine, **_examine(settings)}), flush=True)
+        _release()
+
+
+def _examine(settings) -> dict:
+    from finetune.data import prepare_data
+    from finetune.training import prepare_training
+
+    data = prepare_data(settings)
+    session = prepare_training(settings, data)
+    result = {"choices": session.choices, **_gradients(session)}
+    del session
+    _release()
+    return result | _resumption(settings, data)
+
+
+def _gradients(session) -> dict:
+    """Loss and gradient of the same articles packed, padded, and in small batches."""
+    from transformers.utils import logging
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    logging.set_verbosity_error()
+    rows = [session.trainer.train_dataset[row] for row in range(ROWS)]
+    pack, pad = session.trainer.data_collator, DataCollatorForLanguageModeling(session.tokenizer.pad_token_id)
+    loss, packed = _step(session, [pack(rows)], _packed_loss)
+    padded_loss, padded = _step(session, [pad(rows)], _padded_loss)
+    small_loss, small = _step(session, [pack([row]) for row in rows], _packed_loss)
+    return {
+        "loss": loss,
+        "padded_loss": padded_loss,
+        "small_loss": small_loss,
+        "padded": _compared(packed, padded),
+        "small": _compared(packed, small),
+    }
+
+
+def _step(session, batches, loss_of):
+    import torch
+
+    session.model.zero_grad()
+    count = sum(int((batch["labels"] >= 0).sum()) for batch in batches)
+    total = 0.0
+    for batch in batches:
+        batch = {name: value.to("cuda") for name, value in batch.items()}
+        total += loss_of(session, batch, torch.tensor(count, device="cuda"))
+    gradients = [p.grad.float().flatten().cpu() for p in session.model.parameters() if p.grad is not None]
+    session.model.zero_grad()
+    return total, torch.cat(gradients)
+
+
+def _packed_loss(session, batch, count) -> float:
+    from finetune import segments
+
+    with segments.within(batch["row"]):
+        loss = session.trainer.compute_loss(session.model, batch, num_items_in_batch=count)
+        loss.backward()
+    return loss.item()
+
+
+def _padded_loss(session, batch, count) -> float:
+    """The library's own forward pass and loss."""
+    import torch
+
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = session.model(**batch, num_items_in_batch=count).loss
+    loss.backward()
+    return loss.item()
+
+
+def _compared(first, second) -> dict[str, float]:
+    return {
+        "cosine": (first @ second / (first.norm() * second.norm())).item(),
+        "norms": (first.norm() / second.norm()).item(),
+    }
+
+
+def _resumption(settings, data) -> dict[str, float]:
+    """How far apart two uninterrupted trainings end, and a resumed one from them, as shares of the way they went."""
+    from transformers import TrainerCallback
+
+    from finetune.training import prepare_training
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 4:
+                raise KeyboardInterrupt
+
+    start = _weights(prepare_training(settings, data))
+    ends = [_trained(prepare_training(settings, data)) for _ in range(2)]
+    interrupted = prepare_training(settings, data)
+    interrupted.trainer.add_callback(Stop())
+    try:
+        interrupted.run()
+    except KeyboardInterrupt:
+        del interrupted
+        _release()
+    resumed = _trained(prepare_training(settings, data))
+    way = (ends[0] - start).norm()
+    return {
+        "again": ((ends[1] - ends[0]).norm() / way).item(),
+        "resumed": ((resumed - ends[0]).norm() / way).item(),
+    }
+
+
+def _trained(session):
+    session.run()
+    return _weights(session)
+
+
+def _weights(session):
+    import torch
+
+    model = session.trainer.accelerator.unwrap_model(session.model)
+    weights = torch.cat([p.detach().float().flatten().cpu() for p in model.parameters() if p.requires_grad])
+    del session
+    _release()
+    return weights
+
+
+def _release() -> None:
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
