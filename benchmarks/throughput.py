@@ -18,16 +18,20 @@ import argparse
 import gc
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-WARM_STEPS, TIMED_STEPS = 4, 8
+from data_prep.store import write_json
+
+WARM_STEPS, TIMED_STEPS = 2, 6
 SEED_BATCH = {"batch_size": 8, "gradient_accumulation_steps": 4}
 LARGE_BATCH = {"batch_size": 64, "gradient_accumulation_steps": 1}
 ALL_LINEAR = {"lora_targets": "all-linear"}
@@ -57,6 +61,7 @@ class Rung:
 
 
 FIRST = SEED_BATCH | ALL_LINEAR | {"prompt": "verbose", "supervise": "all", "gradient_checkpointing": "plain"}
+FIRST |= {"cuda_graphs": False}
 PLAIN = {"trainer": "trl", "engine": "transformers"}
 PACK = {"packing": True, "max_length": 512}
 UNSLOTH = FIRST | {"gradient_checkpointing": "unsloth"}
@@ -80,7 +85,6 @@ PARTS: dict[str, tuple[Rung, ...]] = {
         Rung("+ lean prompt", overrides=LEAN, share=False),
         Rung("+ common beginning computed once", overrides=LEAN),
         Rung("+ 64 articles at once", overrides=BEST),
-        Rung("LoRA, 128 articles at once", overrides=BEST | {"batch_size": 128}),
         Rung(
             "LoRA, least memory: checkpointing, 32 articles",
             overrides=LEAN | {"batch_size": 32, "gradient_accumulation_steps": 2, "gradient_checkpointing": "unsloth"},
@@ -116,20 +120,36 @@ def main() -> None:
     if options.part:
         _measure_part(options)
         return
+    os.environ["FINETUNE_COMMAND"] = shlex.join(["python", "-m", "benchmarks.throughput", *sys.argv[1:]])
+    report = _provenance(options)
     model = _random_model(options.layers, Path(options.scratch))
-    results = []
     for part in options.only or [*PARTS, "evaluation", "start"]:
-        results += _in_process(part, options, model)
-        Path(options.out).write_text(json.dumps(results, indent=1))
-    print(table(results))
+        report["results"] += _in_process(part, options, model)
+        write_json(Path(options.out), report)
+    print(table(report["results"]))
+
+
+def _provenance(options: argparse.Namespace) -> dict[str, Any]:
+    """Where, with what and on which data all this is measured."""
+    from finetune import plan, records
+    from finetune.data import prepare_data
+
+    data = prepare_data(plan("base", "gpu", {"source": "csv", "data_path": options.csv}))
+    return {
+        "environment": records.environment().model_dump(),
+        "data": data.reference.model_dump(),
+        "model": f"Qwen2.5-7B's shape with random weights, {options.layers} layers",
+        "results": [],
+    }
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
-    head = ["", "articles/s", "tokens/s", "TFLOP/s", "share of peak", "peak GB", "seconds to the first step"]
+    head = ["", "articles/s", "tokens/s", "TFLOP/s", "share of peak", "peak GiB", "seconds to the first step"]
     lines = [head, ["---"] * len(head)]
     for row in results:
-        lines.append([row["name"], *(_shown(row.get(key), form) for key, form in _COLUMNS)])
+        name = f"{row['name']}: {row['outcome']}" if "outcome" in row else row["name"]
+        lines.append([name, *(_shown(row.get(key), form) for key, form in _COLUMNS)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -138,7 +158,7 @@ _COLUMNS = (
     ("tokens_per_second", "{:,.0f}"),
     ("tflops", "{:.0f}"),
     ("share_of_peak", "{:.1%}"),
-    ("peak_gb", "{:.1f}"),
+    ("peak_gib", "{:.1f}"),
     ("seconds_to_first_step", "{:.1f}"),
 )
 
@@ -153,7 +173,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--scratch", default="/dev/shm")
-    parser.add_argument("--out", default="throughput.json")
+    parser.add_argument("--out", default="results/throughput.json")
     parser.add_argument("--profile", action="store_true", help="print each rung's slowest kernels")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -214,9 +234,18 @@ def _measure_part(options: argparse.Namespace) -> None:
     elif options.part == "start":
         results = _start(options)
     else:
-        results = (_training(rung, options) for rung in PARTS[options.part])
+        results = (_attempt(rung, options) for rung in PARTS[options.part])
     for result in results:
         print("RESULT " + json.dumps({"part": options.part, **result}), flush=True)
+
+
+def _attempt(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
+    """A rung's measurement, or what went wrong: one that fails is a result, and must not cost the others theirs."""
+    try:
+        return _training(rung, options)
+    except Exception as error:
+        traceback.print_exc()
+        return {"name": rung.name, "outcome": f"{type(error).__name__}: {error}"[:300]}
 
 
 # When each training of this process had done its first step.
@@ -245,12 +274,9 @@ def _training(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
     peak = matrix_peak()
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        trainer = _suite_trainer(rung, plan, data) if rung.trainer == "suite" else _trl_trainer(rung, plan, data)
-        timing = _timed(trainer, options.profile)
-    except torch.OutOfMemoryError:
-        return {"name": rung.name, "outcome": "out of memory"}
+    torch.backends.cudnn.benchmark = plan.recipe.cudnn_benchmark
+    trainer = _suite_trainer(rung, plan, data) if rung.trainer == "suite" else _trl_trainer(rung, plan, data)
+    timing = _timed(trainer, options.profile)
     first_step_at.append(timing.pop("first_step_at"))
     parameters = models.parameter_count(trainer.model)
     flops = (4 if plan.recipe.adapter else 6) * parameters * timing["computed_per_second"]
@@ -263,7 +289,7 @@ def _training(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
         "tflops": flops / 1e12,
         "matrix_peak_tflops": peak / 1e12,
         "share_of_peak": flops / peak,
-        "peak_gb": torch.cuda.max_memory_allocated() / 2**30,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
 
 
@@ -325,6 +351,9 @@ def _timed(trainer, profile: bool) -> dict[str, Any]:
         def on_step_end(self, args, state, control, **_):
             torch.cuda.synchronize()
             stamps.append(time.perf_counter())
+            if state.global_step == 1:
+                # The peak of training, not of loading.
+                torch.cuda.reset_peak_memory_stats()
 
     steps = WARM_STEPS + TIMED_STEPS
     trainer.data_collator = counted
@@ -424,7 +453,7 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "tokens_per_second": sum(map(len, prompts)) / seconds,
             "tflops": flops / 1e12,
             "share_of_peak": flops / peak,
-            "peak_gb": torch.cuda.max_memory_allocated() / 2**30,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         }
         if batch == 128:
             _, seconds = evaluation.timed(evaluation.generate, model, tokenizer, prompts[:512], 128)

@@ -274,6 +274,8 @@ def _load_with_unsloth(settings: Settings, checkpointing: str | bool):
             # Unsloth's name for fp32 weights under bf16 products.
             float32_mixed_precision=recipe.weights == "float32",
             use_gradient_checkpointing=checkpointing,
+            # Where memory is short, the frozen input embeddings, a gigabyte of a 7B model, go to the host too.
+            offload_embedding=checkpointing == "unsloth" and recipe.adapter and not hardware.is_unified(),
         )
     if not recipe.adapter:
         return model

@@ -123,8 +123,9 @@ class Backbone:
 
     def __init__(self, model):
         self.model = model
-        self.device = model.device
         self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
+        # Not the model's: its input embeddings may lie in the host's memory.
+        self.device = self.head.weight.device
         _register()
         model.set_attn_implementation(NAME)
 
