@@ -3,8 +3,8 @@
     python -m benchmarks.search full --profile gpu --set source=csv --set data_path=FOLDER \\
         --grid learning_rate=5e-5,1e-4 --grid weights=bfloat16,float32 --out results/search-full.json
 
-Writes one line of JSON per training, with its settings, final validation accuracy and log loss, seconds and peak memory.
-Nothing is saved of the models.
+Writes one line of JSON per training, with its settings, final validation accuracy and log loss, seconds and peak
+memory. Nothing is saved of the models.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def main() -> None:
     os.environ["FINETUNE_COMMAND"] = shlex.join(["python", "-m", "benchmarks.search", *sys.argv[1:]])
     results: list[dict[str, Any]] = []
     for combination in combinations(options.grid):
-        settings = plan_training(options.run, options.profile, parse_assignments(options.assignments) | combination)
+        wanted = {"saves": 0} | parse_assignments(options.assignments) | combination
+        settings = plan_training(options.run, options.profile, wanted)
         results.append({"run": options.run, **combination, **_train(settings)})
         print(json.dumps({key: value for key, value in results[-1].items() if key != "environment"}), flush=True)
         with replacing(Path(options.out)) as file:

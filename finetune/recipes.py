@@ -73,8 +73,8 @@ class Recipe:
     """Which projections get an adapter: q, k, v and o, or the MLP's gate, up and down too."""
     evaluations: Count = 4
     """How often validation accuracy is measured during the training, the end included."""
-    saves: Count = 4
-    """How often a checkpoint is written that an interrupted run resumes from."""
+    saves: Annotated[int, Field(ge=0)] = 4
+    """How often a checkpoint is written that an interrupted run resumes from; 0: never."""
 
     @property
     def method(self) -> str:

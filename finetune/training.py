@@ -433,6 +433,7 @@ def _arguments(settings: Settings, checkpointing: str) -> SFTConfig:
         seed=seed,
         data_seed=seed,
         logging_nan_inf_filter=False,
+        save_strategy="steps" if recipe.saves else "no",
         save_total_limit=2,
         report_to=["tensorboard"],
     )
@@ -444,7 +445,8 @@ def _set_pace(trainer: SFTTrainer, settings: Settings) -> None:
     updates = math.ceil(len(trainer.train_dataset) / (recipe.batch_size * recipe.gradient_accumulation_steps))
     steps = math.ceil(updates * recipe.epochs)
     trainer.args.logging_steps = max(1, round(steps / 50))
-    trainer.args.save_steps = math.ceil(steps / recipe.saves)
+    if recipe.saves:
+        trainer.args.save_steps = math.ceil(steps / recipe.saves)
 
 
 def _fresh_state(settings: Settings) -> Path:
