@@ -68,6 +68,7 @@ UNSLOTH = FIRST | {"gradient_checkpointing": "unsloth"}
 KEPT = UNSLOTH | {"gradient_checkpointing": "off"}
 LEAN = KEPT | {"supervise": "answer", "prompt": "lean"}
 BEST = LEAN | LARGE_BATCH
+SMALL_GRAPHS = {"batch_size": 16, "gradient_accumulation_steps": 4, "cuda_graphs": True}
 FULL_BEST = BEST | {"weights": "bfloat16", "optimizer": "adamw_8bit"}
 
 PARTS: dict[str, tuple[Rung, ...]] = {
@@ -85,18 +86,15 @@ PARTS: dict[str, tuple[Rung, ...]] = {
         Rung("+ lean prompt", overrides=LEAN, share=False),
         Rung("+ common beginning computed once", overrides=LEAN),
         Rung("+ 64 articles at once", overrides=BEST),
-        Rung(
-            "LoRA, least memory: checkpointing, 32 articles",
-            overrides=LEAN | {"batch_size": 32, "gradient_accumulation_steps": 2, "gradient_checkpointing": "unsloth"},
-        ),
+        Rung("LoRA, 16 x 4 articles, CUDA graphs", overrides=BEST | SMALL_GRAPHS),
+        Rung("LoRA, checkpointing", overrides=BEST | {"gradient_checkpointing": "plain"}),
+        Rung("LoRA, Unsloth's checkpointing", overrides=BEST | {"gradient_checkpointing": "unsloth"}),
     ),
     "qlora": (
         Rung("QLoRA", "qlora", BEST),
-        Rung(
-            "QLoRA, least memory: checkpointing, 32 articles",
-            "qlora",
-            LEAN | {"batch_size": 32, "gradient_accumulation_steps": 2, "gradient_checkpointing": "unsloth"},
-        ),
+        Rung("QLoRA, 16 x 4 articles, CUDA graphs", "qlora", BEST | SMALL_GRAPHS),
+        Rung("QLoRA, checkpointing", "qlora", BEST | {"gradient_checkpointing": "plain"}),
+        Rung("QLoRA, Unsloth's checkpointing", "qlora", BEST | {"gradient_checkpointing": "unsloth"}),
     ),
     "full": (
         Rung("full, bf16 weights, 8-bit AdamW", "full_unsloth", FULL_BEST),

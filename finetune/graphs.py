@@ -24,13 +24,14 @@ class GraphedPasses:
 
     Args:
         loss_of: The loss of a batch: a dict of tensors and one `Row`. It must not wait for the GPU.
-        parameters: What gets gradients. Each pass replaces them: a batch must be a whole update.
+        parameters: What gets gradients; they add up until they are set to None, as without graphs.
     """
 
     def __init__(self, loss_of: Callable[[dict[str, Any]], torch.Tensor], parameters: Iterable[torch.nn.Parameter]):
         self._loss_of = loss_of
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._recorded: dict[tuple, _Recording] = {}
+        self._sums: list[torch.Tensor] = []
         self._pool = None
 
     def __call__(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -43,11 +44,22 @@ class GraphedPasses:
         for static, tensor in zip(recording.inputs, tensors, strict=True):
             static.copy_(tensor, non_blocking=True)
         recording.graph.replay()
-        for parameter, gradient in zip(self._parameters, recording.gradients, strict=True):
-            parameter.grad = gradient
+        self._add(recording.gradients)
         return recording.loss.detach().clone()
 
+    def _add(self, gradients: list[torch.Tensor]) -> None:
+        """Add a pass's gradients to the update's: the next replay overwrites them."""
+        if self._parameters[0].grad is not None:
+            torch._foreach_add_(self._sums, gradients)
+            return
+        if not self._sums:
+            self._sums = [torch.empty_like(gradient) for gradient in gradients]
+        torch._foreach_copy_(self._sums, gradients)
+        for parameter, gradient in zip(self._parameters, self._sums, strict=True):
+            parameter.grad = gradient
+
     def _record(self, batch: dict[str, Any]) -> _Recording:
+        kept = [parameter.grad for parameter in self._parameters]
         # A side stream, as PyTorch's notes on CUDA graphs ask for.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -62,7 +74,10 @@ class GraphedPasses:
             loss = self._loss_of(batch)
             loss.backward()
         self._pool = graph.pool()
-        return _Recording(graph, _tensors(batch), loss, [parameter.grad for parameter in self._parameters])
+        recording = _Recording(graph, _tensors(batch), loss, [parameter.grad for parameter in self._parameters])
+        for parameter, gradient in zip(self._parameters, kept, strict=True):
+            parameter.grad = gradient
+        return recording
 
     def _forget_gradients(self) -> None:
         for parameter in self._parameters:

@@ -275,7 +275,7 @@ def _load_with_unsloth(settings: Settings, checkpointing: str | bool):
             float32_mixed_precision=recipe.weights == "float32",
             use_gradient_checkpointing=checkpointing,
             # Where memory is short, the frozen input embeddings, a gigabyte of a 7B model, go to the host too.
-            offload_embedding=checkpointing == "unsloth" and recipe.adapter and not hardware.is_unified(),
+            offload_embedding=bool(checkpointing) and recipe.adapter and not hardware.is_unified(),
         )
     if not recipe.adapter:
         return model

@@ -83,7 +83,7 @@ class RowTrainer(SFTTrainer):
 
     Args:
         backbone: The model as `segments` runs it.
-        graphed: Run the passes as CUDA graphs; the collator must give fixed shapes, and a batch must be an update.
+        graphed: Run the passes as CUDA graphs; the collator must give fixed shapes.
         arguments: What SFTTrainer takes.
     """
 

@@ -178,9 +178,8 @@ def _trainer(
 
 
 def use_graphs(recipe: Recipe, checkpointing: str) -> bool:
-    """CUDA graphs, where they are asked for and can be: each pass must be an update, with all activations kept."""
-    possible = hardware.has_cuda() and recipe.gradient_accumulation_steps == 1 and checkpointing == "off"
-    return recipe.cuda_graphs and possible
+    """CUDA graphs, where they are asked for and can be: checkpointing asks for random states as it goes."""
+    return recipe.cuda_graphs and hardware.has_cuda() and checkpointing == "off"
 
 
 def _fixed_shapes(recipe: Recipe, encoded: Sequence[chat.Encoded]) -> FixedShapes:
@@ -398,7 +397,7 @@ def _graphs_choice(recipe: Recipe, checkpointing: str) -> str:
         return "on: a step is recorded once per shape of its batch, then replayed"
     if not recipe.cuda_graphs:
         return "off: asked for"
-    return "off: they need CUDA, gradient_accumulation_steps=1 and no gradient checkpointing"
+    return "off: they need CUDA, and no gradient checkpointing"
 
 
 # Ours for a torchao optimiser with an option.

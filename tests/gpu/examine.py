@@ -75,7 +75,7 @@ def _step(session, batches, loss_of):
     for batch in batches:
         batch = {name: value.to("cuda") for name, value in batch.items()}
         total += loss_of(session, batch, torch.tensor(count, device="cuda"))
-    gradients = [p.grad.float().flatten().cpu() for p in session.model.parameters() if p.grad is not None]
+    gradients = [p.grad.double().flatten().cpu() for p in session.model.parameters() if p.grad is not None]
     session.model.zero_grad()
     return total, torch.cat(gradients)
 
