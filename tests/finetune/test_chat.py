@@ -27,9 +27,9 @@ def test_an_encoded_example_is_the_rendered_chat(tokenizer, label, prompt):
 
 def test_only_the_answer_carries_loss(tokenizer):
     [encoded] = chat.encode(tokenizer, [example("Some description.", "Sci/Tech")], 512)
-    labelled = [token for token in encoded.row["labels"] if token != chat.IGNORED]
+    labelled = [token for token in encoded.row()["labels"] if token != chat.IGNORED]
     assert tokenizer.decode(labelled) == '{"category":"Sci/Tech"}<|im_end|>'
-    assert len(encoded.row["labels"]) == len(encoded.row["input_ids"]) == len(encoded)
+    assert len(encoded.row()["labels"]) == len(encoded.row()["input_ids"]) == len(encoded)
 
 
 @pytest.mark.parametrize("max_length", [100, 128, 200])
@@ -52,3 +52,14 @@ def test_counted_tokens_are_the_encoded_ones(tokenizer):
     examples = [example("Short."), example("A rather longer description, with a comma.", "Sports", "verbose")]
     counted = chat.count_tokens(tokenizer, [one.messages for one in examples])
     assert counted == [len(encoded) for encoded in chat.encode(tokenizer, examples, 2000)]
+
+
+def test_loss_on_all_tokens_is_asked_for_by_name(tokenizer):
+    [encoded] = chat.encode(tokenizer, [example("Some description.", "World")], 512)
+    assert encoded.row("all")["labels"] == encoded.row("all")["input_ids"]
+
+
+def test_prompts_share_what_they_begin_with_but_keep_a_token_of_their_own():
+    assert chat.shared_length([[1, 2, 3, 4], [1, 2, 5]]) == 2
+    assert chat.shared_length([[1, 2], [1, 2]]) == 1
+    assert chat.shared_length([[1], [2]]) == 0

@@ -1,7 +1,7 @@
 """Trains on a GPU and prints what came out, for test_gpu.py: each engine needs a process of its own, because Unsloth
 changes transformers for the whole process.
 
-    python tests/gpu/examine.py CSV_FOLDER ENGINE RUN [RUN ...]    # a line of JSON per run
+    python tests/gpu/examine.py MODEL CSV_FOLDER ENGINE RUN [RUN ...]    # a line of JSON per run
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ OVERRIDES = {
 
 
 def main() -> None:
-    csv, engine, *runs = sys.argv[1:]
+    model, csv, engine, *runs = sys.argv[1:]
     for run in runs:
-        settings = plan_training(run, "gpu", OVERRIDES | {"data_path": csv, "engine": engine})
+        settings = plan_training(run, "gpu", OVERRIDES | {"model": model, "data_path": csv, "engine": engine})
         print("RESULT " + json.dumps({"run": run, "engine": engine, **_examine(settings)}), flush=True)
         _release()
 

@@ -1,0 +1,104 @@
+"""On a real GPU with Unsloth: the same articles give the same loss, gradients and weights, however they are laid out.
+
+Needs the embedded model, Unsloth, and AG News' CSV files in ../shared/ag_news or in the folder that AG_NEWS names.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU with CUDA on this machine"),
+]
+PROJECT = Path(__file__).resolve().parent.parent.parent
+CSV = Path(os.environ.get("AG_NEWS", PROJECT.parent / "shared" / "ag_news"))
+CASES = [
+    ("transformers", "lora"),
+    ("transformers", "qlora"),
+    ("transformers", "full"),
+    ("unsloth", "lora"),
+    ("unsloth", "qlora"),
+    ("unsloth", "full_unsloth"),
+]
+
+
+@cache
+def examined(engine: str) -> dict[str, dict]:
+    """What tests/gpu/examine.py found for each run of an engine, in a process of its own."""
+    if not CSV.is_dir():
+        pytest.skip(f"no AG News rows in {CSV}")
+    from finetune import embedded
+
+    runs = [run for name, run in CASES if name == engine]
+    command = [sys.executable, "tests/gpu/examine.py", str(embedded.ensure().resolve()), str(CSV), engine, *runs]
+    search = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
+    # In a folder of its own: the user's models and records stay as they are.
+    with tempfile.TemporaryDirectory() as home:
+        environment = os.environ | {"PYTHONPATH": search, "FINETUNE_HOME": home}
+        done = subprocess.run(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return {result["run"]: result for result in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize(("engine", "run"), CASES)
+def test_packed_articles_are_apart(engine, run):
+    assert examined(engine)[run]["choices"]["isolation"].startswith("packed articles are apart")
+    assert examined(engine)[run]["choices"]["attention"].startswith("flash")
+
+
+@pytest.mark.parametrize(("engine", "run"), CASES)
+def test_packed_and_padded_batches_have_the_same_loss_and_gradients(engine, run):
+    result = examined(engine)[run]
+    assert result["loss"] == pytest.approx(result["padded_loss"], rel=1e-2)
+    assert result["padded"]["cosine"] == pytest.approx(1, abs=5e-3)
+    assert result["padded"]["norms"] == pytest.approx(1, abs=2e-2)
+
+
+@pytest.mark.parametrize(("engine", "run"), CASES)
+def test_one_batch_of_32_equals_32_of_one(engine, run):
+    result = examined(engine)[run]
+    assert result["loss"] == pytest.approx(result["small_loss"], rel=1e-2)
+    assert result["small"]["cosine"] == pytest.approx(1, abs=5e-3)
+    assert result["small"]["norms"] == pytest.approx(1, abs=2e-2)
+
+
+@pytest.mark.parametrize(("engine", "run"), CASES)
+def test_a_resumed_training_ends_where_an_uninterrupted_one_does(engine, run):
+    """Gradients of attention are added up in no fixed order: two uninterrupted trainings may differ by rounding."""
+    result = examined(engine)[run]
+    assert result["resumed"] <= 2 * result["again"] + 0.05
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("lora", "lora"), ("qlora", "qlora"), ("full_unsloth", "full")])
+def test_unsloth_and_transformers_begin_with_the_same_loss(ours, theirs):
+    first, second = examined("unsloth")[ours]["loss"], examined("transformers")[theirs]["loss"]
+    assert first == pytest.approx(second, rel=1e-2)
+
+
+def test_flash_and_loop_attend_alike():
+    from finetune import segments
+
+    forest = segments.Forest()
+    root = forest.add(range(27))
+    for length in (40, 70, 33, 128, 5):
+        forest.add(range(length), root)
+    row = forest.row().to("cuda")
+    torch.manual_seed(0)
+    shape = (row.input_ids.shape[1],)
+    states = [torch.randn(*shape, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (28, 4, 4)]
+    results = []
+    for kernel in (segments._flash, segments._loop):
+        inputs = [state.clone().requires_grad_() for state in states]
+        output = kernel(*inputs, row, None)
+        output.backward(states[0])
+        results.append([output.detach(), *(state.grad for state in inputs)])
+    for flash, loop in zip(*results, strict=True):
+        assert (flash.float() - loop.float()).norm() < 1e-2 * loop.float().norm()
