@@ -171,7 +171,8 @@ check_docker() {
 
 check_daemon() {
   local answer
-  if ! answer=$(docker version --format '{{.Server.Version}}' 2>&1); then
+  # Bounded: a daemon that hangs takes the connection and never answers.
+  if ! answer=$(timeout 10 docker version --format '{{.Server.Version}}' 2>&1); then
     case $answer in
       *"permission denied"*) fail 12 "You may not use Docker: ${DOCKER_HOST:-/var/run/docker.sock} refuses $(id -un 2>/dev/null || id -u)." \
         "sudo usermod -aG docker \$USER, then log in again (or: newgrp docker)." ;;
@@ -270,9 +271,16 @@ port_owner() {
   say "$owner"
 }
 
+# Bash ends with 1 if nobody listens. A listener that accepts nobody would let us wait for minutes.
+port_taken() {
+  local code=0
+  timeout 3 bash -c "exec 3<>/dev/tcp/127.0.0.1/$1" 2>/dev/null || code=$?
+  ((code != 1))
+}
+
 # check_port PORT VARIABLE
 check_port() {
-  if (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; then
+  if port_taken "$1"; then
     fail 17 "Port $1 on 127.0.0.1 is taken by $(port_owner "$1")." \
       "Stop that, or choose another port: $2=$(($1 + 1)) in .env."
   fi

@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +79,14 @@ def test_daemon_down(script):
     )
 
 
+def test_a_daemon_that_hangs(script, engine):
+    engine.process.send_signal(signal.SIGSTOP)
+    try:
+        assert_fails(script("status"), 11, "daemon does not answer", "systemctl start docker")
+    finally:
+        engine.process.send_signal(signal.SIGCONT)
+
+
 def test_no_permission(script):
     assert_fails(script("start", user=STRANGER), 12, "You may not use Docker", "usermod -aG docker")
 
@@ -135,6 +145,14 @@ def test_port_taken_by_a_process(script, port):
         assert_fails(
             script("start"), 17, f"taken by a process of another user (sudo ss -ltnp 'sport = :{port}'", "Stop that"
         )
+
+
+def test_port_taken_by_a_process_that_accepts_nobody(script, port):
+    """Its queue is full, and a connection would wait for minutes."""
+    with listener(port, USER) as process, socket.socket() as first, socket.socket() as second:
+        for waiting in (first, second):
+            waiting.connect(("127.0.0.1", port))
+        assert_fails(script("start"), 17, f"taken by perl (pid {process.pid})", "Stop that")
 
 
 def test_port_taken_by_a_container(script, engine, port, image):
@@ -212,13 +230,18 @@ def doctor_line(result, name):
 
 def test_doctor_on_a_good_machine_changes_nothing(script, engine, workdir, image, healthy_path):
     fresh = make_checkout(workdir / "fresh")
-    before = sorted(fresh.rglob("*")), engine.docker("ps", "-aq").stdout, engine.docker("images", "-q").stdout
+
+    def state():
+        listings = [engine.docker(*words).stdout.split() for words in (("ps", "-aq"), ("images", "-q"))]
+        return sorted(fresh.rglob("*")), *map(sorted, listings)
+
+    before = state()
     result = script("doctor", root=fresh, PATH=healthy_path)
     assert result.returncode == 0, result.stdout
     assert "FAIL" not in result.stdout and len(result.stdout.splitlines()) == 11
     assert doctor_line(result, "GPU") == ("ok", "NVIDIA GB10, 580.95.05, 12.1")
     assert doctor_line(result, "unified")[1].startswith("yes: ")
-    assert (sorted(fresh.rglob("*")), engine.docker("ps", "-aq").stdout, engine.docker("images", "-q").stdout) == before
+    assert state() == before
     assert not (fresh / ".env").exists()
     shutil.rmtree(fresh)
 
