@@ -151,8 +151,10 @@ def build_root(root):
         shutil.copy(HERE / "bin" / command, root / "usr/bin")
 
     extensions = [file for file in bulk.values() if file.suffix == ".so"]
+    # test_browser.py mounts this environment's libraries over the stand-in's; they load the system's C++ library.
+    mounted = [Path(sysconfig.get_path("purelib"), "torch/lib/libc10.so")]
     security = next(Path("/").glob("lib/*/security/pam_permit.so"))
-    for library in {*libraries([*binaries, python, *extensions]), str(security)}:
+    for library in {*libraries([*binaries, python, *extensions, *mounted]), str(security)}:
         standard = library.startswith(("/lib", "/usr/lib"))  # a Python of pyenv keeps its library elsewhere
         target = root / "usr" / (library.lstrip("/").removeprefix("usr/") if standard else f"lib/{Path(library).name}")
         target.parent.mkdir(parents=True, exist_ok=True)
