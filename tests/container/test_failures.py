@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from container_kit import CONTAINER, IMAGE, STRANGER, USER, make_checkout
+from container_kit import CONTAINER, IMAGE, REPO, STRANGER, USER, make_checkout
 
 
 def assert_fails(result, code, sentence, remedy):
@@ -54,7 +54,33 @@ def test_words(script):
     assert_fails(script("logs", "xyzzy"), 2, "There is no service 'xyzzy'.", "help")
     assert_fails(script("status", "--jsn"), 2, "Did you mean '--json'?", "help")
     assert_fails(script("exec"), 2, "exec needs a command", "exec nvidia-smi")
+    for words in (
+        "stop finetune",
+        "restart x",
+        "start finetune x",
+        "start serve x y",
+        "shell x",
+        "doctor x",
+        "status --json x",
+    ):
+        assert_fails(script(*words.split()), 2, "is one word too many", "help")
     assert script().returncode == 2 and "usage:" in script().stderr
+
+
+def test_settings_from_the_file(script, workdir):
+    other = make_checkout(workdir / "settings")
+    (other / ".env").write_text("MIN_FREE_GIB='88888'\n")
+    os.chown(other / ".env", USER, USER)
+    assert_fails(script("start", root=other, MIN_FREE_GIB=""), 21, "at least 88888 GiB", "MIN_FREE_GIB")
+    assert_fails(script("start", root=other, MIN_FREE_GIB="99999"), 21, "at least 99999 GiB", "MIN_FREE_GIB")
+    shutil.rmtree(other)
+
+
+def test_every_line_of_the_example_can_be_copied():
+    settings = re.findall(r"^# ([A-Z_]+)=(.*)$", (REPO / ".env.example").read_text(), re.M)
+    assert len(settings) == 10 and all(re.fullmatch(r"\S*", value) for _, value in settings)
+    files = "".join((REPO / name).read_text() for name in ("start_docker.sh", "docker-compose-finetune.yml"))
+    assert [name for name, _ in settings if name not in files] == []
 
 
 def test_the_usage_is_the_truth(script):
@@ -64,6 +90,8 @@ def test_the_usage_is_the_truth(script):
     assert described == set(re.findall(r"^cmd_(\w+)\(\)", text, re.M)) | {"help"}
     codes = {int(code) for code in re.findall(r"\bfail (\d+)", text)} | {3}
     assert codes == {int(code) for code in re.findall(r"(?<=\s)(\d+) [a-zA-Z]", usage.split("exit codes")[1])}
+    readme = (REPO / "README.md").read_text().partition("### When something is wrong")[2]
+    assert codes - {2, 3} == {int(code) for code in re.findall(r"\((\d\d)[,)]", readme)}
 
 
 def test_no_docker(script, bare_path):
@@ -209,6 +237,7 @@ def test_nothing_to_serve(script, checkout):
 
 def test_not_running(script):
     assert_fails(script("exec", "true"), 3, "pytorch-finetune is not running", "./start_docker.sh start finetune")
+    assert_fails(script("logs", "serve"), 3, "serve has no container", "status")
     assert_fails(script("shell"), 3, "pytorch-finetune is not running", "./start_docker.sh start finetune")
 
 
