@@ -169,10 +169,10 @@ def add_folder(bulk, source, target):
 
 
 def add_jupyter(bulk):
-    """JupyterLab with all it needs, as installed in this environment, goes into the store under its name."""
+    """JupyterLab and its widgets, as installed in this environment, go into the store under its name."""
     prefix = Path(sys.prefix)
     site = Path(sysconfig.get_path("purelib"))
-    for package in closure("jupyterlab", "ipykernel"):
+    for package in closure("jupyterlab", "ipykernel", "ipywidgets"):
         for file in package.files:
             source = Path(file.locate()).resolve()
             if not source.is_file() or UNWANTED.search(str(file)):

@@ -80,7 +80,8 @@ class Engine:
             if self.process.poll() is not None:
                 break
             time.sleep(0.1)
-        reason = (self.folder / "log").read_text().strip().splitlines()[-1]
+        log = (self.folder / "log").read_text()
+        reason = " ".join(log.partition("failed to start daemon: ")[2].split()) or log[-300:]
         self.process.kill()
         pytest.skip(f"dockerd cannot start here: {reason}")
 
