@@ -74,6 +74,8 @@ setting() {
     line=$(sed -n "s/^$name=/&/p" "$env_file" | head -n 1)
   fi
   line=${line#*=}
+  # Quotes are the file's, not the value's.
+  if [[ $line =~ ^\"(.*)\"$ || $line =~ ^\'(.*)\'$ ]]; then line=${BASH_REMATCH[1]}; fi
   printf '%s\n' "${line:-$default}"
 }
 
@@ -101,6 +103,9 @@ unknown() {
   [[ -z $guess ]] || guess=" Did you mean '$guess'?"
   fail 2 "There is no $1 '$2'.$guess" "./start_docker.sh help lists them all."
 }
+
+# all_read WORD...: refuse what a command has no use for, before it does something else than was meant.
+all_read() { (($# == 0)) || fail 2 "'$1' is one word too many." "./start_docker.sh help shows what each command takes."; }
 
 compose() { docker compose --project-directory "$root" -f "$root/docker-compose-finetune.yml" "$@"; }
 
@@ -171,7 +176,8 @@ check_docker() {
 
 check_daemon() {
   local answer
-  if ! answer=$(docker version --format '{{.Server.Version}}' 2>&1); then
+  # Bounded: a daemon that hangs takes the connection and never answers.
+  if ! answer=$(timeout 10 docker version --format '{{.Server.Version}}' 2>&1); then
     case $answer in
       *"permission denied"*) fail 12 "You may not use Docker: ${DOCKER_HOST:-/var/run/docker.sock} refuses $(id -un 2>/dev/null || id -u)." \
         "sudo usermod -aG docker \$USER, then log in again (or: newgrp docker)." ;;
@@ -270,9 +276,16 @@ port_owner() {
   say "$owner"
 }
 
+# Bash ends with 1 if nobody listens. A listener that accepts nobody would let us wait for minutes.
+port_taken() {
+  local code=0
+  timeout 3 bash -c "exec 3<>/dev/tcp/127.0.0.1/$1" 2>/dev/null || code=$?
+  ((code != 1))
+}
+
 # check_port PORT VARIABLE
 check_port() {
-  if (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; then
+  if port_taken "$1"; then
     fail 17 "Port $1 on 127.0.0.1 is taken by $(port_owner "$1")." \
       "Stop that, or choose another port: $2=$(($1 + 1)) in .env."
   fi
@@ -311,6 +324,17 @@ ensure_pulled() {
     "Check the network and the name; nvcr.io answers without an account: curl -I https://nvcr.io/v2/"
 }
 
+# What the step that failed said. BuildKit repeats it under a rule of dashes, before a long excerpt of the Dockerfile.
+build_error() {
+  local said
+  said=$(sed -n '/^ > \[/,/^------$/p' "$1" | tail -n 15)
+  if [[ -n $said ]]; then
+    printf '%s\n' "$said" "$(tail -n 1 "$1")"
+  else
+    tail -n 15 "$1"
+  fi
+}
+
 build() {
   local base commit log pin build_args=(--build-arg "HOST_UID=$HOST_UID" --build-arg "HOST_GID=$HOST_GID")
   base=$(setting BASE_IMAGE "$(sed -n 's/^ARG BASE_IMAGE=//p' "$dockerfile")")
@@ -327,7 +351,7 @@ build() {
   docker build -f "$dockerfile" -t "$image" --build-arg "BASE_IMAGE=$base" --build-arg "GIT_COMMIT=$commit" \
     "${build_args[@]}" --label "finetune.inputs=$(inputs_hash)" "$@" "$root" 2>&1 |
     tee "$log" | sed -u -nE '/^(Step |#[0-9]+ \[)/ { s/^(.{96}).*/\1 .../; p }' ||
-    fail 19 "The image did not build; no image was tagged. The last lines of $log:" "$(tail -n 15 "$log")"
+    fail 19 "The image did not build; no image was tagged. The last lines of $log:" "$(build_error "$log")"
   say "Built $image"
 }
 
@@ -456,28 +480,33 @@ start_serve() {
 # ---- commands -----------------------------------------------------------------------------------
 
 cmd_start() {
+  local service=${1:-finetune}
+  service_name "$service" >/dev/null
+  if [[ $service == serve ]]; then all_read "${@:3}"; else all_read "${@:2}"; fi
   check_user >/dev/null
   preflight
-  case ${1:-finetune} in
-    finetune) start_finetune ;;
-    tensorboard) start_tensorboard ;;
-    serve) start_serve "${2:-}" ;;
-    *) unknown service "$1" finetune tensorboard serve ;;
-  esac
+  "start_$service" "${@:2}"
 }
 
-cmd_stop() {
-  preflight
+stop_all() {
   local answer
   answer=$(compose --profile '*' down --remove-orphans --timeout 20 2>&1) || fail 25 "Docker could not stop the containers:" "$answer"
   say "Stopped. Files, adapters and checkpoints are where they were."
 }
 
+# Takes no service: all stop, and a name here would end more than was meant.
+cmd_stop() {
+  all_read "$@"
+  preflight
+  stop_all
+}
+
 cmd_restart() {
+  all_read "$@"
   check_user >/dev/null
   preflight
   check_checkout
-  cmd_stop
+  stop_all
   start_finetune
 }
 
@@ -503,8 +532,10 @@ cmd_logs() {
       *) service=$word ;;
     esac
   done
-  preflight
   service=$(service_name "$service")
+  preflight
+  [[ -n $(compose --profile '*' ps --all --quiet "$service") ]] ||
+    fail 3 "$service has no container, and so no log." "./start_docker.sh status shows what there is."
   compose --profile '*' logs "${options[@]}" "$service"
 }
 
@@ -526,7 +557,10 @@ cmd_exec() {
   in_container "$@"
 }
 
-cmd_shell() { cmd_exec bash; }
+cmd_shell() {
+  all_read "$@"
+  cmd_exec bash
+}
 
 cmd_run() {
   cmd_start finetune
@@ -576,6 +610,7 @@ cmd_status() {
     '' | --json) ;;
     *) unknown option "$1" --json ;;
   esac
+  all_read "${@:2}"
   preflight
   local containers health=none gpu='' lines=''
   containers=$(docker ps --all --filter "label=com.docker.compose.project=$project" --format '{{.Names}}|{{.State}}|{{.Status}}')
@@ -621,6 +656,7 @@ status_json() {
 
 # Every check in a subshell, so that one failure does not hide the next. The exit code is the first one's.
 cmd_doctor() {
+  all_read "$@"
   local first=0 code answer
   doctor_line() {
     code=0

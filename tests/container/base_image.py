@@ -151,8 +151,10 @@ def build_root(root):
         shutil.copy(HERE / "bin" / command, root / "usr/bin")
 
     extensions = [file for file in bulk.values() if file.suffix == ".so"]
+    # test_browser.py mounts this environment's libraries over the stand-in's; they load the system's C++ library.
+    mounted = [Path(sysconfig.get_path("purelib"), "torch/lib/libc10.so")]
     security = next(Path("/").glob("lib/*/security/pam_permit.so"))
-    for library in {*libraries([*binaries, python, *extensions]), str(security)}:
+    for library in {*libraries([*binaries, python, *extensions, *mounted]), str(security)}:
         standard = library.startswith(("/lib", "/usr/lib"))  # a Python of pyenv keeps its library elsewhere
         target = root / "usr" / (library.lstrip("/").removeprefix("usr/") if standard else f"lib/{Path(library).name}")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -167,10 +169,10 @@ def add_folder(bulk, source, target):
 
 
 def add_jupyter(bulk):
-    """JupyterLab with all it needs, as installed in this environment, goes into the store under its name."""
+    """JupyterLab and its widgets, as installed in this environment, go into the store under its name."""
     prefix = Path(sys.prefix)
     site = Path(sysconfig.get_path("purelib"))
-    for package in closure("jupyterlab", "ipykernel"):
+    for package in closure("jupyterlab", "ipykernel", "ipywidgets"):
         for file in package.files:
             source = Path(file.locate()).resolve()
             if not source.is_file() or UNWANTED.search(str(file)):

@@ -20,7 +20,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import base_image
-from container_kit import BASE, IMAGE, USER, Engine, make_checkout, run_in_terminal
+from container_kit import BASE, IMAGE, USER, Engine, make_checkout, run_bounded, run_in_terminal
 
 
 def pytest_collection_modifyitems(items):
@@ -40,7 +40,7 @@ def workdir():
 
 @pytest.fixture(scope="session")
 def plugins(workdir):
-    """A DOCKER_CONFIG with docker compose as its plugin."""
+    """A DOCKER_CONFIG with docker compose as its plugin, and buildx if it is on the PATH."""
     tools = subprocess.run([Path(__file__).parent / "tools.sh"], capture_output=True, text=True)
     if tools.returncode:
         pytest.skip(f"docker compose cannot be fetched: {tools.stderr.strip().splitlines()[-1]}")
@@ -48,6 +48,9 @@ def plugins(workdir):
     folder = workdir / "docker-config"
     (folder / "cli-plugins").mkdir(parents=True)
     shutil.copy(Path(tools.stdout.strip(), "docker-compose"), folder / "cli-plugins")
+    buildx = shutil.which("docker-buildx")
+    if buildx:
+        shutil.copy(buildx, folder / "cli-plugins")
     return folder
 
 
@@ -76,6 +79,9 @@ def base(engine, workdir):
     root.mkdir()
     base_image.import_image(engine, root, base_image.build_root(root), BASE)
     shutil.rmtree(root)
+    tried = engine.docker("run", "--rm", BASE, "true", check=False)
+    if tried.returncode:
+        pytest.skip(f"dockerd starts here, but runs no container: {tried.stderr.strip().splitlines()[-1]}")
     return BASE
 
 
@@ -112,6 +118,7 @@ def script(engine, checkout, home, port):
             "TMPDIR": str(home),
             "DOCKER_HOST": engine.host,
             "DOCKER_CONFIG": str(engine.plugins),
+            "BUILDX_CONFIG": str(home / "buildx"),
             "JUPYTER_PORT": str(port),
             "MIN_FREE_GIB": "1",
             **settings,
@@ -120,7 +127,7 @@ def script(engine, checkout, home, port):
         options = {"env": environment, "cwd": cwd, "user": user, "group": user, "extra_groups": groups}
         if terminal:
             return run_in_terminal(command, options)
-        return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=180, **options)
+        return run_bounded(command, **options)
 
     return run
 
@@ -131,6 +138,25 @@ def image(script, base, engine):
     built = script("build")
     assert built.returncode == 0, built.stderr
     return built.stdout
+
+
+@pytest.fixture(scope="session")
+def buildkit(engine):
+    """A PATH whose docker builds with BuildKit: since 23 the client needs buildx for that, before it did not."""
+    for path in (os.environ["PATH"], f"/usr/bin:{os.environ['PATH']}"):
+        settings = {"DOCKER_BUILDKIT": "1", "PATH": path}
+        tried = engine.docker("build", "-", input="FROM scratch\nLABEL tried=yes\n", check=False, **settings)
+        if tried.returncode == 0:
+            return path
+    pytest.skip(f"no docker client here builds with BuildKit: {tried.stderr.strip().splitlines()[0]}")
+
+
+@pytest.fixture
+def account():
+    """USER as an account of this machine, for sudo."""
+    subprocess.run(["useradd", "--uid", str(USER), "--user-group", "--create-home", "container-tester"], check=True)
+    yield "container-tester"
+    subprocess.run(["userdel", "--remove", "container-tester"], check=True, stderr=subprocess.DEVNULL)
 
 
 @pytest.fixture

@@ -80,7 +80,8 @@ class Engine:
             if self.process.poll() is not None:
                 break
             time.sleep(0.1)
-        reason = (self.folder / "log").read_text().strip().splitlines()[-1]
+        log = (self.folder / "log").read_text()
+        reason = " ".join(log.partition("failed to start daemon: ")[2].split()) or log[-300:]
         self.process.kill()
         pytest.skip(f"dockerd cannot start here: {reason}")
 
@@ -93,11 +94,9 @@ class Engine:
         self.stop()
         self.start(hook)
 
-    def docker(self, *words, check=True, **options):
-        environment = {**os.environ, "DOCKER_HOST": self.host, "DOCKER_CONFIG": str(self.plugins)}
-        result = subprocess.run(
-            ["docker", *map(str, words)], capture_output=True, text=True, env=environment, timeout=180, **options
-        )
+    def docker(self, *words, check=True, input=None, **settings):
+        environment = {**os.environ, "DOCKER_HOST": self.host, "DOCKER_CONFIG": str(self.plugins), **settings}
+        result = run_bounded(["docker", *map(str, words)], input, env=environment)
         assert not check or result.returncode == 0, result.stderr
         return result
 
@@ -125,6 +124,30 @@ def make_checkout(folder):
     (folder / "finetune/__main__.py").write_text(SUITE)
     subprocess.run(["chown", "-R", f"{USER}:{USER}", folder], check=True)
     return folder
+
+
+def run_bounded(command, input=None, seconds=180, **options):
+    """subprocess.run with text pipes, but at the limit everything that the command started is killed.
+
+    subprocess.run kills the command alone, and then waits for whoever else holds its output: for ever, if a
+    docker client that hangs does.
+    """
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+    try:
+        output, errors = process.communicate(input, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, errors = process.communicate()
+        pytest.fail(f"{command} still ran after {seconds} s. It had said:\n{output}{errors}")
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def run_in_terminal(command, options):

@@ -8,11 +8,16 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import sysconfig
 import time
+import urllib.error
 import urllib.request
 
 import pytest
-from container_kit import REPO, USER
+from container_kit import REPO, USER, make_checkout
+
+from finetune import embedded
 
 NOTEBOOK = "notebooks/base_model_performance.ipynb"
 CHROMIUM = [
@@ -27,6 +32,9 @@ CHROMIUM = [
     "--disable-dev-shm-usage",
     "--window-size=1300,3600",  # tall: Lab keeps only the cells in view in the page
 ]
+# Few rows: these tests are about the browser, and the notebook's figures have tests of their own.
+FEW_ROWS = {"FINETUNE_TEST_ROWS": "8", "FINETUNE_GENERATION_ROWS": "2"}
+METRICS = r"scoring, all test rows\s+8\s+\d+\.\d%"
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # how WebDriver names an element
 
 
@@ -40,10 +48,15 @@ class Browser:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.driver = subprocess.Popen(["chromedriver", f"--port={self.root.rsplit(':', 1)[1]}"], **quiet)
         self.session = ""
-        until(lambda: self.send("GET", "/status")["ready"], 20, "chromedriver is ready")
         options = {"args": [*CHROMIUM, f"--user-data-dir={profile}"]}
         capabilities = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
-        self.session = "/session/" + self.send("POST", "/session", capabilities)["sessionId"]
+        try:
+            until(lambda: self.send("GET", "/status")["ready"], 20, "chromedriver is ready")
+            self.session = "/session/" + self.send("POST", "/session", capabilities)["sessionId"]
+        except (OSError, AssertionError) as error:
+            self.driver.kill()
+            self.driver.wait()
+            pytest.skip(f"Chromium cannot start here: {reason(error)}")
 
     def send(self, method, path, body=None):
         data = None if method == "GET" else json.dumps(body or {}).encode()
@@ -52,6 +65,13 @@ class Browser:
 
     def open(self, url):
         self.send("POST", "/url", {"url": url})
+
+    def leave(self, css):
+        """Click, and wait until another page has taken this one's place: its elements could still be found before."""
+        self.script("window.left = true")
+        self.click(css)
+        arrived = "return !window.left && document.readyState == 'complete'"
+        until(lambda: self.script(arrived), 60, f"another page after {css}")
 
     def find(self, css, seconds=60):
         """Wait for the elements that match."""
@@ -74,6 +94,13 @@ class Browser:
         self.send("DELETE", "")
         self.driver.terminate()
         self.driver.wait()
+
+
+def reason(error):
+    """The first line of what WebDriver says about an HTTP error; otherwise the error itself."""
+    if isinstance(error, urllib.error.HTTPError):
+        return json.load(error)["value"]["message"].splitlines()[0]
+    return str(error)
 
 
 def until(ask, seconds, what):
@@ -105,7 +132,7 @@ def log_in(browser, base, token):
     for word in ("", "wrong", token):
         assert "/login" in browser.script("return location.pathname")
         browser.type("#password_input", word)
-        browser.click("#login_submit")
+        browser.leave("#login_submit")
     browser.find("#jp-MainLogo")
     assert browser.script("return location.pathname").startswith("/lab")
 
@@ -124,31 +151,44 @@ def run_all(browser, base, notebook, seconds, picture):
     browser.click('li[data-command="runmenu:run-all"]')
     prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]"
     done = rf"return {prompts}.every(prompt => /\[\d+\]/.test(prompt.innerText))"
-    failed = "return document.querySelector('[data-mime-type=\"application/vnd.jupyter.error\"]')?.innerText"
-    until(lambda: browser.script(done) or browser.script(failed), seconds, f"{notebook} has run")
-    browser.find('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
-    browser.screenshot(picture)
+    # Lab shows an error as stderr does, where warnings go too.
+    errors = "[...document.querySelectorAll('[data-mime-type=\"application/vnd.jupyter.stderr\"]')]"
+    failed = f"return {errors}.map(output => output.innerText).find(text => text.includes('Traceback'))"
+    try:
+        until(lambda: browser.script(done) or browser.script(failed), seconds, f"{notebook} has run")
+        browser.find('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+    finally:
+        browser.screenshot(picture)
     assert browser.script(failed) is None
     outputs = "[...document.querySelectorAll('.jp-OutputArea-output')]"
     return browser.script(rf"return {outputs}.map(output => output.innerText).join('\n')")
 
 
+@pytest.fixture(scope="module")
+def model(workdir):
+    """The folder of the small model that the CPU profile evaluates: this checkout's, or fetched for these tests."""
+    made = REPO / "checkpoints" / embedded.NAME
+    if made.exists():
+        return made
+    home = workdir / "model"
+    subprocess.run(
+        [sys.executable, "-c", "from finetune import embedded; embedded.ensure()"],
+        env={**os.environ, "FINETUNE_HOME": str(home)},
+        check=True,
+    )
+    return home / "checkpoints" / embedded.NAME
+
+
 @pytest.fixture
-def lab(tmp_path):
+def lab(tmp_path, model):
     """`make lab` in a copy of the notebooks, because Lab saves what it runs; results go there too."""
     if not (REPO / ".venv/.ready").exists():
         pytest.skip("`make setup` has not been run here")
     shutil.copy(REPO / "Makefile", tmp_path)
-    (tmp_path / "notebooks").mkdir()
-    for notebook in (REPO / "notebooks").glob("*.ipynb"):
-        shutil.copy(notebook, tmp_path / "notebooks")
-    # Few rows: this test is about the browser, and the notebook's figures have tests of their own.
-    few = {"FINETUNE_TEST_ROWS": "8", "FINETUNE_GENERATION_ROWS": "2"}
+    shutil.copytree(REPO / "notebooks", tmp_path / "notebooks")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / model.name).symlink_to(model)
     places = dict.fromkeys(("FINETUNE_HOME", "JUPYTER_CONFIG_DIR", "HOME"), str(tmp_path))
-    model = REPO / "checkpoints/SmolLM2-135M-Instruct"
-    if model.exists():  # fetched and converted before
-        (tmp_path / "checkpoints").mkdir()
-        (tmp_path / "checkpoints" / model.name).symlink_to(model)
     if os.geteuid() == 0:
         # As root, Jupyter wants --allow-root, which `make lab` rightly does not give.
         (tmp_path / "jupyter_server_config.py").write_text("c.ServerApp.allow_root = True\n")
@@ -158,7 +198,7 @@ def lab(tmp_path):
         process = subprocess.Popen(
             ["make", f"VENV={REPO}/.venv", "-o", str(ready), "lab"],
             cwd=tmp_path,
-            env={**os.environ, **few, **places},
+            env={**os.environ, **FEW_ROWS, **places},
             stdout=file,
             stderr=file,
             start_new_session=True,
@@ -171,25 +211,50 @@ def lab(tmp_path):
 
 
 def test_make_lab_in_a_browser(browser, lab, tmp_path):
-    base, token = lab
-    log_in(browser, base, token)
-    text = run_all(browser, base, NOTEBOOK, 240, tmp_path / "base_model_performance.png")
-    assert re.search(r"accuracy", text, re.I) and "%" in text
+    log_in(browser, *lab)
+    text = run_all(browser, lab[0], NOTEBOOK, 240, tmp_path / "make-lab.png")
+    assert re.search(METRICS, text)
     assert list(tmp_path.glob("results/*/base/record.json"))
 
 
-def test_the_container_in_a_browser(browser, script, image, checkout, port, tmp_path):
-    """The stand-in image has no torch, so this notebook is a small one: it shows Lab, its kernel and the mount."""
-    source = "import getpass, data_prep\nprint('accuracy 62.5 % for', getpass.getuser(), 'from', data_prep.__file__)"
-    cell = {"cell_type": "code", "id": "a", "metadata": {}, "source": source, "outputs": [], "execution_count": None}
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}}
-    notebook = checkout / "notebooks/small.ipynb"
-    notebook.write_text(json.dumps({"cells": [cell], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
-    os.chown(notebook, USER, USER)
-    started = script("start")
+@pytest.fixture
+def real_project(workdir, model, kept_image, engine):
+    """A checkout of the real packages and notebooks, and an image in which this environment's libraries are found.
+
+    The libraries are mounted, not copied: torch alone is larger than the stand-in. They go before the stand-in's.
+    """
+    root = make_checkout(workdir / "real project")
+    for name in ("data_prep", "finetune", "benchmarks", "notebooks"):
+        shutil.rmtree(root / name)
+        shutil.copytree(REPO / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "datasets").mkdir()
+    shutil.copytree(model, root / "checkpoints" / model.name)
+    subprocess.run(["chown", "-R", f"{USER}:{USER}", root], check=True)
+    libraries = root / "libraries"
+    libraries.mkdir()
+    subprocess.run(["mount", "--bind", sysconfig.get_path("purelib"), libraries], check=True)
+    settings = " ".join(f"{name}={value}" for name, value in FEW_ROWS.items())
+    engine.derive(
+        f"ENV PYTHONPATH=/workspace/libraries {settings}\nUSER root\n"
+        # Empty modules, which the real torch takes for the real packages.
+        "RUN rm -r /usr/local/lib/python3*/site-packages/{triton,torchvision,torchao}*\n"
+        f"USER {USER}"
+    )
+    yield root
+    engine.clean()
+    subprocess.run(["umount", libraries], check=True)
+    shutil.rmtree(root)
+
+
+def test_the_container_in_a_browser(browser, script, real_project, tmp_path):
+    """The project's own notebook in the container: only NVIDIA's image and the GPU are stood in for."""
+    started = script("start", root=real_project)
     assert started.returncode == 0, started.stderr
     base, token = re.search(r"(http://127\.0\.0\.1:\d+)/lab\?token=(\w+)", started.stdout).groups()
     log_in(browser, base, token)
-    text = run_all(browser, base, "notebooks/small.ipynb", 60, tmp_path / "container.png")
-    assert "accuracy 62.5 % for trainer from /workspace/data_prep/__init__.py" in text
-    assert script("stop").returncode == 0
+    text = run_all(browser, base, NOTEBOOK, 240, tmp_path / "container.png")
+    assert re.search(METRICS, text)
+    record = real_project / "results/cpu/base/record.json"
+    assert record.stat().st_uid == USER
+    assert "/workspace/results/cpu/base/record.json" in text
+    assert script("stop", root=real_project).returncode == 0

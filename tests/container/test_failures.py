@@ -3,12 +3,14 @@
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from container_kit import CONTAINER, IMAGE, STRANGER, USER, make_checkout
+from container_kit import CONTAINER, IMAGE, REPO, STRANGER, USER, make_checkout
 
 
 def assert_fails(result, code, sentence, remedy):
@@ -52,7 +54,33 @@ def test_words(script):
     assert_fails(script("logs", "xyzzy"), 2, "There is no service 'xyzzy'.", "help")
     assert_fails(script("status", "--jsn"), 2, "Did you mean '--json'?", "help")
     assert_fails(script("exec"), 2, "exec needs a command", "exec nvidia-smi")
+    for words in (
+        "stop finetune",
+        "restart x",
+        "start finetune x",
+        "start serve x y",
+        "shell x",
+        "doctor x",
+        "status --json x",
+    ):
+        assert_fails(script(*words.split()), 2, "is one word too many", "help")
     assert script().returncode == 2 and "usage:" in script().stderr
+
+
+def test_settings_from_the_file(script, workdir):
+    other = make_checkout(workdir / "settings")
+    (other / ".env").write_text("MIN_FREE_GIB='88888'\n")
+    os.chown(other / ".env", USER, USER)
+    assert_fails(script("start", root=other, MIN_FREE_GIB=""), 21, "at least 88888 GiB", "MIN_FREE_GIB")
+    assert_fails(script("start", root=other, MIN_FREE_GIB="99999"), 21, "at least 99999 GiB", "MIN_FREE_GIB")
+    shutil.rmtree(other)
+
+
+def test_every_line_of_the_example_can_be_copied():
+    settings = re.findall(r"^# ([A-Z_]+)=(.*)$", (REPO / ".env.example").read_text(), re.M)
+    assert len(settings) == 10 and all(re.fullmatch(r"\S*", value) for _, value in settings)
+    files = "".join((REPO / name).read_text() for name in ("start_docker.sh", "docker-compose-finetune.yml"))
+    assert [name for name, _ in settings if name not in files] == []
 
 
 def test_the_usage_is_the_truth(script):
@@ -62,6 +90,8 @@ def test_the_usage_is_the_truth(script):
     assert described == set(re.findall(r"^cmd_(\w+)\(\)", text, re.M)) | {"help"}
     codes = {int(code) for code in re.findall(r"\bfail (\d+)", text)} | {3}
     assert codes == {int(code) for code in re.findall(r"(?<=\s)(\d+) [a-zA-Z]", usage.split("exit codes")[1])}
+    readme = (REPO / "README.md").read_text().partition("### When something is wrong")[2]
+    assert codes - {2, 3} == {int(code) for code in re.findall(r"\((\d\d)[,)]", readme)}
 
 
 def test_no_docker(script, bare_path):
@@ -75,6 +105,14 @@ def test_daemon_down(script):
         "daemon does not answer at unix:///nowhere.sock",
         "systemctl start docker",
     )
+
+
+def test_a_daemon_that_hangs(script, engine):
+    engine.process.send_signal(signal.SIGSTOP)
+    try:
+        assert_fails(script("status"), 11, "daemon does not answer", "systemctl start docker")
+    finally:
+        engine.process.send_signal(signal.SIGCONT)
 
 
 def test_no_permission(script):
@@ -137,6 +175,14 @@ def test_port_taken_by_a_process(script, port):
         )
 
 
+def test_port_taken_by_a_process_that_accepts_nobody(script, port):
+    """Its queue is full, and a connection would wait for minutes."""
+    with listener(port, USER) as process, socket.socket() as first, socket.socket() as second:
+        for waiting in (first, second):
+            waiting.connect(("127.0.0.1", port))
+        assert_fails(script("start"), 17, f"taken by perl (pid {process.pid})", "Stop that")
+
+
 def test_port_taken_by_a_container(script, engine, port, image):
     engine.docker("run", "-d", "--name", "squatter", "-p", f"127.0.0.1:{port}:1", IMAGE, "sleep", "600")
     try:
@@ -191,6 +237,7 @@ def test_nothing_to_serve(script, checkout):
 
 def test_not_running(script):
     assert_fails(script("exec", "true"), 3, "pytorch-finetune is not running", "./start_docker.sh start finetune")
+    assert_fails(script("logs", "serve"), 3, "serve has no container", "status")
     assert_fails(script("shell"), 3, "pytorch-finetune is not running", "./start_docker.sh start finetune")
 
 
@@ -212,13 +259,18 @@ def doctor_line(result, name):
 
 def test_doctor_on_a_good_machine_changes_nothing(script, engine, workdir, image, healthy_path):
     fresh = make_checkout(workdir / "fresh")
-    before = sorted(fresh.rglob("*")), engine.docker("ps", "-aq").stdout, engine.docker("images", "-q").stdout
+
+    def state():
+        listings = [engine.docker(*words).stdout.split() for words in (("ps", "-aq"), ("images", "-q"))]
+        return sorted(fresh.rglob("*")), *map(sorted, listings)
+
+    before = state()
     result = script("doctor", root=fresh, PATH=healthy_path)
     assert result.returncode == 0, result.stdout
     assert "FAIL" not in result.stdout and len(result.stdout.splitlines()) == 11
     assert doctor_line(result, "GPU") == ("ok", "NVIDIA GB10, 580.95.05, 12.1")
     assert doctor_line(result, "unified")[1].startswith("yes: ")
-    assert (sorted(fresh.rglob("*")), engine.docker("ps", "-aq").stdout, engine.docker("images", "-q").stdout) == before
+    assert state() == before
     assert not (fresh / ".env").exists()
     shutil.rmtree(fresh)
 

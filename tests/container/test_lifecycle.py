@@ -6,6 +6,7 @@ The tests of this file follow each other on one container, and stop at the first
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import urllib.request
 
 import pytest
 import websocket
-from container_kit import BASE, CONTAINER, IMAGE, USER
+from container_kit import BASE, CONTAINER, IMAGE, USER, run_bounded
 
 pytestmark = pytest.mark.usefixtures("image", "in_order")
 failed = []
@@ -224,6 +225,28 @@ def test_stop(script, engine, checkout):
     assert status.returncode == 3 and "none: ./start_docker.sh start finetune" in status.stdout
     assert json.loads(script("status", "--json").stdout)["running"] is False
     assert script("exec", "true").returncode == 3
+
+
+def test_under_sudo_u(engine, checkout, port, account):
+    """Real sudo, as an administrator's script or timer calls it; it hands on only what it is told to."""
+    if not shutil.which("sudo"):
+        pytest.skip("not installed: sudo (apt-get install sudo)")
+    settings = {"DOCKER_HOST": engine.host, "DOCKER_CONFIG": engine.plugins, "JUPYTER_PORT": port, "MIN_FREE_GIB": 1}
+    words = [*(f"{name}={value}" for name, value in settings.items()), checkout / "start_docker.sh"]
+
+    def under_sudo(*command):
+        return run_bounded(["sudo", "-u", account, *words, *command], cwd="/")
+
+    started = under_sudo("start")
+    assert started.returncode == 0, started.stderr
+    assert f"/home/{account}/.cache/huggingface -> /home/trainer" in started.stdout
+    made = under_sudo("exec", "bash", "-c", "id -u; touch /workspace/results/under-sudo")
+    assert made.stdout.strip() == str(USER), made.stderr
+    assert (checkout / "results/under-sudo").stat().st_uid == USER
+    assert under_sudo("status", "--json").returncode == 0
+    assert under_sudo("stop").returncode == 0
+    as_root = run_bounded(["sudo", *words, "start"])
+    assert as_root.returncode == 15 and "running as root" in as_root.stderr
 
 
 def test_tensorboard(script, port):
