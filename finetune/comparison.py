@@ -2,57 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from data_prep import LABELS, DataError
-from finetune import paths, records
-from finetune.metrics import CONFIDENCE, mcnemar
+from data_prep import DataError
+from finetune import answer, metrics, pairs, paths, records
+from finetune.metrics import Metrics
+from finetune.pairs import Pair
 from finetune.records import Prediction, RunRecord
 from finetune.settings import RUNS
-
-NAMES = {
-    "base": "base model",
-    "full": "full",
-    "full_unsloth": "full (Unsloth)",
-    "lora": "LoRA",
-    "qlora": "QLoRA",
-}
-SIGNIFICANT = 0.05
-RESAMPLES = 10_000
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two runs on the same rows: the first minus the second, in percentage points, and the exact McNemar test."""
-
-    first: str
-    second: str
-    points: float
-    low: float
-    high: float
-    only_first: int
-    only_second: int
-    p_value: float
-
-    @property
-    def is_tie(self) -> bool:
-        return self.p_value >= SIGNIFICANT
-
-    def __str__(self) -> str:
-        first, second = _spoken(self.first), _spoken(self.second)
-        p_value = f"exact McNemar p {format_p(self.p_value)}"
-        if self.is_tie:
-            interval = f"{self.low:+.1f} to {self.high:+.1f}"
-            return f"{first} and {second} cannot be told apart: {self.points:+.1f} points ({interval}; {p_value})"
-        if self.points > 0:
-            return f"{first} beats {second}: {self.points:.1f} points ({self.low:.1f} to {self.high:.1f}; {p_value})"
-        return f"{second} beats {first}: {-self.points:.1f} points ({-self.high:.1f} to {-self.low:.1f}; {p_value})"
+from finetune.wording import NAMES
 
 
 @dataclass(frozen=True)
@@ -70,35 +33,48 @@ class Comparison:
     def tuned(self) -> dict[str, RunRecord]:
         return {run: record for run, record in self.records.items() if record.training}
 
-    def pair(self, first: str, second: str) -> Pair:
-        right = [_is_right(self.predictions[run]) for run in (first, second)]
-        only_first, only_second, p_value = mcnemar(*right)
-        low, high = _difference_interval(*right)
-        points = 100 * float(np.mean(right[0]) - np.mean(right[1]))
-        return Pair(first, second, points, low, high, only_first, only_second, p_value)
+    @cached_property
+    def labels(self) -> list[str]:
+        """The true labels of the test rows, which all runs share."""
+        return [row.label for row in next(iter(self.predictions.values()))]
 
+    def answers(self, run: str) -> list[str]:
+        """A run's predicted labels, row by row."""
+        return [row.prediction for row in self.predictions[run]]
+
+    @cached_property
+    def scoring(self) -> dict[str, Metrics]:
+        """Each run's metrics, from its predictions."""
+        return {run: metrics.compute(self.labels, self.answers(run)) for run in self.predictions}
+
+    def pair(self, first: str, second: str) -> Pair:
+        """Two runs, as the only pair that is tested."""
+        return pairs.compare(first, second, self.labels, self.answers(first), self.answers(second))
+
+    @cached_property
     def pairs(self) -> list[Pair]:
-        """Every tuned run against the base, then the tuned runs against each other."""
+        """Every tuned run against the base, then the tuned runs against each other, corrected for their number."""
         tuned = list(self.tuned())
-        against_base = [(run, "base") for run in tuned if "base" in self.records]
-        return [self.pair(*names) for names in [*against_base, *combinations(tuned, 2)]]
+        names = [*((run, "base") for run in tuned), *combinations(tuned, 2)]
+        return pairs.corrected([self.pair(*both) for both in names], len(self.labels))
 
     def quality_table(self) -> pd.DataFrame:
-        """Accuracy with its interval, macro-F1 and F1 per class in percent; differences to the base in points."""
-        base = self.records["base"].evaluation.scoring
+        """Accuracy, macro-F1 and F1 per class in percent, with their intervals; differences to the base in points."""
+        base = self.scoring["base"]
         rows = {}
-        for run, record in self.records.items():
-            scoring = record.evaluation.scoring
+        for run, scoring in self.scoring.items():
             row = {
                 "accuracy %": 100 * scoring.accuracy,
-                "95 % interval": f"{100 * scoring.accuracy_low:.1f} to {100 * scoring.accuracy_high:.1f}",
+                "95 % interval": percent_interval(scoring.accuracy_low, scoring.accuracy_high),
                 "against base": 100 * (scoring.accuracy - base.accuracy),
                 "macro-F1 %": 100 * scoring.macro_f1,
+                "macro-F1 interval": percent_interval(scoring.macro_f1_low, scoring.macro_f1_high),
                 "macro-F1 against base": 100 * (scoring.macro_f1 - base.macro_f1),
             }
-            for label in LABELS:
-                row[f"{label} F1 %"] = 100 * scoring.classes[label].f1
-                row[f"{label} against base"] = 100 * (scoring.classes[label].f1 - base.classes[label].f1)
+            for label, of_class in scoring.classes.items():
+                row[f"{label} F1 %"] = 100 * of_class.f1
+                row[f"{label} interval"] = percent_interval(of_class.f1_low, of_class.f1_high)
+                row[f"{label} against base"] = 100 * (of_class.f1 - base.classes[label].f1)
             rows[NAMES[run]] = row
         return pd.DataFrame(rows).T.infer_objects()
 
@@ -108,21 +84,12 @@ class Comparison:
 
     def answer(self) -> str:
         """The comparison in one paragraph, true whatever the figures are."""
-        tuned = list(self.tuned())
-        against = [self.pair(run, "base") for run in tuned]
-        among = [self.pair(*names) for names in combinations(tuned, 2)]
-        rows = self.any_record.evaluation.scoring.rows
-        base = self.records["base"].evaluation.scoring
-        sentences = [
-            f"On {rows:,} test rows of {self.any_record.data.title}, {self.any_record.model} without tuning gets "
-            f"{base.accuracy:.1%} right ({base.accuracy_low:.1%} to {base.accuracy_high:.1%}).",
-            *(_as_sentence(pair) for pair in [*against, *among]),
-        ]
-        if among and all(pair.is_tie for pair in among):
-            sentences.append("Between the tuned models, cost decides.")
-        if len(tuned) > 1:
-            sentences.append(_as_sentence(_costs(self.tuned())))
-        return " ".join(sentences)
+        return answer.paragraph(self)
+
+
+def percent_interval(low: float, high: float) -> str:
+    """An interval of shares in percent: `94.9 to 95.9`."""
+    return f"{100 * low:.1f} to {100 * high:.1f}"
 
 
 def cost_table(record: RunRecord) -> pd.DataFrame:
@@ -168,33 +135,6 @@ def load_folder(folder: Path, profile: str) -> Comparison:
     return Comparison(profile, evaluated, predictions)
 
 
-def format_p(p_value: float) -> str:
-    return "< 0.001" if p_value < 0.001 else f"= {p_value:.3f}"
-
-
-def _spoken(run: str) -> str:
-    """A run's name within a sentence."""
-    names = {"base": "the base model", "full": "full fine-tuning", "full_unsloth": "full fine-tuning with Unsloth"}
-    return names.get(run, NAMES[run])
-
-
-def _as_sentence(text: object) -> str:
-    text = str(text)
-    return text[0].upper() + text[1:] + "."
-
-
-def _costs(tuned: dict[str, RunRecord]) -> str:
-    """Who trained fastest and with the least memory, beside those at the other end."""
-    by_time = sorted(tuned, key=lambda run: tuned[run].training.seconds)
-    by_memory = sorted(tuned, key=lambda run: tuned[run].training.peak_memory_bytes)
-    minutes = [f"{tuned[run].training.seconds / 60:.1f} minutes" for run in (by_time[0], by_time[-1])]
-    memory = [f"{tuned[run].training.peak_memory_bytes / 1e9:.1f} GB" for run in (by_memory[0], by_memory[-1])]
-    return (
-        f"{_spoken(by_time[0])} trained fastest ({minutes[0]}; {_spoken(by_time[-1])} {minutes[1]}), and "
-        f"{_spoken(by_memory[0])} took the least memory ({memory[0]}; {_spoken(by_memory[-1])} {memory[1]})"
-    )
-
-
 def _require_same_question(evaluated: dict[str, RunRecord], folder: Path) -> None:
     """Figures on other data, another prompt or another model are not comparable: name the difference."""
     base = evaluated["base"]
@@ -220,18 +160,3 @@ def _require_same_rows_and_other_answers(
         same = [row.probabilities for row in predictions[run]] == [row.probabilities for row in predictions["base"]]
         if record.training and same:
             raise DataError(folder / run, "gives exactly the base model's probabilities: its artefact was not applied")
-
-
-def _is_right(predictions: Sequence[Prediction]) -> list[bool]:
-    return [row.prediction == row.label for row in predictions]
-
-
-def _difference_interval(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of the accuracy difference over the rows, in points."""
-    differences = np.array(first, float) - np.array(second, float)
-    # Resampled rows with replacement are a multinomial draw of the three values: the same bootstrap, in milliseconds.
-    values, counts = np.unique(differences, return_counts=True)
-    draws = np.random.default_rng(0).multinomial(len(differences), counts / len(differences), size=RESAMPLES)
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(100 * draws @ values / len(differences), [tail, 100 - tail])
-    return float(low), float(high)

@@ -55,6 +55,7 @@ def summary(record: records.RunRecord) -> pd.DataFrame:
                 "accuracy": f"{value.accuracy:.1%}",
                 "95 % interval": f"{value.accuracy_low:.1%} to {value.accuracy_high:.1%}",
                 "macro-F1": f"{value.macro_f1:.1%}",
+                "its interval": f"{value.macro_f1_low:.1%} to {value.macro_f1_high:.1%}",
             }
             for name, value in rows.items()
             if value
@@ -63,10 +64,17 @@ def summary(record: records.RunRecord) -> pd.DataFrame:
 
 
 def class_table(record: records.RunRecord) -> pd.DataFrame:
-    """Precision, recall and F1 of each class by scoring, in percent."""
-    classes = record.evaluation.scoring.classes
-    table = pd.DataFrame({label: value.model_dump(exclude={"rows"}) for label, value in classes.items()}).T
-    return (100 * table).round(1)
+    """Precision, recall and F1 of each class by scoring, in percent, F1 with its 95 % interval."""
+    rows = {
+        label: {
+            "precision": round(100 * value.precision, 1),
+            "recall": round(100 * value.recall, 1),
+            "F1": round(100 * value.f1, 1),
+            "95 % interval": comparison.percent_interval(value.f1_low, value.f1_high),
+        }
+        for label, value in record.evaluation.scoring.classes.items()
+    }
+    return pd.DataFrame(rows).T
 
 
 def confident_errors(record: records.RunRecord, data: PreparedData, rows: int = 8) -> pd.DataFrame:

@@ -7,9 +7,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from data_prep import LABELS
-from finetune.comparison import NAMES, Comparison
+from finetune.comparison import Comparison
 from finetune.metrics import Metrics
 from finetune.records import RunRecord
+from finetune.wording import NAMES
 
 COLOURS = {
     "base": "#999999",

@@ -10,7 +10,8 @@ import pandas as pd
 
 from data_prep import UserError
 from finetune import comparison, paths, records, report
-from finetune.comparison import NAMES, Comparison
+from finetune.comparison import Comparison
+from finetune.wording import NAMES
 
 README = paths.PROJECT / "README.md"
 FOLDER = paths.PROJECT / "results" / "reference"

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from data_prep.store import replacing
 from finetune import plots
-from finetune.comparison import NAMES, Comparison, format_p
+from finetune.comparison import Comparison
+from finetune.wording import NAMES, format_p
 
 DECIMALS = {
     "trained parameters": "{:,.0f}",

@@ -1,0 +1,163 @@
+"""Two methods on the same test rows: the difference with its interval, a paired test, and what it could have shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import binom
+from statsmodels.stats.multitest import multipletests
+
+from finetune import resampling
+from finetune.metrics import mcnemar
+from finetune.wording import format_p, spoken
+
+SIGNIFICANT = 0.05
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two runs on the same rows, the first minus the second.
+
+    Attributes:
+        points, low, high: Difference of the accuracies in percentage points, with its 95 % bootstrap interval.
+        f1_points, f1_low, f1_high: The same of macro-F1.
+        only_first, only_second: Rows that only one of the two gets right.
+        p_value: Exact McNemar test, of this pair alone.
+        corrected_p: The same after Holm's correction for all pairs that were tested with it.
+        detectable: The true difference in points that this test would have found four times in five, given as many
+            rows on which one alone is right; None where they are too few for any difference to be found.
+    """
+
+    first: str
+    second: str
+    points: float
+    low: float
+    high: float
+    f1_points: float
+    f1_low: float
+    f1_high: float
+    only_first: int
+    only_second: int
+    p_value: float
+    corrected_p: float
+    detectable: float | None
+
+    @property
+    def is_tie(self) -> bool:
+        return self.corrected_p >= SIGNIFICANT
+
+    @property
+    def winner(self) -> str:
+        """The run with the higher accuracy; it says nothing where the pair is a tie."""
+        return self.first if self.points > 0 else self.second
+
+    @property
+    def loser(self) -> str:
+        return self.second if self.points > 0 else self.first
+
+    def lead(self) -> str:
+        """How far the winner leads: `14.1 points (12.9 to 15.3, p < 0.001)`."""
+        low, high = (self.low, self.high) if self.points > 0 else (-self.high, -self.low)
+        return f"{abs(self.points):.1f} points ({low:.1f} to {high:.1f}, p {format_p(self.corrected_p)})"
+
+    def power(self) -> str:
+        """What the test could have shown, as a clause."""
+        if self.detectable is None:
+            count = self.only_first + self.only_second
+            rows = {0: "no row", 1: "one row"}.get(count, f"{count} rows")
+            return f"with {rows} that one of them alone gets right, no difference could have been shown"
+        return f"a true difference of {self.detectable:.1f} points would have been found four times in five"
+
+    def __str__(self) -> str:
+        if self.is_tie:
+            return (
+                f"{spoken(self.first)} and {spoken(self.second)} cannot be told apart ({self.points:+.1f} points, "
+                f"{self.low:+.1f} to {self.high:+.1f}, p {format_p(self.corrected_p)}; {self.power()})"
+            )
+        return f"{spoken(self.winner)} beats {spoken(self.loser)} by {self.lead()}"
+
+
+def compare(first: str, second: str, labels: Sequence[str], answers: Sequence[str], others: Sequence[str]) -> Pair:
+    """Compare the predictions of two runs, as the only pair that is tested.
+
+    Args:
+        first: Name of the first run.
+        second: Name of the second run.
+        labels: The true labels, row by row.
+        answers: The first run's predictions of the same rows.
+        others: The second run's.
+    """
+    right = [[answer == label for answer, label in zip(of, labels, strict=True)] for of in (answers, others)]
+    only_first, only_second, p_value = mcnemar(*right)
+    counts = resampling.confusions(labels, answers, others)
+    shares = [resampling.accuracy(of) for of in counts]
+    macro = [resampling.f1(of).mean(axis=-1) for of in counts]
+    observed = [resampling.f1(resampling.confusion(labels, of)).mean() for of in (answers, others)]
+    low, high = resampling.interval(100 * (shares[0] - shares[1]))
+    f1_low, f1_high = resampling.interval(100 * (macro[0] - macro[1]))
+    return Pair(
+        first,
+        second,
+        points=100 * (only_first - only_second) / len(labels),
+        low=low,
+        high=high,
+        f1_points=100 * float(observed[0] - observed[1]),
+        f1_low=f1_low,
+        f1_high=f1_high,
+        only_first=only_first,
+        only_second=only_second,
+        p_value=p_value,
+        corrected_p=p_value,
+        detectable=detectable(only_first + only_second, len(labels), SIGNIFICANT),
+    )
+
+
+def corrected(pairs: Sequence[Pair], rows: int) -> list[Pair]:
+    """The pairs with p-values corrected for testing all of them (Holm 1979).
+
+    Holm asks of the pairs that stay ties that one of them reach 5 % divided by their number: that is the level at which
+    their detectable difference is found.
+    """
+    if not pairs:
+        return []
+    rejected, p_values, _, _ = multipletests([pair.p_value for pair in pairs], SIGNIFICANT, method="holm")
+    level = SIGNIFICANT / max(1, sum(~rejected))
+    return [
+        replace(
+            pair,
+            corrected_p=float(p_value),
+            detectable=detectable(pair.only_first + pair.only_second, rows, level),
+        )
+        for pair, p_value in zip(pairs, p_values, strict=True)
+    ]
+
+
+def detectable(discordant: int, rows: int, level: float) -> float | None:
+    """The true difference, in points, that the exact McNemar test finds with a probability of 80 %.
+
+    Args:
+        discordant: Rows that one method alone gets right.
+        rows: All test rows.
+        level: Two-sided level of the test.
+
+    Returns:
+        The difference at which the test, which is binomial given `discordant`, has that power; None if there are too
+        few rows for any outcome to be significant.
+    """
+    outcomes = np.arange(discordant + 1)
+    significant = outcomes[2 * binom.cdf(outcomes, discordant, 0.5) < level]
+    if not len(significant):
+        return None
+    critical = significant[-1]
+
+    def missing(share: float) -> float:
+        """How much power is missing where the better method alone is right on this share of the discordant rows."""
+        tails = binom.cdf(critical, discordant, 1 - share) + binom.cdf(critical, discordant, share)
+        return POWER - tails
+
+    share = brentq(missing, 0.5, 1)
+    return 100 * (2 * share - 1) * discordant / rows
