@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from data_prep import DataError
-from finetune import answer, metrics, pairs, paths, records
+from data_prep import LABELS, DataError
+from finetune import answer, calibration, metrics, pairs, paths, records
+from finetune.calibration import COVERAGES, Calibration
 from finetune.metrics import Metrics
 from finetune.pairs import Pair
 from finetune.records import Prediction, RunRecord
@@ -25,6 +26,7 @@ class Comparison:
     profile: str
     records: dict[str, RunRecord]
     predictions: dict[str, list[Prediction]]
+    validation: dict[str, list[Prediction] | None]
 
     @property
     def any_record(self) -> RunRecord:
@@ -46,6 +48,10 @@ class Comparison:
     def scoring(self) -> dict[str, Metrics]:
         """Each run's metrics, from its predictions."""
         return {run: metrics.compute(self.labels, self.answers(run)) for run in self.predictions}
+
+    @cached_property
+    def calibration(self) -> dict[str, Calibration]:
+        return {run: calibration.of(rows, self.validation[run]) for run, rows in self.predictions.items()}
 
     def pair(self, first: str, second: str) -> Pair:
         """Two runs, as the only pair that is tested."""
@@ -78,6 +84,27 @@ class Comparison:
             rows[NAMES[run]] = row
         return pd.DataFrame(rows).T.infer_objects()
 
+    def calibration_table(self) -> pd.DataFrame:
+        """Calibration errors with their intervals, before and after the temperature, and accuracy when abstaining."""
+        return pd.DataFrame(
+            {NAMES[run]: _calibration_row(of) for run, of in self.calibration.items()}
+        ).T.infer_objects()
+
+    def confusion_table(self) -> pd.DataFrame:
+        """How often each class was taken for each other one, those that the tuned runs confuse most first."""
+        counts = {
+            NAMES[run]: {
+                f"{label} taken for {other}": scoring.confusion[row][column]
+                for row, label in enumerate(LABELS)
+                for column, other in enumerate(LABELS)
+                if row != column
+            }
+            for run, scoring in self.scoring.items()
+        }
+        table = pd.DataFrame(counts)
+        judged = [NAMES[run] for run in self.tuned()] or list(table)
+        return table.loc[table[judged].sum(axis=1).sort_values(ascending=False, kind="stable").index]
+
     def cost_table(self) -> pd.DataFrame:
         """What each training cost, and what its artefact weighs."""
         return pd.concat([cost_table(record) for record in self.tuned().values()]) if self.tuned() else pd.DataFrame()
@@ -85,6 +112,26 @@ class Comparison:
     def answer(self) -> str:
         """The comparison in one paragraph, true whatever the figures are."""
         return answer.paragraph(self)
+
+
+def _calibration_row(of: Calibration) -> dict[str, float | str]:
+    after = {"temperature": "not recorded", "ECE % after": "", "Brier after": "", "log loss after": ""}
+    if of.scaled:
+        after = {
+            "temperature": f"{of.temperature:.2f}",
+            "ECE % after": f"{100 * of.scaled.error:.1f}",
+            "Brier after": f"{of.scaled.brier:.3f}",
+            "log loss after": f"{of.scaled.log_loss:.3f}",
+        }
+    return {
+        "ECE %": 100 * of.scores.error,
+        "ECE interval": percent_interval(*of.error_interval),
+        "Brier": of.scores.brier,
+        "Brier interval": f"{of.brier_interval[0]:.3f} to {of.brier_interval[1]:.3f}",
+        "log loss": of.scores.log_loss,
+        **after,
+        **{f"accuracy % of the surest {share:.0%}": 100 * of.accuracy_at(share) for share in COVERAGES},
+    }
 
 
 def percent_interval(low: float, high: float) -> str:
@@ -132,7 +179,8 @@ def load_folder(folder: Path, profile: str) -> Comparison:
     _require_same_question(evaluated, folder)
     predictions = {run: records.read_predictions(record, found[run]) for run, record in evaluated.items()}
     _require_same_rows_and_other_answers(evaluated, predictions, folder)
-    return Comparison(profile, evaluated, predictions)
+    validation = {run: records.read_validation(record, found[run]) for run, record in evaluated.items()}
+    return Comparison(profile, evaluated, predictions, validation)
 
 
 def _require_same_question(evaluated: dict[str, RunRecord], folder: Path) -> None:

@@ -21,7 +21,7 @@ def evaluate(settings: Settings, data: PreparedData, notebook: str | None = None
 
     Args:
         settings: The run; its artefact must have been made with these settings.
-        data: The prepared data; its test rows are used.
+        data: The prepared data; its test rows are judged, and its validation rows scored for what is fitted on them.
         notebook: The notebook that trains this run, None for the base model.
 
     Raises:
@@ -34,7 +34,7 @@ def evaluate(settings: Settings, data: PreparedData, notebook: str | None = None
     model = models.load_for_evaluation(settings, artefact)
     hardware.reset_peak_memory()
     digest = training.artefact_digest if training else None
-    result = _evaluate_model(model, tokenizer, settings, data.test, folder_of(settings), digest)
+    result = _evaluate_model(model, tokenizer, settings, data, digest)
     record = records.new_record(settings, data.reference, training=training, evaluation=result)
     records.write(record, folder_of(settings))
     return record
@@ -80,7 +80,7 @@ def class_table(record: records.RunRecord) -> pd.DataFrame:
 def confident_errors(record: records.RunRecord, data: PreparedData, rows: int = 8) -> pd.DataFrame:
     """The wrong answers that the model was surest of, with their text."""
     folder = paths.run_folder(record.profile, record.run)
-    articles = {example.id: example.prompt[-1]["content"].partition("\n\n")[2] for example in data.test}
+    articles = {example.id: example.article for example in data.test}
     wrong = [row for row in records.read_predictions(record, folder) if row.prediction != row.label]
     wrong.sort(key=lambda row: row.probabilities[row.prediction], reverse=True)
     return pd.DataFrame(
@@ -103,15 +103,16 @@ def folder_of(settings: Settings) -> Path:
 
 
 def _evaluate_model(
-    model, tokenizer, settings: Settings, examples: list[Example], folder: Path, artefact_digest: str | None
+    model, tokenizer, settings: Settings, data: PreparedData, artefact_digest: str | None
 ) -> records.Evaluation:
-    experiment = settings.experiment
-    prompts = [row.prompt for row in chat.encode(tokenizer, examples, MAX_LENGTH)]
+    experiment, examples, folder = settings.experiment, data.test, folder_of(settings)
+    prompts = _prompts(tokenizer, examples)
     scorer = evaluation.LabelScorer(model, tokenizer, experiment.evaluation_batch_size)
     probabilities, seconds = evaluation.timed(scorer.score, prompts, progress="scoring")
     labels, predicted = [example.label for example in examples], evaluation.predicted_labels(probabilities)
     generation, answers = _generate(model, tokenizer, settings, prompts, labels, predicted)
-    digest = records.write_predictions(_predictions(examples, predicted, probabilities, answers), folder)
+    digest = records.write_predictions(_predictions(examples, probabilities, answers), folder)
+    validation = scorer.score(_prompts(tokenizer, data.validation), progress="scoring validation rows")
     alone = [row for row, example in enumerate(examples) if not example.has_twin]
     return records.Evaluation(
         environment=records.environment(),
@@ -126,7 +127,14 @@ def _evaluate_model(
         without_twins=metrics.compute([labels[r] for r in alone], [predicted[r] for r in alone]) if alone else None,
         generation=generation,
         predictions_digest=digest,
+        validation_digest=records.write_predictions(
+            _predictions(data.validation, validation, []), folder, records.VALIDATION
+        ),
     )
+
+
+def _prompts(tokenizer, examples: list[Example]) -> list[list[int]]:
+    return [row.prompt for row in chat.encode(tokenizer, examples, MAX_LENGTH)]
 
 
 def _generate(
@@ -155,9 +163,8 @@ def _generate(
     return generation, answers
 
 
-def _predictions(
-    examples: list[Example], predicted: list[str], probabilities: np.ndarray, answers: list[str]
-) -> list[records.Prediction]:
+def _predictions(examples: list[Example], probabilities: np.ndarray, answers: list[str]) -> list[records.Prediction]:
+    predicted = evaluation.predicted_labels(probabilities)
     generated = answers + [None] * (len(examples) - len(answers))
     return [
         records.Prediction(

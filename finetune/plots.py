@@ -19,6 +19,7 @@ COLOURS = {
     "lora": "#E69F00",
     "qlora": "#009E73",
 }
+LINES = {"base": ":", "full": "-", "full_unsloth": (0, (5, 1, 1, 1)), "lora": "--", "qlora": "-."}
 MARKERS = {"full": "s", "full_unsloth": "D", "lora": "o", "qlora": "^"}
 
 plt.rcParams.update(
@@ -112,6 +113,40 @@ def accuracy_against_time(comparison: Comparison) -> Figure:
         )
     axes.set(xlabel="training time (minutes)", ylabel="accuracy (%)", xlim=(0, None))
     axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def reliability(comparison: Comparison) -> Figure:
+    """Accuracy against confidence, a panel a run; the bars' distance to the diagonal is the calibration error."""
+    count = len(comparison.records)
+    figure, axes = plt.subplots(1, count, figsize=(2.9 * count, 3.1), layout="constrained", squeeze=False, sharey=True)
+    for axis, (run, of) in zip(axes[0], comparison.calibration.items(), strict=True):
+        found = of.reliability
+        axis.plot([0, 100], [0, 100], color="black", linewidth=0.8, linestyle=":")
+        sizes = 12 + 240 * found.rows / found.rows.sum()
+        axis.scatter(100 * found.confidence, 100 * found.accuracy, s=sizes, color=COLOURS[run], edgecolor="black")
+        axis.set(
+            xlabel="confidence (%)", xlim=(0, 103), ylim=(0, 103), title=f"{NAMES[run]}: ECE {of.scores.error:.1%}"
+        )
+    axes[0][0].set_ylabel("accuracy (%)")
+    return figure
+
+
+def accuracy_against_coverage(comparison: Comparison) -> Figure:
+    """Accuracy if a model abstains where it is least sure, against the share of rows that it answers."""
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for run, of in comparison.calibration.items():
+        axes.plot(
+            100 * of.coverage,
+            100 * of.selective_accuracy,
+            color=COLOURS[run],
+            linestyle=LINES[run],
+            linewidth=1.8,
+            label=NAMES[run],
+        )
+    # With a handful of rows the curve says nothing yet.
+    axes.set(xlabel="rows answered, the surest first (%)", ylabel="accuracy on them (%)", xlim=(10, 100))
+    axes.legend(frameon=False)
     return figure
 
 

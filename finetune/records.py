@@ -25,6 +25,7 @@ from finetune.settings import EVALUATION_ONLY, Settings
 
 RECORD = "record.json"
 PREDICTIONS = "predictions.jsonl"
+VALIDATION = "validation.jsonl"
 
 
 class Part(BaseModel):
@@ -89,7 +90,10 @@ class Generation(Part):
 
 
 class Evaluation(Part):
-    """Test metrics by scoring, on all rows and on those without a twin in train; and by generation."""
+    """Test metrics by scoring, on all rows and on those without a twin in train; and by generation.
+
+    The validation rows were scored too, for what is fitted on them; older records hold no digest of that.
+    """
 
     environment: Environment
     artefact_digest: str | None
@@ -103,6 +107,7 @@ class Evaluation(Part):
     without_twins: Metrics | None
     generation: Generation | None
     predictions_digest: str
+    validation_digest: str | None = None
 
 
 class DataReference(Part):
@@ -134,7 +139,7 @@ class RunRecord(Part):
 
 
 class Prediction(Part):
-    """One test row: its label, the label that scoring found, all four probabilities, the generated answer if any."""
+    """One row: its label, the label that scoring found, all four probabilities, the generated answer if any."""
 
     id: str
     label: str
@@ -175,7 +180,8 @@ def environment() -> Environment:
 def write(record: RunRecord, folder: Path) -> None:
     """Write a record in one step. Predictions that belonged to an earlier one go first."""
     if record.evaluation is None:
-        (folder / PREDICTIONS).unlink(missing_ok=True)
+        for name in (PREDICTIONS, VALIDATION):
+            (folder / name).unlink(missing_ok=True)
     with replacing(folder / RECORD) as file:
         file.write(record.model_dump_json(indent=2) + "\n")
 
@@ -199,28 +205,41 @@ def read(folder: Path) -> RunRecord:
         ) from error
 
 
-def write_predictions(predictions: Sequence[Prediction], folder: Path) -> str:
+def write_predictions(predictions: Sequence[Prediction], folder: Path, name: str = PREDICTIONS) -> str:
     """Write the predictions of a run; returns their digest for the record."""
     lines = [prediction.model_dump_json() + "\n" for prediction in predictions]
-    with replacing(folder / PREDICTIONS) as file:
+    with replacing(folder / name) as file:
         file.writelines(lines)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def read_predictions(record: RunRecord, folder: Path) -> list[Prediction]:
-    """The predictions that belong to a record.
+    """The predictions of the test rows that belong to a record.
 
     Raises:
         DataError: They are missing, were changed, or are another record's.
     """
-    path = folder / PREDICTIONS
     if record.evaluation is None:
         raise DataError(folder / RECORD, f"{record.run} was not evaluated yet; run its performance notebook")
+    return _read_rows(folder / PREDICTIONS, record.evaluation.predictions_digest)
+
+
+def read_validation(record: RunRecord, folder: Path) -> list[Prediction] | None:
+    """The same of the validation rows; None where the record is older than their scoring.
+
+    Raises:
+        DataError: They are missing, were changed, or are another record's.
+    """
+    digest = record.evaluation and record.evaluation.validation_digest
+    return _read_rows(folder / VALIDATION, digest) if digest else None
+
+
+def _read_rows(path: Path, digest: str) -> list[Prediction]:
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(path, "no such file; run the performance notebook again") from error
-    if hashlib.sha256(content).hexdigest() != record.evaluation.predictions_digest:
+    if hashlib.sha256(content).hexdigest() != digest:
         raise DataError(path, "not the predictions of record.json beside it (cut short, changed, or another run's)")
     return [Prediction.model_validate(json.loads(line)) for line in content.splitlines()]
 

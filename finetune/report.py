@@ -19,6 +19,8 @@ from finetune.wording import NAMES, format_p
 DECIMALS = {
     "trained parameters": "{:,.0f}",
     "share of parameters %": "{:.2f}",
+    "Brier": "{:.3f}",
+    "log loss": "{:.3f}",
     "against base": "{:+.1f}",
     "macro-F1 against base": "{:+.1f}",
 }
@@ -34,6 +36,8 @@ def write_report(comparison: Comparison, path: Path) -> Path:
         names=NAMES,
         format_p=format_p,
         quality=formatted(comparison.quality_table()).T.to_html(border=0),
+        calibration=formatted(comparison.calibration_table()).T.to_html(border=0),
+        confused=comparison.confusion_table().to_html(border=0),
         cost=formatted(comparison.cost_table()).T.to_html(border=0),
         pictures={
             name: _embedded(draw(comparison))
@@ -41,6 +45,8 @@ def write_report(comparison: Comparison, path: Path) -> Path:
                 "accuracy": plots.accuracy_bars,
                 "time": plots.accuracy_against_time,
                 "classes": plots.f1_by_class,
+                "reliability": plots.reliability,
+                "coverage": plots.accuracy_against_coverage,
                 "confusion": plots.confusion_grid,
             }.items()
         },

@@ -129,22 +129,25 @@ def write_run(
     confidence: float | None = None,
     cost: dict[str, Any] | None = None,
     rows: list[Prediction] | None = None,
+    validation: list[Prediction] | None = None,
     **changes: Any,
 ) -> RunRecord:
     """Write an evaluated run (trained too, unless it is the base) that was right on the given rows.
 
-    `cost` changes its training part, `rows` replaces its predictions, and `changes` go to the record.
+    `cost` changes its training part, `rows` replaces its predictions, `validation` adds some of validation rows,
+    and `changes` go to the record.
     """
     folder = results / run
     if rows is None:
         rows = predictions(right, confidence or (0.4 if run == "base" else 0.7))
     digest = records.write_predictions(rows, folder)
+    scored = records.write_predictions(validation, folder, records.VALIDATION) if validation else None
     labels, predicted = [row.label for row in rows], [row.prediction for row in rows]
     result = record(
         run,
         len(rows),
         training=None if run == "base" else training(run, **(cost or {})),
-        evaluation=evaluation(labels, predicted, digest),
+        evaluation=evaluation(labels, predicted, digest, validation_digest=scored),
         **changes,
     )
     records.write(result, folder)

@@ -60,6 +60,23 @@ class TestFigures:
         assert list(table["peak memory GB"]) == [2.5, 1.5]
         assert list(table["artefact MB"]) == [4, 4]
 
+    def test_confusions_by_hand(self, results):
+        """LoRA gives the next label on rows 30 to 39: 2 World, 2 Sports, 3 Business and 3 Sci/Tech."""
+        table = compare(results, base=right_on(0, 40), lora=right_on(30, 40)).confusion_table()
+        assert list(table.index[:2]) == ["Business taken for Sci/Tech", "Sci/Tech taken for World"]
+        assert list(table["LoRA"][:4]) == [3, 3, 2, 2]
+        assert list(table["base model"][:4]) == [10, 10, 10, 10]
+        assert table.shape == (12, 2) and table["LoRA"].sum() == 10
+
+    def test_calibration_by_hand(self, results):
+        """LoRA is sure by 0.45 on all 40 rows and right on 30: no bin but one."""
+        table = compare(results, base=right_on(20, 40), lora=right_on(30, 40)).calibration_table()
+        assert table.loc["LoRA", "ECE %"] == pytest.approx(30)
+        right, wrong = 0.55**2 + 3 * (0.55 / 3) ** 2, 0.45**2 + (1 - 0.55 / 3) ** 2 + 2 * (0.55 / 3) ** 2
+        assert table.loc["LoRA", "Brier"] == pytest.approx(0.75 * right + 0.25 * wrong)
+        assert table.loc["LoRA", "temperature"] == "not recorded"
+        assert table.loc["LoRA", "accuracy % of the surest 80%"] == pytest.approx(100 * 30 / 32)
+
     def test_without_a_tuned_run_there_is_no_cost(self, results):
         assert compare(results, base=right_on(20, 40)).cost_table().empty
 

@@ -36,6 +36,7 @@ def comparison(home):
 
 def test_every_run_has_a_colour_and_every_tuned_one_a_marker():
     assert plots.COLOURS.keys() == RUNS.keys()
+    assert plots.COLOURS.keys() == plots.LINES.keys()
     assert plots.MARKERS.keys() == RUNS.keys() - {"base"}
     assert len(set(plots.COLOURS.values())) == len(plots.COLOURS)
     assert len(set(plots.MARKERS.values())) == len(plots.MARKERS)
@@ -92,3 +93,17 @@ def test_a_confusion_matrix_shows_its_counts(comparison):
 
 def test_the_grid_has_a_matrix_per_run(comparison):
     assert len(plots.confusion_grid(comparison).axes) == len(RUNS)
+
+
+def test_reliability_has_a_panel_per_run_with_its_bins(comparison):
+    panels = plots.reliability(comparison).axes
+    assert len(panels) == len(RUNS)
+    # The fourth run is sure by 0.53 on every row, and right on 32 of 40.
+    np.testing.assert_allclose(panels[3].collections[0].get_offsets(), [(53, 80)])
+    assert panels[3].get_title() == "LoRA: ECE 27.0%"
+
+
+def test_coverage_ends_at_the_accuracy_on_all_rows(comparison):
+    (axes,) = plots.accuracy_against_coverage(comparison).axes
+    assert [line.get_ydata()[-1] for line in axes.lines] == pytest.approx([50, 60, 70, 80, 90])
+    assert len({str(line.get_linestyle()) + line.get_color() for line in axes.lines}) == len(RUNS)

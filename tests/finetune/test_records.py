@@ -68,6 +68,28 @@ class TestRoundTrip:
         assert record.settings_digest == settings.digest
 
 
+class TestValidationRows:
+    def test_they_come_back_as_they_were(self, folder):
+        rows = factories.predictions([True, False, True])
+        record = factories.write_run(folder.parent, "lora", factories.right_on(30, 40), validation=rows)
+        assert records.read_validation(record, folder) == rows
+
+    def test_a_record_that_is_older_than_them_has_none(self, folder, evaluated):
+        edit(folder, lambda record: record["evaluation"].pop("validation_digest"))
+        assert records.read_validation(records.read(folder), folder) is None
+
+    def test_changed_ones_are_refused(self, folder):
+        record = factories.write_run(folder.parent, "lora", [True], validation=factories.predictions([True]))
+        (folder / "validation.jsonl").write_text("")
+        with pytest.raises(DataError, match=r"validation\.jsonl: not the predictions of record\.json"):
+            records.read_validation(record, folder)
+
+    def test_a_new_training_removes_them(self, folder):
+        factories.write_run(folder.parent, "lora", [True], validation=factories.predictions([True]))
+        records.write(factories.record("lora", training=factories.training("lora")), folder)
+        assert [path.name for path in folder.iterdir()] == ["record.json"]
+
+
 class TestRefusals:
     def test_a_missing_record(self, folder):
         with pytest.raises(DataError, match=r"lora/record\.json: no such file; run the notebook"):
