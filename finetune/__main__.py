@@ -107,10 +107,13 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from finetune import comparison, report
+    from finetune import comparison, errors, reference, report
 
     compared = comparison.load_folder(options.folder, options.folder.name)
-    print(report.write_report(compared, options.folder / "report.html"))
+    # What lies among the reference results is committed.
+    is_public = reference.FOLDER in options.folder.resolve().parents
+    texts = errors.publishable_articles if is_public else errors.articles
+    print(report.write_report(compared, options.folder / "report.html", texts(compared.any_record.data)))
     return 0
 
 

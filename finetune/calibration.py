@@ -75,9 +75,9 @@ class Calibration:
 
 def of(test: Sequence[Prediction], validation: Sequence[Prediction] | None) -> Calibration:
     """Calibration of a run from its predictions of the test rows, and of validation rows if they were scored."""
-    labels, probabilities = _arrays(test)
+    labels, probabilities = arrays(test)
     confidence, right = confidences(labels, probabilities)
-    temperature = fit_temperature(*_arrays(validation)) if validation else None
+    temperature = fit_temperature(*arrays(validation)) if validation else None
     coverage, selective = accuracy_against_coverage(confidence, right)
     return Calibration(
         scores=score(labels, probabilities),
@@ -134,7 +134,7 @@ def with_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarra
     return softmax(np.log(np.maximum(probabilities, SMALLEST)) / temperature, axis=1)
 
 
-def _arrays(predictions: Sequence[Prediction]) -> tuple[list[str], np.ndarray]:
+def arrays(predictions: Sequence[Prediction]) -> tuple[list[str], np.ndarray]:
     """Labels, and probabilities of shape (rows, labels) in the order of LABELS."""
     probabilities = np.array([[row.probabilities[label] for label in LABELS] for row in predictions])
     # Nine digits each add up to one within some 1e-9.

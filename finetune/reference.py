@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from data_prep import UserError
-from finetune import comparison, paths, records, report
+from finetune import comparison, errors, paths, records, report
 from finetune.comparison import Comparison
 from finetune.wording import NAMES
 
@@ -34,7 +34,7 @@ def publish(profile: str) -> Path:
         (target / run).mkdir(parents=True, exist_ok=True)
         for name in (records.RECORD, records.PREDICTIONS):
             shutil.copyfile(paths.run_folder(profile, run) / name, target / run / name)
-    report.write_report(compared, target / "report.html")
+    report.write_report(compared, target / "report.html", errors.publishable_articles(compared.any_record.data))
     README.write_text(with_results(README.read_text(encoding="utf-8")), encoding="utf-8")
     return target
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from data_prep import LABELS
 from data_prep.store import replacing
-from finetune import plots
+from finetune import errors, plots
 from finetune.comparison import Comparison
 from finetune.wording import NAMES, format_p
 
@@ -26,8 +28,19 @@ DECIMALS = {
 }
 
 
-def write_report(comparison: Comparison, path: Path) -> Path:
-    """Write the report of a comparison; returns its path."""
+# A page that lists thousands of rows is slow on a phone, and nobody reads them.
+LISTED_ERRORS = 400
+
+
+def write_report(comparison: Comparison, path: Path, articles: Mapping[str, str]) -> Path:
+    """Write the report of a comparison; returns its path.
+
+    Args:
+        comparison: The runs.
+        path: The file to write.
+        articles: Texts of the test rows by id (`errors.articles`, or `errors.publishable_articles` where the report
+            leaves this machine); may be empty.
+    """
     environment = Environment(
         loader=PackageLoader("finetune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -38,6 +51,13 @@ def write_report(comparison: Comparison, path: Path) -> Path:
         quality=formatted(comparison.quality_table()).T.to_html(border=0),
         calibration=formatted(comparison.calibration_table()).T.to_html(border=0),
         confused=comparison.confusion_table().to_html(border=0),
+        labels=LABELS,
+        judged=errors.judged(comparison),
+        mistakes=errors.mistakes(comparison, articles),
+        listed_errors=LISTED_ERRORS,
+        articles=articles,
+        suspects=_suspected(comparison, articles),
+        without_suspects=errors.without_suspects(comparison),
         cost=formatted(comparison.cost_table()).T.to_html(border=0),
         pictures={
             name: _embedded(draw(comparison))
@@ -54,6 +74,20 @@ def write_report(comparison: Comparison, path: Path) -> Path:
     with replacing(path) as file:
         file.write(html)
     return path
+
+
+def _suspected(comparison: Comparison, articles: Mapping[str, str]) -> list[dict[str, str]]:
+    """The rows whose label is doubted: id, label, what all judged runs say instead, and the text."""
+    answers = comparison.predictions[errors.judged(comparison)[0]]
+    return [
+        {
+            "id": answers[row].id,
+            "label": answers[row].label,
+            "instead": answers[row].prediction,
+            "text": articles.get(answers[row].id, ""),
+        }
+        for row in errors.suspects(comparison)
+    ]
 
 
 def formatted(table: pd.DataFrame) -> pd.DataFrame:

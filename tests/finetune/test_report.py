@@ -15,12 +15,12 @@ HOSTILE = "<script>alert('x')</script>&\"{{ 7 * 7 }}"
 RUNS = ("base", "full", "full_unsloth", "lora", "qlora")
 
 
-def write_report(runs=("base", "lora"), **changes) -> str:
+def write_report(runs=("base", "lora"), articles=None, **changes) -> str:
     """The report on runs of 40 rows, one more right than the other."""
     results = paths.results_folder("cpu")
     for number, run in enumerate(runs):
         write_run(results, run, right_on(20 + 4 * number, 40), confidence=0.5 + number / 100, **changes)
-    return report.write_report(load("cpu"), results / "report.html").read_text(encoding="utf-8")
+    return report.write_report(load("cpu"), results / "report.html", articles or {}).read_text(encoding="utf-8")
 
 
 def text_of(html: str) -> str:
@@ -70,6 +70,32 @@ class TestReport:
         assert HOSTILE in unescape(html)
         assert "49" not in re.search("<title>(.*?)</title>", html).group(1)
 
+    def test_an_article_is_shown_and_not_obeyed(self):
+        html = write_report(articles={"test-30": HOSTILE})
+        assert "<script" not in html
+        assert HOSTILE in unescape(html)
+
+    def test_wrong_rows_can_be_filtered_by_run_and_label(self):
+        """LoRA is right on rows 0 to 23: the other 16 are listed, with the classes that the filters go by."""
+        html = write_report()
+        rows = re.findall(r'<tr class="label-(\d)( by-all)? run-lora">\s*<td><code>test-(\d+)</code>', html)
+        assert sorted(int(row) for _, _, row in rows) == list(range(24, 40))
+        assert all(int(label) == int(row) % 4 and by_all for label, by_all, row in rows)
+        for choice in ("#run-lora:checked) tbody tr:not(.run-lora)", "#label-3:checked) tbody tr:not(.label-3)"):
+            assert choice in html
+        assert 'id="run-lora"' in html and 'id="label-3"' in html
+
+    def test_without_texts_it_says_so(self):
+        assert "Without the articles' texts" in text_of(write_report())
+        assert "Without the articles' texts" not in text_of(write_report(articles={"test-30": "a text"}))
+
+    def test_accuracy_without_doubted_rows_is_marked(self):
+        html = " ".join(text_of(write_report()).split())
+        # All of LoRA's answers are as sure, so that its 16 errors are doubted, and with them its accuracy is 24 of 24.
+        assert "16 rows of 40 of which every tuned model is as sure" in html
+        assert "Not a result: accuracy without the suspected rows." in html
+        assert "LoRA 60.0 100.0 86.2 to 100.0" in html
+
     def test_the_base_alone_makes_a_report(self):
         text = text_of(write_report(("base",)))
         assert "without tuning gets 50.0% right" in text
@@ -80,7 +106,7 @@ class TestReport:
         results = paths.results_folder("cpu")
         write_run(results, "base", right_on(0, 40))
         write_run(results, "lora", right_on(40, 40))
-        assert "100.0" in text_of(report.write_report(load("cpu"), results / "report.html").read_text())
+        assert "100.0" in text_of(report.write_report(load("cpu"), results / "report.html", {}).read_text())
 
     def test_the_same_records_give_the_same_file(self):
         assert write_report() == write_report()
@@ -91,6 +117,6 @@ class TestReport:
         comparison = load("cpu")
         unwritable = {run: record.model_copy(update={"model": "\ud800"}) for run, record in comparison.records.items()}
         with pytest.raises(UnicodeEncodeError):
-            report.write_report(replace(comparison, records=unwritable), path)
+            report.write_report(replace(comparison, records=unwritable), path, {})
         assert path.read_text(encoding="utf-8") == before
         assert not list(path.parent.glob("*.partial"))
