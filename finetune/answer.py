@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from finetune.metrics import Metrics
 from finetune.pairs import SIGNIFICANT, Pair
 from finetune.records import RunRecord
 from finetune.wording import listed, sentence, spoken
@@ -27,12 +28,23 @@ def paragraph(comparison: Comparison) -> str:
 
 
 def _setting(comparison: Comparison) -> str:
-    base = comparison.scoring["base"]
-    record = comparison.any_record
-    return (
+    """What the untuned model and the baselines reach."""
+    base, record = comparison.scoring["base"], comparison.any_record
+    text = (
         f"On {base.rows:,} test rows of {record.data.title}, {record.model} without tuning gets "
-        f"{base.accuracy:.1%} right ({base.accuracy_low:.1%} to {base.accuracy_high:.1%})."
+        f"{base.accuracy:.1%} right {_interval(base)}"
     )
+    if "few_shot" in comparison.scoring:
+        shot = comparison.scoring["few_shot"]
+        text += f", and {shot.accuracy:.1%} {_interval(shot)} with examples in its prompt"
+    if "svm" in comparison.scoring:
+        svm = comparison.scoring["svm"]
+        text += f"; a linear SVM on TF-IDF, trained on the same rows, {svm.accuracy:.1%} {_interval(svm)}"
+    return text + "."
+
+
+def _interval(scoring: Metrics) -> str:
+    return f"({scoring.accuracy_low:.1%} to {scoring.accuracy_high:.1%})"
 
 
 def _verdicts(pairs: list[Pair]) -> list[str]:

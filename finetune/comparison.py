@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import pandas as pd
 
 from data_prep import LABELS, DataError
-from finetune import answer, calibration, metrics, pairs, paths, records
+from finetune import answer, baselines, calibration, metrics, pairs, paths, records
+from finetune.baselines import Baseline
 from finetune.calibration import COVERAGES, Calibration
 from finetune.metrics import Metrics
 from finetune.pairs import Pair
@@ -21,10 +22,18 @@ from finetune.wording import NAMES
 
 @dataclass(frozen=True)
 class Comparison:
-    """The evaluated runs of one profile, in the order base, full, LoRA, QLoRA."""
+    """The evaluated runs of one profile, and the baselines that were measured beside them.
+
+    Attributes:
+        records: The runs by name, in the order base, full, LoRA, QLoRA.
+        baselines: The baselines by name; may be empty.
+        predictions: Of runs and baselines, in the order of the tables; the same test rows for all.
+        validation: The runs' predictions of validation rows; None in records that are older than these.
+    """
 
     profile: str
     records: dict[str, RunRecord]
+    baselines: dict[str, Baseline]
     predictions: dict[str, list[Prediction]]
     validation: dict[str, list[Prediction] | None]
 
@@ -46,12 +55,12 @@ class Comparison:
 
     @cached_property
     def scoring(self) -> dict[str, Metrics]:
-        """Each run's metrics, from its predictions."""
+        """Metrics of runs and baselines, from their predictions."""
         return {run: metrics.compute(self.labels, self.answers(run)) for run in self.predictions}
 
     @cached_property
     def calibration(self) -> dict[str, Calibration]:
-        return {run: calibration.of(rows, self.validation[run]) for run, rows in self.predictions.items()}
+        return {run: calibration.of(self.predictions[run], self.validation[run]) for run in self.records}
 
     def pair(self, first: str, second: str) -> Pair:
         """Two runs, as the only pair that is tested."""
@@ -59,9 +68,10 @@ class Comparison:
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """Every tuned run against the base, then the tuned runs against each other, corrected for their number."""
+        """Every tuned run against base and SVM, then the tuned runs against each other, corrected for their number."""
         tuned = list(self.tuned())
-        names = [*((run, "base") for run in tuned), *combinations(tuned, 2)]
+        references = [name for name in ("base", "svm") if name in self.predictions]
+        names = [*product(tuned, references), *combinations(tuned, 2)]
         return pairs.corrected([self.pair(*both) for both in names], len(self.labels))
 
     def quality_table(self) -> pd.DataFrame:
@@ -100,6 +110,7 @@ class Comparison:
                 if row != column
             }
             for run, scoring in self.scoring.items()
+            if run in self.records
         }
         table = pd.DataFrame(counts)
         judged = [NAMES[run] for run in self.tuned()] or list(table)
@@ -176,35 +187,67 @@ def load_folder(folder: Path, profile: str) -> Comparison:
     evaluated = {run: record for run, record in read.items() if record.evaluation}
     if "base" not in evaluated:
         raise DataError(folder, "the base model was not evaluated; run base_model_performance.ipynb first")
-    _require_same_question(evaluated, folder)
+    beside, rows_beside = baselines.read_all(folder)
+    _require_same_question(evaluated, beside, folder)
     predictions = {run: records.read_predictions(record, found[run]) for run, record in evaluated.items()}
-    _require_same_rows_and_other_answers(evaluated, predictions, folder)
+    _require_same_rows(predictions | rows_beside, folder)
+    _require_other_answers(evaluated, predictions, folder)
+    predictions |= rows_beside
     validation = {run: records.read_validation(record, found[run]) for run, record in evaluated.items()}
-    return Comparison(profile, evaluated, predictions, validation)
+    ordered = {name: predictions[name] for name in NAMES if name in predictions}
+    return Comparison(profile, evaluated, beside, ordered, validation)
 
 
-def _require_same_question(evaluated: dict[str, RunRecord], folder: Path) -> None:
+def _require_same_question(evaluated: dict[str, RunRecord], beside: dict[str, Baseline], folder: Path) -> None:
     """Figures on other data, another prompt or another model are not comparable: name the difference."""
     base = evaluated["base"]
-    for run, record in evaluated.items():
+    for name, record in (evaluated | beside).items():
         for what in ("fingerprint", "prompt", "test_rows"):
             mine, theirs = getattr(record.data, what), getattr(base.data, what)
             if mine != theirs:
                 raise DataError(
-                    folder / run, f"{what} is {mine}, and {theirs} in the base's record: run both on the same data"
+                    _place(folder, name),
+                    f"{what} is {mine}, and {theirs} in the base's record: run both on the same data",
                 )
-        if record.model != base.model:
-            raise DataError(folder / run, f"the model is {record.model}, and {base.model} in the base's record")
+        if record.model not in (None, base.model):
+            raise DataError(_place(folder, name), f"the model is {record.model}, and {base.model} in the base's record")
+    _require_same_training_rows(evaluated, beside, folder)
 
 
-def _require_same_rows_and_other_answers(
+def _require_same_training_rows(evaluated: dict[str, RunRecord], beside: dict[str, Baseline], folder: Path) -> None:
+    """A method that saw more rows is not better for it."""
+    trained = {run: record for run, record in evaluated.items() if record.training}
+    trained |= {name: baseline for name, baseline in beside.items() if name == "svm"}
+    rows = {name: record.data.train_rows for name, record in trained.items()}
+    for name, count in rows.items():
+        first = next(iter(rows))
+        if count != rows[first]:
+            raise DataError(
+                _place(folder, name),
+                f"train_rows is {count}, and {rows[first]} in the record of {first}: train both on the same rows",
+            )
+
+
+def _require_same_rows(predictions: dict[str, list[Prediction]], folder: Path) -> None:
+    """Pairs must be of the same rows."""
+    base_rows = [(row.id, row.label) for row in predictions["base"]]
+    for name, rows in predictions.items():
+        if [(row.id, row.label) for row in rows] != base_rows:
+            raise DataError(
+                _place(folder, name), "was evaluated on other test rows than the base (another seed draws others)"
+            )
+
+
+def _require_other_answers(
     evaluated: dict[str, RunRecord], predictions: dict[str, list[Prediction]], folder: Path
 ) -> None:
-    """Pairs must be of the same rows; and an adapter that was not applied answers as the base does (vllm#10798)."""
-    base_rows = [row.id for row in predictions["base"]]
+    """An adapter that was not applied answers as the base does (vllm#10798)."""
+    of_base = [row.probabilities for row in predictions["base"]]
     for run, record in evaluated.items():
-        if [row.id for row in predictions[run]] != base_rows:
-            raise DataError(folder / run, "was evaluated on other test rows than the base (another seed draws others)")
-        same = [row.probabilities for row in predictions[run]] == [row.probabilities for row in predictions["base"]]
-        if record.training and same:
+        if record.training and [row.probabilities for row in predictions[run]] == of_base:
             raise DataError(folder / run, "gives exactly the base model's probabilities: its artefact was not applied")
+
+
+def _place(folder: Path, name: str) -> Path:
+    """Where a run's or baseline's record lies."""
+    return folder / name if name in RUNS else baselines.baselines_folder(folder) / name

@@ -13,7 +13,10 @@ from finetune.records import RunRecord
 from finetune.wording import NAMES
 
 COLOURS = {
+    "majority": "#D9D9D9",
+    "svm": "#CC79A7",
     "base": "#999999",
+    "few_shot": "#666666",
     "full": "#0072B2",
     "full_unsloth": "#56B4E9",
     "lora": "#E69F00",
@@ -63,17 +66,16 @@ def confusion_grid(comparison: Comparison) -> Figure:
 
 
 def accuracy_bars(comparison: Comparison) -> Figure:
-    """Accuracy of every run with its 95 % interval."""
-    figure, axes = plt.subplots(figsize=(7, 0.55 * len(comparison.records) + 1), layout="constrained")
-    for position, (run, record) in enumerate(comparison.records.items()):
-        scoring = record.evaluation.scoring
+    """Accuracy of every run and baseline with its 95 % interval."""
+    figure, axes = plt.subplots(figsize=(7, 0.5 * len(comparison.scoring) + 1), layout="constrained")
+    for position, (run, scoring) in enumerate(comparison.scoring.items()):
         accuracy = 100 * scoring.accuracy
         error = [[accuracy - 100 * scoring.accuracy_low], [100 * scoring.accuracy_high - accuracy]]
         axes.barh(position, accuracy, color=COLOURS[run], xerr=error, capsize=4, height=0.6)
-        axes.text(1.5, position, f"{accuracy:.1f} %", va="center", color="white", fontweight="bold")
-    axes.set_yticks(range(len(comparison.records)), [NAMES[run] for run in comparison.records])
+        axes.text(104, position, f"{accuracy:.1f}", va="center", ha="right")
+    axes.set_yticks(range(len(comparison.scoring)), [NAMES[run] for run in comparison.scoring])
     axes.invert_yaxis()
-    axes.set(xlabel="accuracy on the test rows (%), with its 95 % interval", xlim=(0, 100))
+    axes.set(xlabel="accuracy on the test rows (%), with its 95 % interval", xlim=(0, 104), xticks=range(0, 101, 20))
     return figure
 
 

@@ -139,7 +139,10 @@ class RunRecord(Part):
 
 
 class Prediction(Part):
-    """One row: its label, the label that scoring found, all four probabilities, the generated answer if any."""
+    """One row: its label, the label that scoring found, all four probabilities, the generated answer if any.
+
+    `probabilities` is empty where a method has none.
+    """
 
     id: str
     label: str
@@ -221,7 +224,7 @@ def read_predictions(record: RunRecord, folder: Path) -> list[Prediction]:
     """
     if record.evaluation is None:
         raise DataError(folder / RECORD, f"{record.run} was not evaluated yet; run its performance notebook")
-    return _read_rows(folder / PREDICTIONS, record.evaluation.predictions_digest)
+    return read_rows(folder / PREDICTIONS, record.evaluation.predictions_digest)
 
 
 def read_validation(record: RunRecord, folder: Path) -> list[Prediction] | None:
@@ -231,10 +234,15 @@ def read_validation(record: RunRecord, folder: Path) -> list[Prediction] | None:
         DataError: They are missing, were changed, or are another record's.
     """
     digest = record.evaluation and record.evaluation.validation_digest
-    return _read_rows(folder / VALIDATION, digest) if digest else None
+    return read_rows(folder / VALIDATION, digest) if digest else None
 
 
-def _read_rows(path: Path, digest: str) -> list[Prediction]:
+def read_rows(path: Path, digest: str) -> list[Prediction]:
+    """The predictions in a file whose digest a record holds.
+
+    Raises:
+        DataError: They are missing, were changed, or are another record's.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:

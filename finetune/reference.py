@@ -30,13 +30,22 @@ def publish(profile: str) -> Path:
         if any(part.environment.dirty or part.environment.commit is None for part in parts):
             raise UserError(f"{run} was measured on a tree with uncommitted changes: commit, then run it again")
     target = FOLDER / profile
-    for run in compared.records:
-        (target / run).mkdir(parents=True, exist_ok=True)
-        for name in (records.RECORD, records.PREDICTIONS):
-            shutil.copyfile(paths.run_folder(profile, run) / name, target / run / name)
+    _copy(paths.results_folder(profile), target)
     report.write_report(compared, target / "report.html", errors.publishable_articles(compared.any_record.data))
     README.write_text(with_results(README.read_text(encoding="utf-8")), encoding="utf-8")
     return target
+
+
+def _copy(results: Path, target: Path) -> None:
+    """Replace what is published with every record and its predictions, at the same place in the folder."""
+    for old in target.rglob(records.RECORD):
+        shutil.rmtree(old.parent)
+    for record in sorted(results.rglob(records.RECORD)):
+        place = target / record.parent.relative_to(results)
+        place.mkdir(parents=True, exist_ok=True)
+        for name in (records.RECORD, records.PREDICTIONS, records.VALIDATION):
+            if (record.parent / name).is_file():
+                shutil.copyfile(record.parent / name, place / name)
 
 
 def with_results(readme: str) -> str:
@@ -52,14 +61,17 @@ def with_results(readme: str) -> str:
 def results_text(compared: Comparison) -> str:
     """Table, answer and provenance of a comparison in Markdown."""
     rows = []
-    for run, record in compared.records.items():
-        scoring, training = record.evaluation.scoring, record.training
+    for run, scoring in compared.scoring.items():
+        record = compared.records.get(run)
+        training = record.training if record else None
         interval = f"{scoring.accuracy_low:.1%} to {scoring.accuracy_high:.1%}"
         rows.append(
             {
                 "": NAMES[run],
                 "accuracy (95 % interval)": f"{scoring.accuracy:.1%} ({interval})",
-                "macro-F1": f"{scoring.macro_f1:.1%}",
+                "macro-F1 (95 % interval)": (
+                    f"{scoring.macro_f1:.1%} ({scoring.macro_f1_low:.1%} to {scoring.macro_f1_high:.1%})"
+                ),
                 "training": f"{training.seconds:.0f} s" if training else "-",
                 "real tokens/s": f"{training.tokens_per_second:.0f}" if training else "-",
                 "peak memory": f"{training.peak_memory_bytes / 1e9:.1f} GB" if training else "-",

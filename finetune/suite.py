@@ -231,8 +231,7 @@ class Suite:
     def _read_records(self, step: Step) -> Iterator[bytes]:
         """What a step reads of the records: an evaluation its training's part, the comparison all of them."""
         if step.run is None:
-            folders = [paths.run_folder(self.profile, run) for run in settings.RUNS]
-            yield from ((folder / RECORD).read_bytes() for folder in folders if (folder / RECORD).is_file())
+            yield from (path.read_bytes() for path in sorted(paths.results_folder(self.profile).rglob(RECORD)))
         elif step.needs:
             path = paths.run_folder(self.profile, step.run) / RECORD
             if path.is_file():

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# In the order of the tables.
 NAMES = {
+    "majority": "majority class",
+    "svm": "TF-IDF + linear SVM",
     "base": "base model",
+    "few_shot": "base, few-shot",
     "full": "full",
     "full_unsloth": "full (Unsloth)",
     "lora": "LoRA",
     "qlora": "QLoRA",
 }
-_SPOKEN = {"base": "the base model", "full": "full fine-tuning", "full_unsloth": "full fine-tuning with Unsloth"}
+_SPOKEN = {
+    "majority": "the majority class",
+    "svm": "the linear SVM",
+    "base": "the base model",
+    "few_shot": "the base model with examples in its prompt",
+    "full": "full fine-tuning",
+    "full_unsloth": "full fine-tuning with Unsloth",
+}
 
 
 def spoken(run: str) -> str:
-    """A run's name within a sentence."""
+    """A run's or baseline's name within a sentence."""
     return _SPOKEN.get(run, NAMES[run])
 
 

@@ -220,6 +220,13 @@ class TestRefusals:
         with pytest.raises(DataError, match=f"cpu/lora: {said} in the base's record"):
             comparison.load("cpu")
 
+    def test_another_number_of_training_rows_is_named(self, results):
+        write_run(results, "base", right_on(20, 40))
+        write_run(results, "lora", right_on(30, 40))
+        write_run(results, "qlora", right_on(30, 40), data={"train_rows": 250})
+        with pytest.raises(DataError, match="cpu/qlora: train_rows is 250, and 1000 in the record of lora"):
+            comparison.load("cpu")
+
     def test_other_rows_of_the_same_data(self, results):
         """Another seed draws other test rows, as many of them: a paired test of the two would mean nothing."""
         write_run(results, "base", right_on(20, 40))

@@ -13,6 +13,7 @@ from finetune import paths, plots
 from finetune.comparison import load
 from finetune.records import LogPoint
 from finetune.settings import RUNS
+from finetune.wording import NAMES
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +36,8 @@ def comparison(home):
 
 
 def test_every_run_has_a_colour_and_every_tuned_one_a_marker():
-    assert plots.COLOURS.keys() == RUNS.keys()
-    assert plots.COLOURS.keys() == plots.LINES.keys()
+    assert plots.COLOURS.keys() == NAMES.keys()
+    assert plots.LINES.keys() == RUNS.keys()
     assert plots.MARKERS.keys() == RUNS.keys() - {"base"}
     assert len(set(plots.COLOURS.values())) == len(plots.COLOURS)
     assert len(set(plots.MARKERS.values())) == len(plots.MARKERS)
