@@ -36,7 +36,7 @@ data: $(READY) ## prepare the data
 
 lock: ## resolve requirements/base.txt anew (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate -o $(VENV)/lock.txt
-	grep -vE '^(torch|triton|nvidia-|cuda-)' $(VENV)/lock.txt > requirements/base.txt
+	grep -vE '^(torch|triton|nvidia-[^m]|cuda-)' $(VENV)/lock.txt > requirements/base.txt
 
 clean: ## remove what runs made (data, models, results), but neither .venv nor reference results
 	rm -rf datasets/*/ checkpoints/*/ checkpoints/.[!.]*/ adapters/*/ adapters/.[!.]*/

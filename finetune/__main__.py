@@ -1,6 +1,7 @@
 """The command line.
 
-python -m finetune run     [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh]
+python -m finetune run     [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--seeds N]
+python -m finetune curve   [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--rows N ...]
 python -m finetune plan    RUN [--profile P] [--set NAME=VALUE ...]
 python -m finetune data    [--profile P] [--set NAME=VALUE ...]
 python -m finetune report  FOLDER
@@ -13,6 +14,7 @@ import argparse
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from data_prep import UserError
 from finetune import paths, settings
@@ -40,10 +42,17 @@ def _parser() -> argparse.ArgumentParser:
         "--set", dest="assignments", action="append", default=[], metavar="NAME=VALUE", help="override a parameter"
     )
 
-    run = commands.add_parser("run", parents=[common], help="execute the notebooks headless, in their order")
-    run.add_argument("--only", action="append", default=[], metavar="RUN", help="base, full, lora, ..., compare")
-    run.add_argument("--fresh", action="store_true", help="run every step again, whatever could be reused")
+    suite = argparse.ArgumentParser(add_help=False)
+    suite.add_argument("--only", action="append", default=[], metavar="RUN", help="base, full, lora, ..., compare")
+    suite.add_argument("--fresh", action="store_true", help="run every step again, whatever could be reused")
+
+    run = commands.add_parser("run", parents=[common, suite], help="execute the notebooks headless, in their order")
+    run.add_argument("--seeds", type=_positive, default=1, metavar="N", help="train each method with N seeds")
     run.set_defaults(command=_run)
+
+    curve = commands.add_parser("curve", parents=[common, suite], help="train each method on fewer rows too")
+    curve.add_argument("--rows", type=_positive, action="append", metavar="N", help="by default 250, 1000 and 4000")
+    curve.set_defaults(command=_curve)
 
     plan = commands.add_parser("plan", parents=[common], help="print every parameter and where its value came from")
     plan.add_argument("run", metavar="RUN")
@@ -61,13 +70,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return int(text)
+
+
 def _run(options: argparse.Namespace) -> int:
+    return _execute(options, seeds=options.seeds)
+
+
+def _curve(options: argparse.Namespace) -> int:
+    from finetune.suite import CURVE_ROWS
+
+    return _execute(options, curve=tuple(options.rows or CURVE_ROWS))
+
+
+def _execute(options: argparse.Namespace, **trainings: Any) -> int:
     from finetune.suite import Suite
 
     # pyzmq's advice about event loops on Windows, and nbclient's about cell ids, are not for our users.
     warnings.filterwarnings("ignore", module="(zmq|nbformat|nbclient|papermill)")
     overrides = settings.parse_assignments(options.assignments)
-    suite = Suite(options.profile, overrides, tuple(options.only), options.fresh)
+    suite = Suite(options.profile, overrides, tuple(options.only), options.fresh, **trainings)
     reason = settings.plan("base", options.profile, suite.overrides_for("base")).profile_reason
     print(f"Profile {suite.profile} ({reason}); the executed notebooks go to {suite.folder}")
     outcomes = suite.execute()

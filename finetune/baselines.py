@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 from pydantic import ValidationError
@@ -37,7 +37,10 @@ NGRAMS, LEAST_ROWS, C = (1, 2), 2, 0.5
 
 
 class Baseline(Part):
-    """One baseline on the test rows. `model` is None where no language model is asked; seconds are of fit and test."""
+    """One baseline on the test rows. `model` is None where no language model is asked.
+
+    `fit_seconds` and `validation_accuracy` are None where nothing is fitted.
+    """
 
     schema_version: Literal[1] = 1
     name: Name
@@ -45,7 +48,8 @@ class Baseline(Part):
     model: str | None
     data: DataReference
     environment: Environment
-    seconds: float
+    fit_seconds: float | None
+    validation_accuracy: float | None
     scoring: Metrics
     without_twins: Metrics | None
     predictions_digest: str
@@ -64,7 +68,6 @@ def evaluate(settings: Settings, data: PreparedData) -> pd.DataFrame:
                 "accuracy": f"{baseline.scoring.accuracy:.1%}",
                 "95 % interval": f"{baseline.scoring.accuracy_low:.1%} to {baseline.scoring.accuracy_high:.1%}",
                 "macro-F1": f"{baseline.scoring.macro_f1:.1%}",
-                "seconds": f"{baseline.seconds:.1f}",
             }
             for baseline in found
         }
@@ -100,24 +103,27 @@ def _svm() -> Pipeline:
 def _classifier(name: Name, description: str, classifier, settings: Settings, data: PreparedData) -> Baseline:
     """Fit a classifier on the articles of the training rows, and judge it."""
     start = time.perf_counter()
-    classifier.fit([row.article for row in data.train], [row.label for row in data.train])
+    classifier.fit(*_articles_and_labels(data.train))
+    fitted = {
+        "fit_seconds": time.perf_counter() - start,
+        "validation_accuracy": classifier.score(*_articles_and_labels(data.validation)),
+    }
     predicted = classifier.predict([row.article for row in data.test]).tolist()
-    seconds = time.perf_counter() - start
-    return _record(name, description, None, settings, data, predicted, seconds)
+    return _record(name, description, settings, data, predicted, model=None, **fitted)
 
 
 def _few_shot(settings: Settings, data: PreparedData) -> Baseline:
     """The untuned model with examples from the training rows before every article."""
     tokenizer = models.load_tokenizer(settings)
     model = models.load_for_evaluation(settings, None)
-    shots = evenly(data.train, SHOTS, settings.experiment.seed)
-    start = time.perf_counter()
+    shots = evenly(data.train, SHOTS, settings.experiment.data_seed)
     prompts = chat.encode_prompts(tokenizer, [few_shot_prompt(shots, row) for row in data.test])
     scorer = evaluation.LabelScorer(model, tokenizer, settings.experiment.evaluation_batch_size)
     predicted = evaluation.predicted_labels(scorer.score(prompts, progress="scoring with examples"))
-    seconds = time.perf_counter() - start
     description = f"the untuned model with {len(shots)} training rows and their answers in the prompt"
-    return _record("few_shot", description, models.model_name(settings), settings, data, predicted, seconds)
+    model_name = models.model_name(settings)
+    unfitted = {"fit_seconds": None, "validation_accuracy": None}
+    return _record("few_shot", description, settings, data, predicted, model=model_name, **unfitted)
 
 
 def few_shot_prompt(shots: Sequence[Example], example: Example) -> list[Message]:
@@ -126,14 +132,12 @@ def few_shot_prompt(shots: Sequence[Example], example: Example) -> list[Message]
     return [example.prompt[0], *turns, *example.prompt[1:]]
 
 
+def _articles_and_labels(examples: Sequence[Example]) -> tuple[list[str], list[str]]:
+    return [row.article for row in examples], [row.label for row in examples]
+
+
 def _record(
-    name: Name,
-    description: str,
-    model: str | None,
-    settings: Settings,
-    data: PreparedData,
-    predicted: list[str],
-    seconds: float,
+    name: Name, description: str, settings: Settings, data: PreparedData, predicted: list[str], **how: Any
 ) -> Baseline:
     folder = baselines_folder(paths.results_folder(settings.profile)) / name
     labels = [row.label for row in data.test]
@@ -153,13 +157,12 @@ def _record(
     baseline = Baseline(
         name=name,
         description=description,
-        model=model,
         data=data.reference,
         environment=records.environment(),
-        seconds=seconds,
         scoring=metrics.compute(labels, predicted),
         without_twins=metrics.compute([labels[r] for r in alone], [predicted[r] for r in alone]) if alone else None,
         predictions_digest=records.write_predictions(rows, folder),
+        **how,
     )
     with replacing(folder / records.RECORD) as file:
         file.write(baseline.model_dump_json(indent=2) + "\n")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, product
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from data_prep import LABELS, DataError
-from finetune import answer, baselines, calibration, metrics, pairs, paths, records
+from finetune import answer, baselines, calibration, costs, metrics, pairs, paths, records, resampling, variants
 from finetune.baselines import Baseline
 from finetune.calibration import COVERAGES, Calibration
 from finetune.metrics import Metrics
-from finetune.pairs import Pair
+from finetune.pairs import OverSeeds, Pair
 from finetune.records import Prediction, RunRecord
 from finetune.settings import RUNS
+from finetune.variants import Variant
 from finetune.wording import NAMES
 
 
@@ -29,6 +31,8 @@ class Comparison:
         baselines: The baselines by name; may be empty.
         predictions: Of runs and baselines, in the order of the tables; the same test rows for all.
         validation: The runs' predictions of validation rows; None in records that are older than these.
+        seeds: The trained runs' variants with other seeds; may be empty lists.
+        curve: Those on fewer training rows.
     """
 
     profile: str
@@ -36,6 +40,8 @@ class Comparison:
     baselines: dict[str, Baseline]
     predictions: dict[str, list[Prediction]]
     validation: dict[str, list[Prediction] | None]
+    seeds: dict[str, list[Variant]]
+    curve: dict[str, list[Variant]]
 
     @property
     def any_record(self) -> RunRecord:
@@ -72,7 +78,36 @@ class Comparison:
         tuned = list(self.tuned())
         references = [name for name in ("base", "svm") if name in self.predictions]
         names = [*product(tuned, references), *combinations(tuned, 2)]
-        return pairs.corrected([self.pair(*both) for both in names], len(self.labels))
+        tested = pairs.corrected([self.pair(*both) for both in names], len(self.labels))
+        return [replace(pair, over_seeds=self._over_seeds(pair.first, pair.second)) for pair in tested]
+
+    def right(self, name: str) -> np.ndarray:
+        """Whether a run or baseline is right, shape (seeds, rows); the training that all tables show comes first."""
+        trainings = [self.predictions[name], *(variant.predictions for variant in self.seeds.get(name, []))]
+        return np.array([[row.prediction == row.label for row in rows] for rows in trainings])
+
+    def _over_seeds(self, first: str, second: str) -> OverSeeds | None:
+        """None where one of the two could have been trained with several seeds, and was not."""
+        if any(name in self.tuned() and not self.seeds[name] for name in (first, second)):
+            return None
+        return pairs.over_seeds(self.labels, self.right(first), self.right(second))
+
+    def seeds_table(self) -> pd.DataFrame:
+        """Mean and spread over the seeds of each run that has several, and the interval over seeds and rows."""
+        rows = {}
+        for run in (run for run in self.tuned() if self.seeds[run]):
+            right = self.right(run)
+            accuracies = 100 * right.mean(axis=1)
+            low, high = resampling.interval(resampling.over_seeds(self.labels, [right])[0])
+            rows[NAMES[run]] = {
+                "seeds": len(right),
+                "mean accuracy %": accuracies.mean(),
+                "95 % interval": percent_interval(low, high),
+                "standard deviation": accuracies.std(ddof=1),
+                "lowest %": accuracies.min(),
+                "highest %": accuracies.max(),
+            }
+        return pd.DataFrame(rows).T.infer_objects()
 
     def quality_table(self) -> pd.DataFrame:
         """Accuracy, macro-F1 and F1 per class in percent, with their intervals; differences to the base in points."""
@@ -118,7 +153,7 @@ class Comparison:
 
     def cost_table(self) -> pd.DataFrame:
         """What each training cost, and what its artefact weighs."""
-        return pd.concat([cost_table(record) for record in self.tuned().values()]) if self.tuned() else pd.DataFrame()
+        return pd.concat([costs.table(record) for record in self.tuned().values()]) if self.tuned() else pd.DataFrame()
 
     def answer(self) -> str:
         """The comparison in one paragraph, true whatever the figures are."""
@@ -150,24 +185,6 @@ def percent_interval(low: float, high: float) -> str:
     return f"{100 * low:.1f} to {100 * high:.1f}"
 
 
-def cost_table(record: RunRecord) -> pd.DataFrame:
-    """What one training cost, as a table of one row."""
-    training = record.training
-    return pd.DataFrame(
-        {
-            "training min": training.seconds / 60,
-            "articles/s": training.articles_per_second,
-            "real tokens/s": training.tokens_per_second,
-            "peak memory GB": training.peak_memory_bytes / 1e9,
-            "trained parameters": training.trainable_parameters,
-            "share of parameters %": 100 * training.trainable_parameters / training.parameters,
-            "artefact MB": training.artefact_bytes / 1e6,
-            "engine": record.engine,
-        },
-        index=[NAMES[record.run]],
-    )
-
-
 def load(profile: str) -> Comparison:
     """Read the evaluated runs of a profile.
 
@@ -194,8 +211,13 @@ def load_folder(folder: Path, profile: str) -> Comparison:
     _require_other_answers(evaluated, predictions, folder)
     predictions |= rows_beside
     validation = {run: records.read_validation(record, found[run]) for run, record in evaluated.items()}
+    trained = {
+        run: Variant(record, predictions[run]) for run, record in evaluated.items() if record.training is not None
+    }
+    seeds = {run: variants.read(found[run], main, "seed") for run, main in trained.items()}
+    curve = {run: variants.read(found[run], main, "rows") for run, main in trained.items()}
     ordered = {name: predictions[name] for name in NAMES if name in predictions}
-    return Comparison(profile, evaluated, beside, ordered, validation)
+    return Comparison(profile, evaluated, beside, ordered, validation, seeds, curve)
 
 
 def _require_same_question(evaluated: dict[str, RunRecord], beside: dict[str, Baseline], folder: Path) -> None:

@@ -19,6 +19,27 @@ POWER = 0.8
 
 
 @dataclass(frozen=True)
+class OverSeeds:
+    """Difference of two runs' mean accuracies over their seeds, in points, with its interval over seeds and rows."""
+
+    seeds: int
+    points: float
+    low: float
+    high: float
+
+    @property
+    def holds_zero(self) -> bool:
+        return self.low <= 0 <= self.high
+
+    def turned(self) -> OverSeeds:
+        """The same with the runs exchanged."""
+        return OverSeeds(self.seeds, -self.points, -self.high, -self.low)
+
+    def __str__(self) -> str:
+        return f"over {self.seeds} seeds {self.points:+.1f}, {self.low:+.1f} to {self.high:+.1f}"
+
+
+@dataclass(frozen=True)
 class Pair:
     """Two runs on the same rows, the first minus the second.
 
@@ -30,6 +51,7 @@ class Pair:
         corrected_p: The same after Holm's correction for all pairs that were tested with it.
         detectable: The true difference in points that this test would have found four times in five, given as many
             rows on which one alone is right; None where they are too few for any difference to be found.
+        over_seeds: The difference over several seeds; None where the runs were trained with one.
     """
 
     first: str
@@ -45,10 +67,14 @@ class Pair:
     p_value: float
     corrected_p: float
     detectable: float | None
+    over_seeds: OverSeeds | None = None
 
     @property
     def is_tie(self) -> bool:
-        return self.corrected_p >= SIGNIFICANT
+        """Not significant on the first seed; or, over all seeds, an interval that holds zero or points elsewhere."""
+        seeds = self.over_seeds
+        contradicted = seeds is not None and (seeds.holds_zero or (seeds.points > 0) != (self.points > 0))
+        return self.corrected_p >= SIGNIFICANT or contradicted
 
     @property
     def winner(self) -> str:
@@ -62,7 +88,9 @@ class Pair:
     def lead(self) -> str:
         """How far the winner leads: `14.1 points (12.9 to 15.3, p < 0.001)`."""
         low, high = (self.low, self.high) if self.points > 0 else (-self.high, -self.low)
-        return f"{abs(self.points):.1f} points ({low:.1f} to {high:.1f}, p {format_p(self.corrected_p)})"
+        seeds = self.over_seeds if self.points > 0 else self.over_seeds and self.over_seeds.turned()
+        also = f"; {seeds}" if seeds else ""
+        return f"{abs(self.points):.1f} points ({low:.1f} to {high:.1f}, p {format_p(self.corrected_p)}{also})"
 
     def power(self) -> str:
         """What the test could have shown, as a clause."""
@@ -72,11 +100,18 @@ class Pair:
             return f"with {rows} that one of them alone gets right, no difference could have been shown"
         return f"a true difference of {self.detectable:.1f} points would have been found four times in five"
 
+    def _why_tied(self) -> str:
+        """Over the seeds, if there are several; and what the test could have shown, where it showed nothing."""
+        reasons = [str(self.over_seeds)] if self.over_seeds else []
+        if self.corrected_p >= SIGNIFICANT:
+            reasons.append(self.power())
+        return "; ".join(reasons)
+
     def __str__(self) -> str:
         if self.is_tie:
             return (
                 f"{spoken(self.first)} and {spoken(self.second)} cannot be told apart ({self.points:+.1f} points, "
-                f"{self.low:+.1f} to {self.high:+.1f}, p {format_p(self.corrected_p)}; {self.power()})"
+                f"{self.low:+.1f} to {self.high:+.1f}, p {format_p(self.corrected_p)}; {self._why_tied()})"
             )
         return f"{spoken(self.winner)} beats {spoken(self.loser)} by {self.lead()}"
 
@@ -114,6 +149,19 @@ def compare(first: str, second: str, labels: Sequence[str], answers: Sequence[st
         corrected_p=p_value,
         detectable=detectable(only_first + only_second, len(labels), SIGNIFICANT),
     )
+
+
+def over_seeds(labels: Sequence[str], first: np.ndarray, second: np.ndarray) -> OverSeeds:
+    """The difference of two runs over their seeds.
+
+    Args:
+        labels: The true labels, row by row.
+        first: Whether the first run's trainings are right, shape (seeds, rows).
+        second: The same of the second run; one seed stands for a method that has none.
+    """
+    drawn = resampling.over_seeds(labels, [first, second])
+    low, high = resampling.interval(100 * (drawn[0] - drawn[1]))
+    return OverSeeds(max(len(first), len(second)), 100 * float(first.mean() - second.mean()), low, high)
 
 
 def corrected(pairs: Sequence[Pair], rows: int) -> list[Pair]:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from data_prep import LABELS, Example
-from finetune import chat, comparison, evaluation, hardware, metrics, models, paths, records
+from finetune import chat, comparison, evaluation, hardware, metrics, models, pairs, paths, records
 from finetune.data import PreparedData
 from finetune.settings import Settings
 
@@ -79,9 +79,8 @@ def class_table(record: records.RunRecord) -> pd.DataFrame:
 
 def confident_errors(record: records.RunRecord, data: PreparedData, rows: int = 8) -> pd.DataFrame:
     """The wrong answers that the model was surest of, with their text."""
-    folder = paths.run_folder(record.profile, record.run)
     articles = {example.id: example.article for example in data.test}
-    wrong = [row for row in records.read_predictions(record, folder) if row.prediction != row.label]
+    wrong = [row for row in _read_predictions(record) if row.prediction != row.label]
     wrong.sort(key=lambda row: row.probabilities[row.prediction], reverse=True)
     return pd.DataFrame(
         {
@@ -95,11 +94,17 @@ def confident_errors(record: records.RunRecord, data: PreparedData, rows: int = 
 
 def against_base(record: records.RunRecord) -> str:
     """The run against the base model in words, by a paired test on the same rows."""
-    return str(comparison.load(record.profile).pair(record.run, "base"))
+    compared = comparison.load(record.profile)
+    answers = [row.prediction for row in _read_predictions(record)]
+    return str(pairs.compare(record.run, "base", compared.labels, answers, compared.answers("base")))
+
+
+def _read_predictions(record: records.RunRecord) -> list[records.Prediction]:
+    return records.read_predictions(record, paths.run_folder(record.profile, record.run, record.variant))
 
 
 def folder_of(settings: Settings) -> Path:
-    return paths.run_folder(settings.profile, settings.run)
+    return settings.run_folder
 
 
 def _evaluate_model(

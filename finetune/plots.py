@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
 from data_prep import LABELS
+from finetune import costs
 from finetune.comparison import Comparison
 from finetune.metrics import Metrics
 from finetune.records import RunRecord
@@ -93,27 +96,44 @@ def f1_by_class(comparison: Comparison) -> Figure:
     return figure
 
 
-def accuracy_against_time(comparison: Comparison) -> Figure:
-    """What each minute of training bought: accuracy with its interval against training time."""
-    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    base = comparison.records["base"].evaluation.scoring
-    axes.axhline(100 * base.accuracy, color=COLOURS["base"], linestyle="--", label="base model")
-    for run, record in comparison.tuned().items():
-        scoring = record.evaluation.scoring
-        accuracy = 100 * scoring.accuracy
-        error = [[accuracy - 100 * scoring.accuracy_low], [100 * scoring.accuracy_high - accuracy]]
-        axes.errorbar(
-            record.training.seconds / 60,
-            accuracy,
-            yerr=error,
-            color=COLOURS[run],
-            marker=MARKERS[run],
-            markersize=9,
-            capsize=4,
-            linestyle="none",
-            label=f"{NAMES[run]} ({record.training.peak_memory_bytes / 1e9:.1f} GB)",
-        )
-    axes.set(xlabel="training time (minutes)", ylabel="accuracy (%)", xlim=(0, None))
+def pareto(comparison: Comparison) -> Figure:
+    """Accuracy with its interval against each cost that was measured for all; a line joins what nothing beats."""
+    tuned = comparison.tuned()
+    if not tuned:
+        return _nothing("No model was trained yet.")
+    measured = {run: costs.costs(record.training) for run, record in tuned.items()}
+    axis_titles = [
+        title for title in next(iter(measured.values())) if all(of[title] is not None for of in measured.values())
+    ]
+    columns = min(3, len(axis_titles))
+    lines = -(-len(axis_titles) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(9, 2.9 * lines), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(axis_titles) :]:
+        axis.set_visible(False)
+    for axis, title in zip(axes.flat, axis_titles, strict=False):
+        points = {run: (measured[run][title], comparison.scoring[run]) for run in tuned}
+        _draw_pareto(axis, points)
+        axis.set(xlabel=title, xlim=(0, None))
+    for line in axes:
+        line[0].set_ylabel("accuracy (%)")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    return figure
+
+
+def learning_curve(comparison: Comparison) -> Figure:
+    """Accuracy with its interval against the number of training rows, a line a method."""
+    if not any(comparison.curve.values()):
+        return _nothing("No model was trained on fewer rows: python -m finetune curve")
+    figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    for run, main in comparison.tuned().items():
+        records = [*(variant.record for variant in comparison.curve[run]), main]
+        if len(records) > 1:
+            _draw_points(axes, run, [(of.data.train_rows, of.evaluation.scoring) for of in records], LINES[run])
+    axes.set(xlabel="training rows (logarithmic)", ylabel="accuracy on the test rows (%)", xscale="log")
+    rows = sorted({of.record.data.train_rows for variants in comparison.curve.values() for of in variants})
+    ticks = [*rows, comparison.any_record.data.train_rows]
+    axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
+    axes.minorticks_off()
     axes.legend(frameon=False, loc="lower right")
     return figure
 
@@ -150,6 +170,41 @@ def accuracy_against_coverage(comparison: Comparison) -> Figure:
     axes.set(xlabel="rows answered, the surest first (%)", ylabel="accuracy on them (%)", xlim=(10, 100))
     axes.legend(frameon=False)
     return figure
+
+
+def _nothing(text: str) -> Figure:
+    """In the place of a picture that there is nothing to draw for."""
+    figure = plt.figure(figsize=(7, 0.5))
+    figure.text(0, 0.5, text)
+    return figure
+
+
+def _draw_pareto(axis, points: dict[str, tuple[float, Metrics]]) -> None:
+    """One cost: a point with its interval per run, and the front."""
+    for run, point in points.items():
+        _draw_points(axis, run, [point], "none")
+    ordered = [(cost, 100 * scoring.accuracy) for cost, scoring in points.values()]
+    front = [ordered[index] for index in costs.pareto_front(ordered)]
+    axis.plot(*zip(*front, strict=True), color="black", linewidth=0.8, linestyle="--", drawstyle="steps-post")
+
+
+def _draw_points(axis, run: str, points: list[tuple[float, Metrics]], line: Any) -> None:
+    """Accuracies with their intervals at places on the x axis."""
+    accuracies = [100 * scoring.accuracy for _, scoring in points]
+    below = [100 * (scoring.accuracy - scoring.accuracy_low) for _, scoring in points]
+    above = [100 * (scoring.accuracy_high - scoring.accuracy) for _, scoring in points]
+    axis.errorbar(
+        [place for place, _ in points],
+        accuracies,
+        yerr=[below, above],
+        color=COLOURS[run],
+        marker=MARKERS[run],
+        markersize=8,
+        markeredgecolor="black",
+        capsize=4,
+        linestyle=line,
+        label=NAMES[run],
+    )
 
 
 def _draw_confusion(axes, metrics: Metrics, title: str) -> None:

@@ -45,7 +45,7 @@ class Environment(Part):
 
 
 class LogPoint(Part):
-    """What the trainer logged at a step."""
+    """What the trainer logged at a step; with a validation, the seconds of training before it."""
 
     step: int
     epoch: float
@@ -54,10 +54,14 @@ class LogPoint(Part):
     learning_rate: float | None = None
     validation_accuracy: float | None = None
     validation_log_loss: float | None = None
+    training_seconds: float | None = None
 
 
 class Training(Part):
-    """Cost of a training. Seconds exclude validation and model loading; tokens exclude padding."""
+    """Cost of a training. Seconds and energy exclude validation and model loading; tokens exclude padding.
+
+    `energy_joules` is the GPU's own count, and None where it has none.
+    """
 
     environment: Environment
     settings_digest: str
@@ -78,6 +82,7 @@ class Training(Part):
     artefact_bytes: int
     artefact_digest: str
     history: list[LogPoint]
+    energy_joules: float | None = None
 
 
 class Generation(Part):
@@ -136,6 +141,11 @@ class RunRecord(Part):
     data: DataReference
     training: Training | None = None
     evaluation: Evaluation | None = None
+
+    @property
+    def variant(self) -> str:
+        """Which variant of its run this is; older records are all of the run itself."""
+        return self.settings.get("variant", "")
 
 
 class Prediction(Part):
@@ -258,7 +268,7 @@ def require_artefact(settings: Settings, data: DataReference, notebook: str) -> 
     Raises:
         UserError: The training was not run, or with other settings or data, or the artefact is gone.
     """
-    folder = paths.run_folder(settings.profile, settings.run)
+    folder = settings.run_folder
     if not (folder / RECORD).is_file():
         raise UserError(f"there is no {settings.run} model of profile {settings.profile} yet: run {notebook} first")
     record = read(folder)

@@ -14,12 +14,17 @@ from matplotlib.figure import Figure
 
 from data_prep import LABELS
 from data_prep.store import replacing
-from finetune import errors, plots
+from finetune import costs, errors, plots
 from finetune.comparison import Comparison
 from finetune.wording import NAMES, format_p
 
 DECIMALS = {
     "trained parameters": "{:,.0f}",
+    "seeds": "{:.0f}",
+    "mean accuracy %": "{:.2f}",
+    "standard deviation": "{:.2f}",
+    "lowest %": "{:.2f}",
+    "highest %": "{:.2f}",
     "share of parameters %": "{:.2f}",
     "Brier": "{:.3f}",
     "log loss": "{:.3f}",
@@ -59,11 +64,15 @@ def write_report(comparison: Comparison, path: Path, articles: Mapping[str, str]
         suspects=_suspected(comparison, articles),
         without_suspects=errors.without_suspects(comparison),
         cost=formatted(comparison.cost_table()).T.to_html(border=0),
+        time_to_accuracy=costs.time_to_accuracy(comparison),
+        curve=formatted(costs.curve_table(comparison)),
+        seeds=formatted(comparison.seeds_table()),
         pictures={
             name: _embedded(draw(comparison))
             for name, draw in {
+                **({"pareto": plots.pareto} if comparison.tuned() else {}),
+                **({"curve": plots.learning_curve} if any(comparison.curve.values()) else {}),
                 "accuracy": plots.accuracy_bars,
-                "time": plots.accuracy_against_time,
                 "classes": plots.f1_by_class,
                 "reliability": plots.reliability,
                 "coverage": plots.accuracy_against_coverage,

@@ -32,7 +32,8 @@ def write_baseline(results, name: str, right, **changes):
         "model": "a-model" if name == "few_shot" else None,
         "data": factories.data_reference(len(rows), **changes.pop("data", {})),
         "environment": factories.environment(),
-        "seconds": 1.0,
+        "fit_seconds": 1.5,
+        "validation_accuracy": 0.91,
         "scoring": scoring,
         "without_twins": scoring,
         "predictions_digest": factories.records.write_predictions(rows, folder),
@@ -60,6 +61,10 @@ class TestEvaluate:
             assert baseline.scoring.accuracy == pytest.approx(right / 24)
             assert [row.id for row in rows[name]] == [example.id for example in data.test]
         assert table.loc["majority class", "accuracy"] == "25.0%"
+        assert found["svm"].fit_seconds > 0 and found["few_shot"].fit_seconds is None
+        model = baselines._svm().fit(*baselines._articles_and_labels(data.train))
+        right = sum(model.predict([row.article for row in data.validation]) == [row.label for row in data.validation])
+        assert found["svm"].validation_accuracy == pytest.approx(right / len(data.validation))
         # The 32 training rows are eight of each class, so that the first in the alphabet is as frequent as any.
         assert {row.prediction for row in rows["majority"]} == {"Business"}
 
@@ -154,6 +159,6 @@ class TestInTheComparison:
     def test_one_of_another_form_is_refused_with_the_field(self, results):
         write_baseline(results, "svm", right_on(20, 40))
         path = results / "baselines" / "svm" / "record.json"
-        path.write_text(path.read_text().replace('"seconds":1.0', '"seconds":"one"'))
-        with pytest.raises(DataError, match=r"svm/record\.json: not a baseline of this version \(seconds: "):
+        path.write_text(path.read_text().replace('"fit_seconds":1.5', '"fit_seconds":"one"'))
+        with pytest.raises(DataError, match=r"svm/record\.json: not a baseline of this version \(fit_seconds: "):
             load_folder(results, "cpu")

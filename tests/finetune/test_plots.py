@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from factories import right_on, write_run
+from test_variants import SETTINGS, write_variant
 
 from data_prep import LABELS
 from finetune import paths, plots
@@ -77,11 +78,34 @@ def test_f1_bars_have_the_records_heights(comparison):
     assert all(left[1] <= right[0] + 1e-9 for left, right in pairwise(edges)), "bars overlap"
 
 
-def test_accuracy_against_time_has_a_point_per_training(comparison):
-    (axes,) = plots.accuracy_against_time(comparison).axes
-    points = [tuple(container.lines[0].get_xydata()[0]) for container in axes.containers]
+def test_pareto_has_a_point_per_training_in_each_panel(comparison):
+    panels = [axes for axes in plots.pareto(comparison).axes if axes.get_visible()]
+    assert [axes.get_xlabel() for axes in panels] == [
+        "training time (minutes)",
+        "peak memory (GB)",
+        "artefact (MB)",
+        "trained parameters (millions)",
+    ], "energy was not measured"
+    points = [tuple(container.lines[0].get_xydata()[0]) for container in panels[0].containers]
     np.testing.assert_allclose(points, [(1, 60), (2, 70), (3, 80), (4, 90)])
-    assert axes.lines[0].get_ydata()[0] == pytest.approx(50), "the base is a line"
+    np.testing.assert_allclose(panels[0].lines[-1].get_xydata(), points), "each costs more and is better"
+    np.testing.assert_allclose(panels[1].lines[-1].get_xydata(), [(2.5, 90)]), "for the same memory"
+
+
+def test_a_learning_curve_joins_its_points(home):
+    results = paths.results_folder("cpu")
+    write_run(results, "base", right_on(20, 40))
+    write_run(results, "lora", right_on(36, 40), settings=SETTINGS)
+    write_variant(results, "lora", "rows-250", right_on(28, 40), data={"train_rows": 250})
+    (axes,) = plots.learning_curve(load("cpu")).axes
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [(250, 70), (1000, 90)])
+
+
+def test_without_trainings_the_pictures_say_so(home):
+    write_run(paths.results_folder("cpu"), "base", right_on(20, 40))
+    compared = load("cpu")
+    assert "No model was trained" in plots.pareto(compared).texts[0].get_text()
+    assert "No model was trained on fewer rows" in plots.learning_curve(compared).texts[0].get_text()
 
 
 def test_a_confusion_matrix_shows_its_counts(comparison):
