@@ -5,7 +5,8 @@ python -m finetune curve   [--profile P] [--set NAME=VALUE ...] [--only RUN ...]
 python -m finetune plan    RUN [--profile P] [--set NAME=VALUE ...]
 python -m finetune data    [--profile P] [--set NAME=VALUE ...]
 python -m finetune report  FOLDER
-python -m finetune publish [--profile P]
+python -m finetune publish [--profile P] [--name NAME]
+python -m finetune results
 """
 
 from __future__ import annotations
@@ -66,7 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
 
     publish = commands.add_parser("publish", parents=[common], help="copy a profile's records to results/reference")
+    publish.add_argument("--name", metavar="NAME", help="folder in results/reference; the profile's name if not given")
     publish.set_defaults(command=_publish)
+
+    results = commands.add_parser("results", help="make reports and README tables anew from results/reference")
+    results.set_defaults(command=_results)
     return parser
 
 
@@ -146,7 +151,18 @@ def _publish(options: argparse.Namespace) -> int:
     from finetune.reference import publish
 
     profile = settings.plan("base", options.profile).profile
-    print(publish(profile))
+    print(publish(profile, options.name or profile))
+    return 0
+
+
+def _results(options: argparse.Namespace) -> int:
+    from finetune.reference import regenerate
+
+    changed = regenerate()
+    for path in changed:
+        print(f"written anew: {path}")
+    if not changed:
+        print("The reports and the README's tables are those of the records.")
     return 0
 
 

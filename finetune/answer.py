@@ -21,7 +21,7 @@ def paragraph(comparison: Comparison) -> str:
     if among and all(pair.is_tie for pair in among):
         sentences.append("Between the tuned models, cost decides.")
     if comparison.pairs:
-        sentences.append(_test(len(comparison.pairs)))
+        sentences.append(_test(comparison.pairs))
     if len(tuned) > 1:
         sentences.append(sentence(_costs(tuned)))
     return " ".join(sentences)
@@ -48,19 +48,29 @@ def _interval(scoring: Metrics) -> str:
 
 
 def _verdicts(pairs: list[Pair]) -> list[str]:
-    """A sentence per winner over each loser's group, then a sentence per tie, in the pairs' order."""
-    sentences: list[str] = []
-    told: set[Pair] = set()
-    for pair in pairs:
-        if pair in told:
-            continue
-        # Those who beat the same run share a sentence.
-        group = [pair]
-        if not pair.is_tie:
-            group = [other for other in pairs if not other.is_tie and other.loser == pair.loser and other not in told]
-        told.update(group)
-        sentences.append(sentence(_beaten(group) if not pair.is_tie else str(pair)))
+    """A sentence for each run that is beaten, with all who beat it, and one for the ties."""
+    clear = [pair for pair in pairs if not pair.is_tie]
+    losers = list(dict.fromkeys(pair.loser for pair in clear))
+    sentences = [sentence(_beaten([pair for pair in clear if pair.loser == loser])) for loser in losers]
+    ties = [pair for pair in pairs if pair.is_tie]
+    if len(ties) == 1:
+        sentences.append(sentence(str(ties[0])))
+    elif ties:
+        sentences.append(_ties(ties))
     return sentences
+
+
+def _ties(ties: list[Pair]) -> str:
+    """What cannot be told apart, and for each the difference that could have been shown."""
+    parts = [f"{pair.tie()}, {_detectable(pair)}" for pair in ties]
+    return (
+        "Cannot be told apart, each with the true difference that would have been found four times in five: "
+        f"{'; '.join(parts)}."
+    )
+
+
+def _detectable(pair: Pair) -> str:
+    return "none could have been" if pair.detectable is None else f"{pair.detectable:.1f} points"
 
 
 def _beaten(pairs: list[Pair]) -> str:
@@ -69,9 +79,11 @@ def _beaten(pairs: list[Pair]) -> str:
     return listed([str(first), *(f"{spoken(pair.winner)} by {pair.lead()}" for pair in others)])
 
 
-def _test(count: int) -> str:
-    corrected = f", corrected for {count} pairs by Holm's method" if count > 1 else ""
-    return f"(Differences with 95 % intervals; exact McNemar test{corrected}, {SIGNIFICANT:.0%} level.)"
+def _test(pairs: list[Pair]) -> str:
+    """How the verdicts were reached, in parentheses."""
+    corrected = f", corrected for {len(pairs)} pairs by Holm's method" if len(pairs) > 1 else ""
+    seeds = ", on the first seed; the interval over seeds must agree" if any(pair.over_seeds for pair in pairs) else ""
+    return f"(Differences with 95 % intervals; exact McNemar test{corrected}, level {100 * SIGNIFICANT:.0f} %{seeds}.)"
 
 
 def _costs(tuned: dict[str, RunRecord]) -> str:

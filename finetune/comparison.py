@@ -109,12 +109,21 @@ class Comparison:
             }
         return pd.DataFrame(rows).T.infer_objects()
 
+    @cached_property
+    def without_twins(self) -> dict[str, Metrics | None]:
+        """The same on the rows whose article is in no training row; None where there is no such row."""
+        alone = [number for number, row in enumerate(self.predictions["base"]) if not row.has_twin]
+        labels = [self.labels[row] for row in alone]
+        answers = {name: self.answers(name) for name in self.predictions}
+        return {
+            name: metrics.compute(labels, [of[row] for row in alone]) if alone else None for name, of in answers.items()
+        }
+
     def quality_table(self) -> pd.DataFrame:
-        """Accuracy, macro-F1 and F1 per class in percent, with their intervals; differences to the base in points."""
+        """Accuracy and macro-F1 in percent, with their intervals; differences to the base in points."""
         base = self.scoring["base"]
-        rows = {}
-        for run, scoring in self.scoring.items():
-            row = {
+        rows = {
+            NAMES[name]: {
                 "accuracy %": 100 * scoring.accuracy,
                 "95 % interval": percent_interval(scoring.accuracy_low, scoring.accuracy_high),
                 "against base": 100 * (scoring.accuracy - base.accuracy),
@@ -122,11 +131,23 @@ class Comparison:
                 "macro-F1 interval": percent_interval(scoring.macro_f1_low, scoring.macro_f1_high),
                 "macro-F1 against base": 100 * (scoring.macro_f1 - base.macro_f1),
             }
-            for label, of_class in scoring.classes.items():
-                row[f"{label} F1 %"] = 100 * of_class.f1
-                row[f"{label} interval"] = percent_interval(of_class.f1_low, of_class.f1_high)
-                row[f"{label} against base"] = 100 * (of_class.f1 - base.classes[label].f1)
-            rows[NAMES[run]] = row
+            for name, scoring in self.scoring.items()
+        }
+        return pd.DataFrame(rows).T.infer_objects()
+
+    def class_table(self) -> pd.DataFrame:
+        """F1 of each class in percent, with its interval."""
+        rows = {
+            NAMES[name]: {
+                column: value
+                for label, of_class in scoring.classes.items()
+                for column, value in (
+                    (f"{label} F1 %", 100 * of_class.f1),
+                    (f"{label} interval", percent_interval(of_class.f1_low, of_class.f1_high)),
+                )
+            }
+            for name, scoring in self.scoring.items()
+        }
         return pd.DataFrame(rows).T.infer_objects()
 
     def calibration_table(self) -> pd.DataFrame:

@@ -83,18 +83,23 @@ def time_to_accuracy(comparison: Comparison) -> pd.DataFrame:
 
 
 def curve_table(comparison: Comparison) -> pd.DataFrame:
-    """Accuracy with its interval, and training time, by run and number of training rows."""
-    rows = {}
-    for run, main in comparison.tuned().items():
-        variants = [variant.record for variant in comparison.curve[run]]
-        for record in [*variants, main] if variants else []:
-            scoring = record.evaluation.scoring
-            rows[f"{NAMES[run]}, {record.data.train_rows:,} rows"] = {
-                "accuracy %": 100 * scoring.accuracy,
-                "95 % interval": f"{100 * scoring.accuracy_low:.1f} to {100 * scoring.accuracy_high:.1f}",
-                "training min": record.training.seconds / 60,
-            }
-    return pd.DataFrame(rows).T.infer_objects()
+    """Accuracy in percent with its interval, and training time: a line a number of training rows, a column a run."""
+    columns = {
+        NAMES[run]: {
+            record.data.train_rows: _point(record)
+            for record in [*(variant.record for variant in comparison.curve[run]), main]
+        }
+        for run, main in comparison.tuned().items()
+        if comparison.curve[run]
+    }
+    table = pd.DataFrame(columns).sort_index().fillna("-")
+    return table.set_axis([f"{count:,} rows" for count in table.index])
+
+
+def _point(record: RunRecord) -> str:
+    scoring = record.evaluation.scoring
+    interval = f"{100 * scoring.accuracy_low:.1f} to {100 * scoring.accuracy_high:.1f}"
+    return f"{100 * scoring.accuracy:.1f} ({interval}), {_time(record.training.seconds)}"
 
 
 def _is_timed(training: Training) -> bool:
@@ -110,6 +115,10 @@ def _cell(training: Training, target: float) -> str:
 def _reached(seconds: float | None, best: float) -> str:
     if seconds is None:
         return f"never (best {100 * best:.1f} %)"
+    return _time(seconds)
+
+
+def _time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 

@@ -31,13 +31,6 @@ class OverSeeds:
     def holds_zero(self) -> bool:
         return self.low <= 0 <= self.high
 
-    def turned(self) -> OverSeeds:
-        """The same with the runs exchanged."""
-        return OverSeeds(self.seeds, -self.points, -self.high, -self.low)
-
-    def __str__(self) -> str:
-        return f"over {self.seeds} seeds {self.points:+.1f}, {self.low:+.1f} to {self.high:+.1f}"
-
 
 @dataclass(frozen=True)
 class Pair:
@@ -86,11 +79,15 @@ class Pair:
         return self.second if self.points > 0 else self.first
 
     def lead(self) -> str:
-        """How far the winner leads: `14.1 points (12.9 to 15.3, p < 0.001)`."""
-        low, high = (self.low, self.high) if self.points > 0 else (-self.high, -self.low)
-        seeds = self.over_seeds if self.points > 0 else self.over_seeds and self.over_seeds.turned()
-        also = f"; {seeds}" if seeds else ""
-        return f"{abs(self.points):.1f} points ({low:.1f} to {high:.1f}, p {format_p(self.corrected_p)}{also})"
+        """How far the winner leads: `14.1 points (12.9 to 15.3, p < 0.001)`; over the seeds, if there are several."""
+        shown = self.over_seeds or self
+        low, high = (shown.low, shown.high) if self.points > 0 else (-shown.high, -shown.low)
+        interval = f"{low:.1f} to {high:.1f}{self._of_seeds()}"
+        return f"{abs(shown.points):.1f} points ({interval}, p {format_p(self.corrected_p)})"
+
+    def tie(self) -> str:
+        """A tie in short: `LoRA and QLoRA (+0.2 points, -0.3 to +0.7, p = 0.510)`."""
+        return f"{spoken(self.first)} and {spoken(self.second)} ({self._difference()})"
 
     def power(self) -> str:
         """What the test could have shown, as a clause."""
@@ -100,20 +97,19 @@ class Pair:
             return f"with {rows} that one of them alone gets right, no difference could have been shown"
         return f"a true difference of {self.detectable:.1f} points would have been found four times in five"
 
-    def _why_tied(self) -> str:
-        """Over the seeds, if there are several; and what the test could have shown, where it showed nothing."""
-        reasons = [str(self.over_seeds)] if self.over_seeds else []
-        if self.corrected_p >= SIGNIFICANT:
-            reasons.append(self.power())
-        return "; ".join(reasons)
-
     def __str__(self) -> str:
         if self.is_tie:
-            return (
-                f"{spoken(self.first)} and {spoken(self.second)} cannot be told apart ({self.points:+.1f} points, "
-                f"{self.low:+.1f} to {self.high:+.1f}, p {format_p(self.corrected_p)}; {self._why_tied()})"
-            )
+            both = f"{spoken(self.first)} and {spoken(self.second)}"
+            return f"{both} cannot be told apart ({self._difference()}; {self.power()})"
         return f"{spoken(self.winner)} beats {spoken(self.loser)} by {self.lead()}"
+
+    def _difference(self) -> str:
+        shown = self.over_seeds or self
+        interval = f"{shown.low:+.1f} to {shown.high:+.1f}{self._of_seeds()}"
+        return f"{shown.points:+.1f} points, {interval}, p {format_p(self.corrected_p)}"
+
+    def _of_seeds(self) -> str:
+        return f" over {self.over_seeds.seeds} seeds" if self.over_seeds else ""
 
 
 def compare(first: str, second: str, labels: Sequence[str], answers: Sequence[str], others: Sequence[str]) -> Pair:

@@ -26,7 +26,16 @@ COLOURS = {
     "qlora": "#009E73",
 }
 LINES = {"base": ":", "full": "-", "full_unsloth": (0, (5, 1, 1, 1)), "lora": "--", "qlora": "-."}
-MARKERS = {"full": "s", "full_unsloth": "D", "lora": "o", "qlora": "^"}
+MARKERS = {
+    "majority": "x",
+    "svm": "P",
+    "base": "v",
+    "few_shot": "*",
+    "full": "s",
+    "full_unsloth": "D",
+    "lora": "o",
+    "qlora": "^",
+}
 
 plt.rcParams.update(
     {
@@ -70,29 +79,36 @@ def confusion_grid(comparison: Comparison) -> Figure:
 
 def accuracy_bars(comparison: Comparison) -> Figure:
     """Accuracy of every run and baseline with its 95 % interval."""
-    figure, axes = plt.subplots(figsize=(7, 0.5 * len(comparison.scoring) + 1), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5.6, 0.4 * len(comparison.scoring) + 0.8), layout="constrained")
     for position, (run, scoring) in enumerate(comparison.scoring.items()):
         accuracy = 100 * scoring.accuracy
         error = [[accuracy - 100 * scoring.accuracy_low], [100 * scoring.accuracy_high - accuracy]]
         axes.barh(position, accuracy, color=COLOURS[run], xerr=error, capsize=4, height=0.6)
-        axes.text(104, position, f"{accuracy:.1f}", va="center", ha="right")
+        axes.text(116, position, f"{accuracy:.1f}", va="center", ha="right")
     axes.set_yticks(range(len(comparison.scoring)), [NAMES[run] for run in comparison.scoring])
     axes.invert_yaxis()
-    axes.set(xlabel="accuracy on the test rows (%), with its 95 % interval", xlim=(0, 104), xticks=range(0, 101, 20))
+    axes.set(xlabel="accuracy on the test rows (%), with its 95 % interval", xlim=(0, 116), xticks=range(0, 101, 20))
     return figure
 
 
 def f1_by_class(comparison: Comparison) -> Figure:
-    """F1 of each class, a group of bars per class."""
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    width = 0.8 / len(comparison.records)
+    """F1 of each class with its 95 % interval, a group of points per class."""
+    figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
+    width = 0.8 / len(comparison.scoring)
     centres = np.arange(len(LABELS))
-    for position, (run, record) in enumerate(comparison.records.items()):
-        heights = [100 * record.evaluation.scoring.classes[label].f1 for label in LABELS]
-        axes.bar(centres + (position + 0.5) * width - 0.4, heights, width, color=COLOURS[run], label=NAMES[run])
+    for position, (run, scoring) in enumerate(comparison.scoring.items()):
+        classes = [scoring.classes[label] for label in LABELS]
+        heights = 100 * np.array([of.f1 for of in classes])
+        # A percentile interval may end short of what was observed where next to nothing was wrong.
+        below = np.maximum(0, heights - 100 * np.array([of.f1_low for of in classes]))
+        above = np.maximum(0, 100 * np.array([of.f1_high for of in classes]) - heights)
+        places = centres + (position + 0.5) * width - 0.4
+        look = {"color": COLOURS[run], "marker": MARKERS[run], "markeredgecolor": "black", "markersize": 5}
+        axes.errorbar(places, heights, yerr=[below, above], linestyle="none", capsize=2, label=NAMES[run], **look)
     axes.set_xticks(centres, LABELS)
-    axes.set(ylabel="F1 (%)", ylim=(0, 100))
-    axes.legend(ncols=len(comparison.records), loc="upper center", bbox_to_anchor=(0.5, 1.18), frameon=False)
+    axes.set(ylabel="F1 (%)", ylim=(0, 103))
+    axes.grid(axis="y", linewidth=0.4)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
@@ -105,7 +121,7 @@ def pareto(comparison: Comparison) -> Figure:
     axis_titles = [
         title for title in next(iter(measured.values())) if all(of[title] is not None for of in measured.values())
     ]
-    columns = min(3, len(axis_titles))
+    columns = 3 if len(axis_titles) > 4 else 2
     lines = -(-len(axis_titles) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(9, 2.9 * lines), layout="constrained", squeeze=False)
     for axis in axes.flat[len(axis_titles) :]:
@@ -113,7 +129,7 @@ def pareto(comparison: Comparison) -> Figure:
     for axis, title in zip(axes.flat, axis_titles, strict=False):
         points = {run: (measured[run][title], comparison.scoring[run]) for run in tuned}
         _draw_pareto(axis, points)
-        axis.set(xlabel=title, xlim=(0, None))
+        axis.set(xlabel=title, xlim=(0, 1.1 * max(cost for cost, _ in points.values())))
     for line in axes:
         line[0].set_ylabel("accuracy (%)")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
@@ -124,14 +140,14 @@ def learning_curve(comparison: Comparison) -> Figure:
     """Accuracy with its interval against the number of training rows, a line a method."""
     if not any(comparison.curve.values()):
         return _nothing("No model was trained on fewer rows: python -m finetune curve")
-    figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
     for run, main in comparison.tuned().items():
         records = [*(variant.record for variant in comparison.curve[run]), main]
         if len(records) > 1:
             _draw_points(axes, run, [(of.data.train_rows, of.evaluation.scoring) for of in records], LINES[run])
     axes.set(xlabel="training rows (logarithmic)", ylabel="accuracy on the test rows (%)", xscale="log")
     rows = sorted({of.record.data.train_rows for variants in comparison.curve.values() for of in variants})
-    ticks = [*rows, comparison.any_record.data.train_rows]
+    ticks = [*rows, *{record.data.train_rows for record in comparison.tuned().values()}]
     axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
     axes.minorticks_off()
     axes.legend(frameon=False, loc="lower right")
@@ -156,7 +172,7 @@ def reliability(comparison: Comparison) -> Figure:
 
 def accuracy_against_coverage(comparison: Comparison) -> Figure:
     """Accuracy if a model abstains where it is least sure, against the share of rows that it answers."""
-    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
     for run, of in comparison.calibration.items():
         axes.plot(
             100 * of.coverage,
@@ -174,8 +190,9 @@ def accuracy_against_coverage(comparison: Comparison) -> Figure:
 
 def _nothing(text: str) -> Figure:
     """In the place of a picture that there is nothing to draw for."""
-    figure = plt.figure(figsize=(7, 0.5))
-    figure.text(0, 0.5, text)
+    figure, axes = plt.subplots(figsize=(7, 0.5))
+    axes.axis("off")
+    axes.text(0, 0.5, text)
     return figure
 
 

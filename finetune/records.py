@@ -6,10 +6,12 @@ record's, are refused.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
 import subprocess
+import zlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -248,15 +250,18 @@ def read_validation(record: RunRecord, folder: Path) -> list[Prediction] | None:
 
 
 def read_rows(path: Path, digest: str) -> list[Prediction]:
-    """The predictions in a file whose digest a record holds.
+    """The predictions in a file, or in the packed one beside it (published ones are), whose digest a record holds.
 
     Raises:
         DataError: They are missing, were changed, or are another record's.
     """
+    packed = path.with_name(path.name + ".gz")
     try:
-        content = path.read_bytes()
+        content = gzip.decompress(packed.read_bytes()) if packed.is_file() else path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(path, "no such file; run the performance notebook again") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(packed, f"cannot be unpacked ({error}); is the file cut short?") from error
     if hashlib.sha256(content).hexdigest() != digest:
         raise DataError(path, "not the predictions of record.json beside it (cut short, changed, or another run's)")
     return [Prediction.model_validate(json.loads(line)) for line in content.splitlines()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 
 from data_prep import LABELS
 from data_prep.store import replacing
-from finetune import costs, errors, plots
+from finetune import costs, errors, plots, records
 from finetune.comparison import Comparison
 from finetune.wording import NAMES, format_p
 
@@ -46,43 +47,115 @@ def write_report(comparison: Comparison, path: Path, articles: Mapping[str, str]
         articles: Texts of the test rows by id (`errors.articles`, or `errors.publishable_articles` where the report
             leaves this machine); may be empty.
     """
-    environment = Environment(
-        loader=PackageLoader("finetune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    html = environment.get_template("report.html").render(
-        comparison=comparison,
-        names=NAMES,
-        format_p=format_p,
-        quality=formatted(comparison.quality_table()).T.to_html(border=0),
-        calibration=formatted(comparison.calibration_table()).T.to_html(border=0),
-        confused=comparison.confusion_table().to_html(border=0),
-        labels=LABELS,
-        judged=errors.judged(comparison),
-        mistakes=errors.mistakes(comparison, articles),
-        listed_errors=LISTED_ERRORS,
-        articles=articles,
-        suspects=_suspected(comparison, articles),
-        without_suspects=errors.without_suspects(comparison),
-        cost=formatted(comparison.cost_table()).T.to_html(border=0),
-        time_to_accuracy=costs.time_to_accuracy(comparison),
-        curve=formatted(costs.curve_table(comparison)),
-        seeds=formatted(comparison.seeds_table()),
-        pictures={
-            name: _embedded(draw(comparison))
-            for name, draw in {
-                **({"pareto": plots.pareto} if comparison.tuned() else {}),
-                **({"curve": plots.learning_curve} if any(comparison.curve.values()) else {}),
-                "accuracy": plots.accuracy_bars,
-                "classes": plots.f1_by_class,
-                "reliability": plots.reliability,
-                "coverage": plots.accuracy_against_coverage,
-                "confusion": plots.confusion_grid,
-            }.items()
-        },
-    )
+    html = render(comparison, articles)
     with replacing(path) as file:
         file.write(html)
     return path
+
+
+def render(comparison: Comparison, articles: Mapping[str, str]) -> str:
+    """The report as HTML."""
+    environment = Environment(
+        loader=PackageLoader("finetune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("report.html").render(
+        comparison=comparison,
+        train_rows=_train_rows(comparison),
+        names=NAMES,
+        labels=LABELS,
+        format_p=format_p,
+        articles=articles,
+        listed_errors=LISTED_ERRORS,
+        judged=errors.judged(comparison),
+        mistakes=errors.mistakes(comparison, articles),
+        suspects=_suspected(comparison, articles),
+        without_suspects=errors.without_suspects(comparison),
+        provenance=provenance(comparison),
+        pictures=_pictures(comparison),
+        **_tables(comparison),
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A record that figures of the report come from. `anchor` is what the tables link to, None for a variant's."""
+
+    name: str
+    record: str
+    anchor: str | None
+    seed: str
+    trained: str
+    evaluated: str
+    environments: list[records.Environment]
+
+    @property
+    def environment(self) -> records.Environment:
+        """Of the evaluation."""
+        return self.environments[-1]
+
+
+def provenance(comparison: Comparison) -> list[Source]:
+    """Every record of the comparison: baselines, runs, and each run's variants."""
+    found = []
+    for name in comparison.predictions:
+        if name in comparison.baselines:
+            where = comparison.baselines[name].environment
+            found.append(Source(name, f"baselines/{name}/record.json", name, "-", "-", _commit(where), [where]))
+            continue
+        found.append(_source(comparison.records[name], name))
+        variants = [*comparison.seeds.get(name, []), *comparison.curve.get(name, [])]
+        found.extend(_source(variant.record, None) for variant in variants)
+    return found
+
+
+def _source(record: records.RunRecord, anchor: str | None) -> Source:
+    where = record.evaluation.environment
+    return Source(
+        record.run,
+        "/".join(filter(None, (record.run, record.variant, records.RECORD))),
+        anchor,
+        str(record.seed) if record.training else "-",
+        _commit(record.training.environment) if record.training else "-",
+        _commit(where),
+        [part.environment for part in (record.training, record.evaluation) if part],
+    )
+
+
+def _commit(environment: records.Environment) -> str:
+    return (environment.commit or "unknown")[:10] + (" with changes" if environment.dirty else "")
+
+
+def _train_rows(comparison: Comparison) -> int:
+    """Of the trained runs, which all saw as many; of the base's data where none was trained."""
+    record = next(iter(comparison.tuned().values()), comparison.any_record)
+    return record.data.train_rows
+
+
+def _tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
+    tables = {
+        "classes": comparison.class_table(),
+        "calibration": comparison.calibration_table(),
+        "confused": comparison.confusion_table(),
+        "cost": comparison.cost_table(),
+        "seeds": comparison.seeds_table(),
+        "curve": costs.curve_table(comparison),
+        "time_to_accuracy": costs.time_to_accuracy(comparison),
+    }
+    return {name: table if name == "confused" else formatted(table) for name, table in tables.items()}
+
+
+def _pictures(comparison: Comparison) -> dict[str, str]:
+    """The pictures as data addresses, by the names that the page knows."""
+    drawings = {
+        "accuracy": plots.accuracy_bars,
+        "classes": plots.f1_by_class,
+        "pareto": plots.pareto,
+        "curve": plots.learning_curve,
+        "reliability": plots.reliability,
+        "coverage": plots.accuracy_against_coverage,
+        "confusion": plots.confusion_grid,
+    }
+    return {name: _embedded(draw(comparison)) for name, draw in drawings.items()}
 
 
 def _suspected(comparison: Comparison, articles: Mapping[str, str]) -> list[dict[str, str]]:

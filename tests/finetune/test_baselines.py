@@ -21,9 +21,12 @@ def examples(split: str) -> list[Example]:
     return [Example(f"{split}-{n}", lean.render(article)) for n, article in enumerate(sample().articles(split))]
 
 
-def write_baseline(results, name: str, right, **changes):
+def write_baseline(results, name: str, right, has_twin=lambda row: False, **changes):
     """A baseline as `evaluate` would have left it."""
-    rows = [row.model_copy(update={"probabilities": {}}) for row in factories.predictions(right)]
+    rows = [
+        row.model_copy(update={"probabilities": {}, "has_twin": has_twin(number)})
+        for number, row in enumerate(factories.predictions(right))
+    ]
     folder = results / "baselines" / name
     scoring = factories.metrics.compute([row.label for row in rows], [row.prediction for row in rows])
     values = {

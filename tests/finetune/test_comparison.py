@@ -1,5 +1,7 @@
 """The comparison's figures, its refusals, and an answer that is true whatever the figures are."""
 
+import re
+
 import factories
 import numpy as np
 import pytest
@@ -38,16 +40,34 @@ class TestFigures:
 
     def test_f1_per_class_by_hand(self, results):
         """Each class has 10 rows. LoRA is right on rows 0 to 29, and gives the next label on rows 30 to 39."""
-        table = compare(results, base=right_on(0, 40), lora=right_on(30, 40)).quality_table()
+        compared = compare(results, base=right_on(0, 40), lora=right_on(30, 40))
+        classes, quality = compared.class_table(), compared.quality_table()
         # Rows 30 to 39 are 2 World, 2 Sports, 3 Business and 3 Sci/Tech; each goes to the class after it.
         wrong, received = (2, 2, 3, 3), (3, 2, 2, 3)
         names = ("World", "Sports", "Business", "Sci/Tech")
         f1 = [100 * 2 * (10 - w) / (2 * (10 - w) + w + r) for w, r in zip(wrong, received, strict=True)]
         for name, expected in zip(names, f1, strict=True):
-            assert table.loc["LoRA", f"{name} F1 %"] == pytest.approx(expected)
-            assert table.loc["LoRA", f"{name} against base"] == pytest.approx(expected)
-        assert table.loc["LoRA", "macro-F1 %"] == pytest.approx(np.mean(f1))
-        assert table.loc["LoRA", "macro-F1 against base"] == pytest.approx(np.mean(f1))
+            assert classes.loc["LoRA", f"{name} F1 %"] == pytest.approx(expected)
+            low, high = map(float, classes.loc["LoRA", f"{name} interval"].split(" to "))
+            assert low < expected < high
+        assert quality.loc["LoRA", "macro-F1 %"] == pytest.approx(np.mean(f1))
+        assert quality.loc["LoRA", "macro-F1 against base"] == pytest.approx(np.mean(f1))
+
+    def test_rows_without_a_twin_by_hand(self, results):
+        """LoRA is right on rows 0 to 29; rows 0 to 9 have twins: 20 of 30 are right on the others."""
+        rows = [
+            row.model_copy(update={"has_twin": number < 10}) for number, row in enumerate(predictions(right_on(30, 40)))
+        ]
+        other = dict.fromkeys(("World", "Sports", "Business", "Sci/Tech"), 0.25)
+        write_run(results, "base", [], rows=[row.model_copy(update={"probabilities": other}) for row in rows])
+        write_run(results, "lora", [], rows=rows)
+        alone = load_folder(results, "cpu").without_twins["lora"]
+        assert (alone.rows, alone.accuracy) == (30, pytest.approx(20 / 30))
+
+    def test_without_such_rows_there_is_no_figure(self, results):
+        rows = [row.model_copy(update={"has_twin": True}) for row in predictions(right_on(30, 40))]
+        write_run(results, "base", [], rows=rows)
+        assert load_folder(results, "cpu").without_twins == {"base": None}
 
     def test_cost_is_that_of_the_records(self, results):
         write_run(results, "base", right_on(20, 40))
@@ -179,6 +199,15 @@ class TestAnswer:
         assert "and QLoRA by 29.5 points (" in answer
         assert "LoRA and QLoRA cannot be told apart" in answer
         assert "cost decides" not in answer
+
+    def test_several_ties_are_one_sentence_each_with_what_could_have_been_shown(self, results):
+        rows = {"full": right_on(180, 200), "lora": right_on(179, 200), "qlora": right_on(175, 200, start=15)}
+        answer = compare(results, base=right_on(60, 200), **rows).answer()
+        said = "Cannot be told apart, each with the true difference that would have been found four times in five: "
+        tie = "full fine-tuning and LoRA (+0.5 points, +0.0 to +1.5, p = 1.000), none could have been; "
+        assert said + tie in answer
+        last = r"LoRA and QLoRA \(\+2\.0 points, -\d+\.\d to \+\d+\.\d, p = \d\.\d{3}\), \d\.\d points\."
+        assert re.search(last, answer)
 
     def test_it_names_the_fastest_and_the_leanest(self, results):
         write_run(results, "base", right_on(20, 40))

@@ -1,7 +1,5 @@
 """The pictures show the records' figures."""
 
-from itertools import pairwise
-
 import factories
 import matplotlib.pyplot as plt
 import numpy as np
@@ -39,7 +37,7 @@ def comparison(home):
 def test_every_run_has_a_colour_and_every_tuned_one_a_marker():
     assert plots.COLOURS.keys() == NAMES.keys()
     assert plots.LINES.keys() == RUNS.keys()
-    assert plots.MARKERS.keys() == RUNS.keys() - {"base"}
+    assert plots.MARKERS.keys() == NAMES.keys()
     assert len(set(plots.COLOURS.values())) == len(plots.COLOURS)
     assert len(set(plots.MARKERS.values())) == len(plots.MARKERS)
 
@@ -69,13 +67,13 @@ def test_accuracy_bars_have_the_records_lengths(comparison):
     ]
 
 
-def test_f1_bars_have_the_records_heights(comparison):
+def test_f1_points_have_the_records_heights(comparison):
     (axes,) = plots.f1_by_class(comparison).axes
-    classes = [record.evaluation.scoring.classes for record in comparison.records.values()]
-    expected = [100 * of_run[label].f1 for of_run in classes for label in LABELS]
-    np.testing.assert_allclose([bar.get_height() for bar in axes.patches], expected)
-    edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
-    assert all(left[1] <= right[0] + 1e-9 for left, right in pairwise(edges)), "bars overlap"
+    for container, scoring in zip(axes.containers, comparison.scoring.values(), strict=True):
+        heights = container.lines[0].get_ydata()
+        np.testing.assert_allclose(heights, [100 * scoring.classes[label].f1 for label in LABELS])
+    places = sorted(x for container in axes.containers for x in container.lines[0].get_xdata())
+    assert min(np.diff(places)) > 0.1, "points overlap"
 
 
 def test_pareto_has_a_point_per_training_in_each_panel(comparison):
@@ -104,8 +102,8 @@ def test_a_learning_curve_joins_its_points(home):
 def test_without_trainings_the_pictures_say_so(home):
     write_run(paths.results_folder("cpu"), "base", right_on(20, 40))
     compared = load("cpu")
-    assert "No model was trained" in plots.pareto(compared).texts[0].get_text()
-    assert "No model was trained on fewer rows" in plots.learning_curve(compared).texts[0].get_text()
+    assert "No model was trained" in plots.pareto(compared).axes[0].texts[0].get_text()
+    assert "No model was trained on fewer rows" in plots.learning_curve(compared).axes[0].texts[0].get_text()
 
 
 def test_a_confusion_matrix_shows_its_counts(comparison):

@@ -1,5 +1,6 @@
 """Records and predictions: written whole, read back alike, refused when they are not what they should be."""
 
+import gzip
 import json
 import math
 import os
@@ -88,6 +89,29 @@ class TestValidationRows:
         factories.write_run(folder.parent, "lora", [True], validation=factories.predictions([True]))
         records.write(factories.record("lora", training=factories.training("lora")), folder)
         assert [path.name for path in folder.iterdir()] == ["record.json"]
+
+
+class TestPackedPredictions:
+    @pytest.fixture
+    def packed(self, folder, evaluated):
+        path = folder / "predictions.jsonl"
+        path.with_name("predictions.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+        return path.with_name("predictions.jsonl.gz")
+
+    def test_they_are_read_as_the_others(self, folder, evaluated, packed):
+        assert records.read_predictions(evaluated, folder) == factories.predictions(factories.right_on(30, 40))
+
+    @pytest.mark.parametrize("keep", [0, 10, -10])
+    def test_cut_short_they_are_refused(self, folder, evaluated, packed, keep):
+        packed.write_bytes(packed.read_bytes()[:keep])
+        with pytest.raises(DataError, match=r"predictions\.jsonl"):
+            records.read_predictions(evaluated, folder)
+
+    def test_others_are_refused(self, folder, evaluated, packed):
+        packed.write_bytes(gzip.compress(b""))
+        with pytest.raises(DataError, match="not the predictions of"):
+            records.read_predictions(evaluated, folder)
 
 
 class TestRefusals:

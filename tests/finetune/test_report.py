@@ -7,6 +7,8 @@ from html import unescape
 
 import pytest
 from factories import right_on, write_run
+from test_baselines import write_baseline
+from test_variants import SETTINGS, write_variant
 
 from finetune import paths, report
 from finetune.comparison import load
@@ -31,7 +33,7 @@ def text_of(html: str) -> str:
 class TestReport:
     def test_it_is_self_contained(self):
         html = write_report()
-        assert not re.findall(r"""(?:src|href|action)\s*=\s*["']?(?!data:)[^"'>\s]""", html)
+        assert not re.findall(r"""(?:src|href|action)\s*=\s*["']?(?!data:|#)[^"'>\s]""", html)
         assert "http://" not in html and "https://" not in html
         assert "<link" not in html and "@import" not in html and "<script" not in html
         pictures = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', html)
@@ -44,20 +46,8 @@ class TestReport:
         assert load("cpu").answer() in text_of(html)
         for name in ("base model", "full", "full (Unsloth)", "LoRA", "QLoRA"):
             assert f"<th>{name}</th>" in html
+            assert f'">{name}</a>' in html
         assert text_of(html).count(" against ") >= len(load("cpu").pairs)
-
-    def test_its_figures_are_those_of_the_comparison(self):
-        html = write_report()
-        assert re.search(r"<th></th>\s*<th>base model</th>\s*<th>LoRA</th>", html)
-        rows = dict(re.findall(r"<th>([^<]+)</th>\s*<td>[^<]*</td>\s*<td>([^<]*)</td>", html))
-        assert [rows[name] for name in ("accuracy %", "95 % interval", "against base")] == [
-            "60.0",
-            "44.6 to 73.7",
-            "+10.0",
-        ]
-        pair = re.search(r"<td>LoRA against base model</td>(.*?)</tr>", html, re.DOTALL).group(1)
-        assert re.findall("<td>(.*?)</td>", pair)[0] == "+10.0"
-        assert re.findall("<td>(.*?)</td>", pair)[4:] == ["4", "0", "= 0.125", "= 0.125", "tie", "none"]
 
     @pytest.mark.parametrize(("source", "warned"), [("sample", True), ("csv", False), ("hub", False)])
     def test_the_sample_s_warning_is_there_for_the_sample_alone(self, source, warned):
@@ -120,3 +110,43 @@ class TestReport:
             report.write_report(replace(comparison, records=unwritable), path, {})
         assert path.read_text(encoding="utf-8") == before
         assert not list(path.parent.glob("*.partial"))
+
+
+@pytest.mark.usefixtures("home")
+class TestProvenance:
+    def test_every_name_leads_to_its_record_commit_and_command(self):
+        html = write_report(RUNS)
+        for run in RUNS:
+            assert f'<a href="#record-{run}">' in html
+            row = re.search(rf'<tr id="record-{run}">(.*?)</tr>', html, re.DOTALL).group(1)
+            assert f"<code>{run}/record.json</code>" in row
+            assert "<code>0123456789</code>" in row and "<code>make demo</code>" in row
+
+    def test_baselines_and_variants_are_there_too(self):
+        results = paths.results_folder("cpu")
+        write_run(results, "base", right_on(20, 40))
+        write_run(results, "lora", right_on(30, 40), settings=SETTINGS)
+        write_variant(results, "lora", "seed-43", right_on(32, 40))
+        write_variant(results, "lora", "rows-250", right_on(24, 40), data={"train_rows": 250})
+        write_baseline(results, "svm", right_on(28, 40))
+        found = report.provenance(load("cpu"))
+        assert [source.record for source in found] == [
+            "baselines/svm/record.json",
+            "base/record.json",
+            "lora/record.json",
+            "lora/seed-43/record.json",
+            "lora/rows-250/record.json",
+        ]
+        assert [source.seed for source in found] == ["-", "-", "42", "43", "42"]
+        html = report.write_report(load("cpu"), results / "report.html", {}).read_text()
+        assert html.count('id="record-lora"') == 1
+        assert "baselines/svm/record.json" in html and "as it was made" in html
+
+
+@pytest.mark.usefixtures("home")
+def test_what_was_not_recorded_is_called_so():
+    text = " ".join(text_of(write_report()).split())
+    assert "Not recorded: these records hold no times of validations." in text
+    assert "Not recorded: no model of these records was trained on fewer rows" in text
+    assert "Each method was trained with one seed" in text
+    assert "these records hold no scores of validation rows" in text

@@ -1,5 +1,7 @@
 """Other seeds and fewer rows: where they lie, what they may differ in, and what they add to the comparison."""
 
+import re
+
 import factories
 import numpy as np
 import pytest
@@ -101,7 +103,9 @@ class TestSeeds:
         assert tuned.over_seeds.seeds == 3
         assert tuned.over_seeds.points == pytest.approx(100 * (lora.mean() - qlora.mean()))
         assert base_pair.over_seeds.points == pytest.approx(100 * (lora.mean() - 0.5))
-        assert "; over 3 seeds +" in str(base_pair)
+        assert re.search(
+            r"LoRA beats the base model by \d+\.\d points \(\d+\.\d to \d+\.\d over 3 seeds, p < 0.001", str(base_pair)
+        )
 
     def test_a_pair_of_which_one_has_a_single_seed_is_not_judged_over_seeds(self, results):
         write_run(results, "base", right_on(200, 400))
@@ -119,8 +123,8 @@ class TestSeeds:
         write_variant(results, "qlora", "seed-43", right_on(380, 400))
         pair = load("cpu").pairs[-1]
         assert pair.corrected_p < 0.001 and pair.is_tie
-        assert "LoRA and QLoRA cannot be told apart" in str(pair) and "over 2 seeds -5.0" in str(pair)
-        assert "would have been found" not in str(pair)
+        assert "LoRA and QLoRA cannot be told apart (-5.0 points, " in str(pair)
+        assert " over 2 seeds, p < 0.001; " in str(pair)
 
 
 class TestCurve:
@@ -138,9 +142,18 @@ class TestCurve:
             )
 
         table = costs.curve_table(load("cpu"))
-        assert list(table.index) == ["LoRA, 250 rows", "LoRA, 500 rows", "LoRA, 1,000 rows"]
-        assert list(table["accuracy %"]) == pytest.approx([70, 80, 90])
-        assert list(table["training min"]) == [1, 2, 4]
+        assert list(table.index) == ["250 rows", "500 rows", "1,000 rows"]
+        # Wilson's intervals of 28, 32 and 36 in 40.
+        assert list(table["LoRA"]) == [
+            "70.0 (54.6 to 81.9), 60 s",
+            "80.0 (65.2 to 89.5), 2.0 min",
+            "90.0 (76.9 to 96.0), 4.0 min",
+        ]
+
+    def test_without_fewer_rows_there_is_none(self, results):
+        write_run(results, "base", right_on(20, 40))
+        write_run(results, "lora", right_on(36, 40))
+        assert costs.curve_table(load("cpu")).empty
 
 
 class TestRefusals:
