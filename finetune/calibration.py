@@ -12,7 +12,7 @@ from scipy.stats import bootstrap
 from sklearn.metrics import brier_score_loss
 
 from data_prep import LABELS
-from finetune.metrics import log_loss
+from finetune.metrics import accuracy_interval, log_loss
 from finetune.records import Prediction
 from finetune.resampling import CONFIDENCE
 
@@ -40,17 +40,26 @@ class Reliability:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A figure with its 95 % bootstrap interval over the rows."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Scores:
     """Calibration of one set of probabilities: expected calibration error, Brier score and log loss in nats."""
 
-    error: float
-    brier: float
-    log_loss: float
+    error: Figure
+    brier: Figure
+    log_loss: Figure
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A run's calibration on the test rows, with 95 % bootstrap intervals over the rows.
+    """A run's calibration on the test rows.
 
     Attributes:
         temperature: What divides the logarithms of the probabilities, fitted on validation rows; None where these
@@ -60,17 +69,17 @@ class Calibration:
     """
 
     scores: Scores
-    error_interval: tuple[float, float]
-    brier_interval: tuple[float, float]
     reliability: Reliability
     temperature: float | None
     scaled: Scores | None
     coverage: np.ndarray
     selective_accuracy: np.ndarray
 
-    def accuracy_at(self, coverage: float) -> float:
-        """Accuracy on the surest rows, if the model answers this share of all rows and abstains on the others."""
-        return float(self.selective_accuracy[max(1, round(coverage * len(self.coverage))) - 1])
+    def accuracy_at(self, coverage: float) -> Figure:
+        """Accuracy on the surest rows, with Wilson's interval, if the model answers this share and abstains else."""
+        answered = max(1, round(coverage * len(self.coverage)))
+        accuracy = float(self.selective_accuracy[answered - 1])
+        return Figure(accuracy, *accuracy_interval(round(accuracy * answered), answered))
 
 
 def of(test: Sequence[Prediction], validation: Sequence[Prediction] | None) -> Calibration:
@@ -81,8 +90,6 @@ def of(test: Sequence[Prediction], validation: Sequence[Prediction] | None) -> C
     coverage, selective = accuracy_against_coverage(confidence, right)
     return Calibration(
         scores=score(labels, probabilities),
-        error_interval=_interval(_error, right - confidence, _bins(confidence)),
-        brier_interval=_interval(_mean, _squared_distances(labels, probabilities)),
         reliability=reliability(confidence, right),
         temperature=temperature,
         scaled=score(labels, with_temperature(probabilities, temperature)) if temperature else None,
@@ -94,8 +101,15 @@ def of(test: Sequence[Prediction], validation: Sequence[Prediction] | None) -> C
 def score(labels: Sequence[str], probabilities: np.ndarray) -> Scores:
     """Scores of probabilities of shape (rows, labels); Brier is the sum over the labels, from 0 to 2 (Brier 1950)."""
     order = np.argsort(LABELS)
+    confidence, right = confidences(labels, probabilities)
+    error = reliability(confidence, right).error
     brier = brier_score_loss(labels, probabilities[:, order], labels=[LABELS[i] for i in order], scale_by_half=False)
-    return Scores(reliability(*confidences(labels, probabilities)).error, float(brier), log_loss(labels, probabilities))
+    truth = probabilities[np.arange(len(labels)), _codes(labels)]
+    return Scores(
+        Figure(error, *_interval(_error, right - confidence, _bins(confidence))),
+        Figure(float(brier), *_interval(np.mean, _squared_distances(labels, probabilities))),
+        Figure(log_loss(labels, probabilities), *_interval(np.mean, -np.log(np.maximum(truth, SMALLEST)))),
+    )
 
 
 def confidences(labels: Sequence[str], probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -152,10 +166,6 @@ def _bins(confidence: np.ndarray) -> np.ndarray:
 def _squared_distances(labels: Sequence[str], probabilities: np.ndarray) -> np.ndarray:
     """Of each row's probabilities to its label: their mean is the Brier score."""
     return ((probabilities - np.eye(len(LABELS))[_codes(labels)]) ** 2).sum(axis=1)
-
-
-def _mean(values: np.ndarray, axis: int) -> np.ndarray:
-    return values.mean(axis=axis)
 
 
 def _error(gaps: np.ndarray, bins: np.ndarray, axis: int) -> np.ndarray:

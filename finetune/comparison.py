@@ -13,7 +13,7 @@ import pandas as pd
 from data_prep import LABELS, DataError
 from finetune import answer, baselines, calibration, costs, metrics, pairs, paths, records, resampling, variants
 from finetune.baselines import Baseline
-from finetune.calibration import COVERAGES, Calibration
+from finetune.calibration import COVERAGES, Calibration, Figure, Scores
 from finetune.metrics import Metrics
 from finetune.pairs import OverSeeds, Pair
 from finetune.records import Prediction, RunRecord
@@ -151,10 +151,8 @@ class Comparison:
         return pd.DataFrame(rows).T.infer_objects()
 
     def calibration_table(self) -> pd.DataFrame:
-        """Calibration errors with their intervals, before and after the temperature, and accuracy when abstaining."""
-        return pd.DataFrame(
-            {NAMES[run]: _calibration_row(of) for run, of in self.calibration.items()}
-        ).T.infer_objects()
+        """Calibration errors before and after the temperature, and accuracy when abstaining, with their intervals."""
+        return pd.DataFrame({NAMES[run]: _calibration_row(of) for run, of in self.calibration.items()}).T
 
     def confusion_table(self) -> pd.DataFrame:
         """How often each class was taken for each other one, those that the tuned runs confuse most first."""
@@ -181,24 +179,28 @@ class Comparison:
         return answer.paragraph(self)
 
 
-def _calibration_row(of: Calibration) -> dict[str, float | str]:
-    after = {"temperature": "not recorded", "ECE % after": "", "Brier after": "", "log loss after": ""}
+def _calibration_row(of: Calibration) -> dict[str, str]:
+    row = {f"{name}, as it is": text for name, text in _scores(of.scores).items()}
+    row["temperature"] = "not recorded" if of.temperature is None else f"{of.temperature:.2f}"
     if of.scaled:
-        after = {
-            "temperature": f"{of.temperature:.2f}",
-            "ECE % after": f"{100 * of.scaled.error:.1f}",
-            "Brier after": f"{of.scaled.brier:.3f}",
-            "log loss after": f"{of.scaled.log_loss:.3f}",
-        }
+        row |= {f"{name}, with the temperature": text for name, text in _scores(of.scaled).items()}
+    for share in COVERAGES:
+        at = of.accuracy_at(share)
+        row[f"accuracy % of the surest {share:.0%}"] = f"{100 * at.value:.1f} ({percent_interval(at.low, at.high)})"
+    return row
+
+
+def _scores(scores: Scores) -> dict[str, str]:
+    error = scores.error
     return {
-        "ECE %": 100 * of.scores.error,
-        "ECE interval": percent_interval(*of.error_interval),
-        "Brier": of.scores.brier,
-        "Brier interval": f"{of.brier_interval[0]:.3f} to {of.brier_interval[1]:.3f}",
-        "log loss": of.scores.log_loss,
-        **after,
-        **{f"accuracy % of the surest {share:.0%}": 100 * of.accuracy_at(share) for share in COVERAGES},
+        "ECE %": f"{100 * error.value:.1f} ({percent_interval(error.low, error.high)})",
+        "Brier": _three_digits(scores.brier),
+        "log loss": _three_digits(scores.log_loss),
     }
+
+
+def _three_digits(figure: Figure) -> str:
+    return f"{figure.value:.3f} ({figure.low:.3f} to {figure.high:.3f})"
 
 
 def percent_interval(low: float, high: float) -> str:

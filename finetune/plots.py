@@ -164,7 +164,10 @@ def reliability(comparison: Comparison) -> Figure:
         sizes = 12 + 240 * found.rows / found.rows.sum()
         axis.scatter(100 * found.confidence, 100 * found.accuracy, s=sizes, color=COLOURS[run], edgecolor="black")
         axis.set(
-            xlabel="confidence (%)", xlim=(0, 103), ylim=(0, 103), title=f"{NAMES[run]}: ECE {of.scores.error:.1%}"
+            xlabel="confidence (%)",
+            xlim=(0, 103),
+            ylim=(0, 103),
+            title=f"{NAMES[run]}: ECE {of.scores.error.value:.1%}",
         )
     axes[0][0].set_ylabel("accuracy (%)")
     return figure

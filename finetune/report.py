@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from data_prep import LABELS
 from data_prep.store import replacing
 from finetune import costs, errors, plots, records
-from finetune.comparison import Comparison
+from finetune.comparison import Comparison, percent_interval
+from finetune.metrics import accuracy_interval
 from finetune.wording import NAMES, format_p
 
 DECIMALS = {
@@ -27,8 +28,6 @@ DECIMALS = {
     "lowest %": "{:.2f}",
     "highest %": "{:.2f}",
     "share of parameters %": "{:.2f}",
-    "Brier": "{:.3f}",
-    "log loss": "{:.3f}",
     "against base": "{:+.1f}",
     "macro-F1 against base": "{:+.1f}",
 }
@@ -71,6 +70,7 @@ def render(comparison: Comparison, articles: Mapping[str, str]) -> str:
         suspects=_suspected(comparison, articles),
         without_suspects=errors.without_suspects(comparison),
         provenance=provenance(comparison),
+        share_interval=_share_interval,
         pictures=_pictures(comparison),
         **_tables(comparison),
     )
@@ -125,6 +125,11 @@ def _commit(environment: records.Environment) -> str:
     return (environment.commit or "unknown")[:10] + (" with changes" if environment.dirty else "")
 
 
+def _share_interval(share: float, rows: int) -> str:
+    """Wilson's interval of a share of rows, in percent."""
+    return percent_interval(*accuracy_interval(round(share * rows), rows))
+
+
 def _train_rows(comparison: Comparison) -> int:
     """Of the trained runs, which all saw as many; of the base's data where none was trained."""
     record = next(iter(comparison.tuned().values()), comparison.any_record)
@@ -134,7 +139,7 @@ def _train_rows(comparison: Comparison) -> int:
 def _tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
     tables = {
         "classes": comparison.class_table(),
-        "calibration": comparison.calibration_table(),
+        "calibration": comparison.calibration_table().T.fillna(""),
         "confused": comparison.confusion_table(),
         "cost": comparison.cost_table(),
         "seeds": comparison.seeds_table(),

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
+from statsmodels.stats.proportion import proportion_confint
 
 from data_prep import LABELS
 from finetune import calibration
@@ -58,8 +59,8 @@ def brier_by_loops(labels, probabilities) -> float:
 def test_scores_are_those_of_loops(seed, rows):
     labels, probabilities = drawn(rows, seed, sharpness=2)
     scores = calibration.score(labels, probabilities)
-    assert scores.error == pytest.approx(error_by_loops(labels, probabilities))
-    assert scores.brier == pytest.approx(brier_by_loops(labels, probabilities))
+    assert scores.error.value == pytest.approx(error_by_loops(labels, probabilities))
+    assert scores.brier.value == pytest.approx(brier_by_loops(labels, probabilities))
 
 
 def test_a_table_by_hand():
@@ -135,8 +136,10 @@ class TestCoverage:
         found = calibration.of(as_predictions(labels, probabilities), None)
         surest = sorted(range(200), key=lambda row: -probabilities[row].max())[:160]
         expected = np.mean([LABELS[probabilities[row].argmax()] == labels[row] for row in surest])
-        assert found.accuracy_at(0.8) == pytest.approx(expected)
-        assert found.accuracy_at(1.0) == pytest.approx(found.selective_accuracy[-1])
+        assert found.accuracy_at(0.8).value == pytest.approx(expected)
+        interval = proportion_confint(round(160 * expected), 160, method="wilson")
+        assert (found.accuracy_at(0.8).low, found.accuracy_at(0.8).high) == pytest.approx(interval)
+        assert found.accuracy_at(1.0).value == pytest.approx(found.selective_accuracy[-1])
 
 
 class TestCalibration:
@@ -148,11 +151,15 @@ class TestCalibration:
         for _ in range(800):
             rows = generator.integers(250, size=250)
             sample = [labels[row] for row in rows], probabilities[rows]
-            draws.append((error_by_loops(*sample), brier_by_loops(*sample)))
-        low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+            truth = sample[1][np.arange(250), [LABELS.index(label) for label in sample[0]]]
+            draws.append((error_by_loops(*sample), brier_by_loops(*sample), -np.log(truth).mean()))
+        expected = np.percentile(draws, [2.5, 97.5], axis=0).T
+        scores = found.scores
         # The intervals are 0.1 wide or more.
-        assert found.error_interval == pytest.approx((low[0], high[0]), abs=0.012)
-        assert found.brier_interval == pytest.approx((low[1], high[1]), abs=0.02)
+        for figure, ends, wander in zip(
+            (scores.error, scores.brier, scores.log_loss), expected, (0.012, 0.02, 0.05), strict=True
+        ):
+            assert (figure.low, figure.high) == pytest.approx(ends, abs=wander)
 
     def test_without_validation_rows_there_is_no_temperature(self):
         found = calibration.of(as_predictions(*drawn(50)), None)
@@ -163,5 +170,5 @@ class TestCalibration:
         found = calibration.of(as_predictions(*test), as_predictions(*validation))
         assert found.temperature == pytest.approx(calibration.fit_temperature(*validation), rel=1e-3)
         scaled = calibration.with_temperature(test[1], found.temperature)
-        assert found.scaled.error == pytest.approx(error_by_loops(test[0], scaled))
-        assert found.scaled.log_loss < found.scores.log_loss
+        assert found.scaled.error.value == pytest.approx(error_by_loops(test[0], scaled))
+        assert found.scaled.log_loss.value < found.scores.log_loss.value
