@@ -10,7 +10,7 @@ PROFILE ?= auto
 TORCH_INDEX := $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lab data lock clean
+.PHONY: help setup demo test lint lab data results lock clean
 
 help: ## print this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
@@ -34,9 +34,12 @@ lab: $(READY) ## open Jupyter Lab on 127.0.0.1:8888, with a token
 data: $(READY) ## prepare the data
 	@$(PY) -m finetune data --profile $(PROFILE)
 
+results: $(READY) ## make reports and README tables anew from results/reference, and check the records
+	@$(PY) -m finetune results
+
 lock: ## resolve requirements/base.txt anew (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate -o $(VENV)/lock.txt
-	grep -vE '^(torch|triton|nvidia-|cuda-)' $(VENV)/lock.txt > requirements/base.txt
+	grep -vE '^(torch|triton|nvidia-[^m]|cuda-)' $(VENV)/lock.txt > requirements/base.txt
 
 clean: ## remove what runs made (data, models, results), but neither .venv nor reference results
 	rm -rf datasets/*/ checkpoints/*/ checkpoints/.[!.]*/ adapters/*/ adapters/.[!.]*/

@@ -46,6 +46,11 @@ class Example:
         return self.messages[:-1]
 
     @property
+    def article(self) -> str:
+        """The article's text: what follows the request."""
+        return self.prompt[-1]["content"].partition("\n\n")[2]
+
+    @property
     def label(self) -> str:
         return json.loads(self.messages[-1]["content"])["category"]
 

@@ -1,11 +1,13 @@
 """The command line.
 
-python -m finetune run     [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh]
+python -m finetune run     [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--seeds N]
+python -m finetune curve   [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--rows N ...]
 python -m finetune plan    RUN [--profile P] [--set NAME=VALUE ...]
 python -m finetune data    [--profile P] [--set NAME=VALUE ...]
 python -m finetune merge   RUN [--profile P] [--set NAME=VALUE ...]
 python -m finetune report  FOLDER
-python -m finetune publish [--profile P]
+python -m finetune publish [--profile P] [--name NAME]
+python -m finetune results
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from data_prep import UserError
 from finetune import paths, settings
@@ -41,10 +44,17 @@ def _parser() -> argparse.ArgumentParser:
         "--set", dest="assignments", action="append", default=[], metavar="NAME=VALUE", help="override a parameter"
     )
 
-    run = commands.add_parser("run", parents=[common], help="execute the notebooks headless, in their order")
-    run.add_argument("--only", action="append", default=[], metavar="RUN", help="base, full, lora, ..., compare")
-    run.add_argument("--fresh", action="store_true", help="run every step again, whatever could be reused")
+    suite = argparse.ArgumentParser(add_help=False)
+    suite.add_argument("--only", action="append", default=[], metavar="RUN", help="base, full, lora, ..., compare")
+    suite.add_argument("--fresh", action="store_true", help="run every step again, whatever could be reused")
+
+    run = commands.add_parser("run", parents=[common, suite], help="execute the notebooks headless, in their order")
+    run.add_argument("--seeds", type=_positive, default=1, metavar="N", help="train each method with N seeds")
     run.set_defaults(command=_run)
+
+    curve = commands.add_parser("curve", parents=[common, suite], help="train each method on fewer rows too")
+    curve.add_argument("--rows", type=_positive, action="append", metavar="N", help="by default 250, 1000 and 4000")
+    curve.set_defaults(command=_curve)
 
     plan = commands.add_parser("plan", parents=[common], help="print every parameter and where its value came from")
     plan.add_argument("run", metavar="RUN")
@@ -62,17 +72,37 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
 
     publish = commands.add_parser("publish", parents=[common], help="copy a profile's records to results/reference")
+    publish.add_argument("--name", metavar="NAME", help="folder in results/reference; the profile's name if not given")
     publish.set_defaults(command=_publish)
+
+    results = commands.add_parser("results", help="make reports and README tables anew from results/reference")
+    results.set_defaults(command=_results)
     return parser
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return int(text)
+
+
 def _run(options: argparse.Namespace) -> int:
+    return _execute(options, seeds=options.seeds)
+
+
+def _curve(options: argparse.Namespace) -> int:
+    from finetune.suite import CURVE_ROWS
+
+    return _execute(options, curve=tuple(options.rows or CURVE_ROWS))
+
+
+def _execute(options: argparse.Namespace, **trainings: Any) -> int:
     from finetune.suite import Suite
 
     # pyzmq's advice about event loops on Windows, and nbclient's about cell ids, are not for our users.
     warnings.filterwarnings("ignore", module="(zmq|nbformat|nbclient|papermill)")
     overrides = settings.parse_assignments(options.assignments)
-    suite = Suite(options.profile, overrides, tuple(options.only), options.fresh)
+    suite = Suite(options.profile, overrides, tuple(options.only), options.fresh, **trainings)
     reason = settings.plan("base", options.profile, suite.overrides_for("base")).profile_reason
     print(f"Profile {suite.profile} ({reason}); the executed notebooks go to {suite.folder}")
     outcomes = suite.execute()
@@ -121,10 +151,13 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from finetune import comparison, report
+    from finetune import comparison, errors, reference, report
 
     compared = comparison.load_folder(options.folder, options.folder.name)
-    print(report.write_report(compared, options.folder / "report.html"))
+    # What lies among the reference results is committed.
+    is_public = reference.FOLDER in options.folder.resolve().parents
+    texts = errors.publishable_articles if is_public else errors.articles
+    print(report.write_report(compared, options.folder / "report.html", texts(compared.any_record.data)))
     return 0
 
 
@@ -132,7 +165,18 @@ def _publish(options: argparse.Namespace) -> int:
     from finetune.reference import publish
 
     profile = settings.plan("base", options.profile).profile
-    print(publish(profile))
+    print(publish(profile, options.name or profile))
+    return 0
+
+
+def _results(options: argparse.Namespace) -> int:
+    from finetune.reference import regenerate
+
+    changed = regenerate()
+    for path in changed:
+        print(f"written anew: {path}")
+    if not changed:
+        print("The reports and the README's tables are those of the records.")
     return 0
 
 

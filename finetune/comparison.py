@@ -2,66 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from data_prep import LABELS, DataError
-from finetune import paths, records
-from finetune.metrics import CONFIDENCE, mcnemar
+from finetune import answer, baselines, calibration, costs, metrics, pairs, paths, records, resampling, variants
+from finetune.baselines import Baseline
+from finetune.calibration import COVERAGES, Calibration, Figure, Scores
+from finetune.metrics import Metrics
+from finetune.pairs import OverSeeds, Pair
 from finetune.records import Prediction, RunRecord
 from finetune.settings import RUNS
-
-NAMES = {
-    "base": "base model",
-    "full": "full",
-    "full_unsloth": "full (Unsloth)",
-    "lora": "LoRA",
-    "qlora": "QLoRA",
-}
-SIGNIFICANT = 0.05
-RESAMPLES = 10_000
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two runs on the same rows: the first minus the second, in percentage points, and the exact McNemar test."""
-
-    first: str
-    second: str
-    points: float
-    low: float
-    high: float
-    only_first: int
-    only_second: int
-    p_value: float
-
-    @property
-    def is_tie(self) -> bool:
-        return self.p_value >= SIGNIFICANT
-
-    def __str__(self) -> str:
-        first, second = _spoken(self.first), _spoken(self.second)
-        p_value = f"exact McNemar p {format_p(self.p_value)}"
-        if self.is_tie:
-            interval = f"{self.low:+.1f} to {self.high:+.1f}"
-            return f"{first} and {second} cannot be told apart: {self.points:+.1f} points ({interval}; {p_value})"
-        if self.points > 0:
-            return f"{first} beats {second}: {self.points:.1f} points ({self.low:.1f} to {self.high:.1f}; {p_value})"
-        return f"{second} beats {first}: {-self.points:.1f} points ({-self.high:.1f} to {-self.low:.1f}; {p_value})"
+from finetune.variants import Variant
+from finetune.wording import NAMES
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The evaluated runs of one profile, in the order base, full, LoRA, QLoRA."""
+    """The evaluated runs of one profile, and the baselines that were measured beside them.
+
+    Attributes:
+        records: The runs by name, in the order base, full, LoRA, QLoRA.
+        baselines: The baselines by name; may be empty.
+        predictions: Of runs and baselines, in the order of the tables; the same test rows for all.
+        validation: The runs' predictions of validation rows; None in records that are older than these.
+        seeds: The trained runs' variants with other seeds; may be empty lists.
+        curve: Those on fewer training rows.
+    """
 
     profile: str
     records: dict[str, RunRecord]
+    baselines: dict[str, Baseline]
     predictions: dict[str, list[Prediction]]
+    validation: dict[str, list[Prediction] | None]
+    seeds: dict[str, list[Variant]]
+    curve: dict[str, list[Variant]]
 
     @property
     def any_record(self) -> RunRecord:
@@ -70,77 +50,162 @@ class Comparison:
     def tuned(self) -> dict[str, RunRecord]:
         return {run: record for run, record in self.records.items() if record.training}
 
-    def pair(self, first: str, second: str) -> Pair:
-        right = [_is_right(self.predictions[run]) for run in (first, second)]
-        only_first, only_second, p_value = mcnemar(*right)
-        low, high = _difference_interval(*right)
-        points = 100 * float(np.mean(right[0]) - np.mean(right[1]))
-        return Pair(first, second, points, low, high, only_first, only_second, p_value)
+    @cached_property
+    def labels(self) -> list[str]:
+        """The true labels of the test rows, which all runs share."""
+        return [row.label for row in next(iter(self.predictions.values()))]
 
+    def answers(self, run: str) -> list[str]:
+        """A run's predicted labels, row by row."""
+        return [row.prediction for row in self.predictions[run]]
+
+    @cached_property
+    def scoring(self) -> dict[str, Metrics]:
+        """Metrics of runs and baselines, from their predictions."""
+        return {run: metrics.compute(self.labels, self.answers(run)) for run in self.predictions}
+
+    @cached_property
+    def calibration(self) -> dict[str, Calibration]:
+        return {run: calibration.of(self.predictions[run], self.validation[run]) for run in self.records}
+
+    def pair(self, first: str, second: str) -> Pair:
+        """Two runs, as the only pair that is tested."""
+        return pairs.compare(first, second, self.labels, self.answers(first), self.answers(second))
+
+    @cached_property
     def pairs(self) -> list[Pair]:
-        """Every tuned run against the base, then the tuned runs against each other."""
+        """Every tuned run against base and SVM, then the tuned runs against each other, corrected for their number."""
         tuned = list(self.tuned())
-        against_base = [(run, "base") for run in tuned if "base" in self.records]
-        return [self.pair(*names) for names in [*against_base, *combinations(tuned, 2)]]
+        references = [name for name in ("base", "svm") if name in self.predictions]
+        names = [*product(tuned, references), *combinations(tuned, 2)]
+        tested = pairs.corrected([self.pair(*both) for both in names], len(self.labels))
+        return [replace(pair, over_seeds=self._over_seeds(pair.first, pair.second)) for pair in tested]
+
+    def right(self, name: str) -> np.ndarray:
+        """Whether a run or baseline is right, shape (seeds, rows); the training that all tables show comes first."""
+        trainings = [self.predictions[name], *(variant.predictions for variant in self.seeds.get(name, []))]
+        return np.array([[row.prediction == row.label for row in rows] for rows in trainings])
+
+    def _over_seeds(self, first: str, second: str) -> OverSeeds | None:
+        """None where one of the two could have been trained with several seeds, and was not."""
+        if any(name in self.tuned() and not self.seeds[name] for name in (first, second)):
+            return None
+        return pairs.over_seeds(self.labels, self.right(first), self.right(second))
+
+    def seeds_table(self) -> pd.DataFrame:
+        """Mean and spread over the seeds of each run that has several, and the interval over seeds and rows."""
+        rows = {}
+        for run in (run for run in self.tuned() if self.seeds[run]):
+            right = self.right(run)
+            accuracies = 100 * right.mean(axis=1)
+            low, high = resampling.interval(resampling.over_seeds(self.labels, [right])[0])
+            rows[NAMES[run]] = {
+                "seeds": len(right),
+                "mean accuracy %": accuracies.mean(),
+                "95 % interval": percent_interval(low, high),
+                "standard deviation": accuracies.std(ddof=1),
+                "lowest %": accuracies.min(),
+                "highest %": accuracies.max(),
+            }
+        return pd.DataFrame(rows).T.infer_objects()
+
+    @cached_property
+    def without_twins(self) -> dict[str, Metrics | None]:
+        """The same on the rows whose article is in no training row; None where there is no such row."""
+        alone = [number for number, row in enumerate(self.predictions["base"]) if not row.has_twin]
+        labels = [self.labels[row] for row in alone]
+        answers = {name: self.answers(name) for name in self.predictions}
+        return {
+            name: metrics.compute(labels, [of[row] for row in alone]) if alone else None for name, of in answers.items()
+        }
 
     def quality_table(self) -> pd.DataFrame:
-        """Accuracy with its interval, macro-F1 and F1 per class in percent; differences to the base in points."""
-        base = self.records["base"].evaluation.scoring
-        rows = {}
-        for run, record in self.records.items():
-            scoring = record.evaluation.scoring
-            row = {
+        """Accuracy and macro-F1 in percent, with their intervals; differences to the base in points."""
+        base = self.scoring["base"]
+        rows = {
+            NAMES[name]: {
                 "accuracy %": 100 * scoring.accuracy,
-                "95 % interval": f"{100 * scoring.accuracy_low:.1f} to {100 * scoring.accuracy_high:.1f}",
+                "95 % interval": percent_interval(scoring.accuracy_low, scoring.accuracy_high),
                 "against base": 100 * (scoring.accuracy - base.accuracy),
                 "macro-F1 %": 100 * scoring.macro_f1,
+                "macro-F1 interval": percent_interval(scoring.macro_f1_low, scoring.macro_f1_high),
                 "macro-F1 against base": 100 * (scoring.macro_f1 - base.macro_f1),
             }
-            for label in LABELS:
-                row[f"{label} F1 %"] = 100 * scoring.classes[label].f1
-                row[f"{label} against base"] = 100 * (scoring.classes[label].f1 - base.classes[label].f1)
-            rows[NAMES[run]] = row
+            for name, scoring in self.scoring.items()
+        }
         return pd.DataFrame(rows).T.infer_objects()
+
+    def class_table(self) -> pd.DataFrame:
+        """F1 of each class in percent, with its interval."""
+        rows = {
+            NAMES[name]: {
+                column: value
+                for label, of_class in scoring.classes.items()
+                for column, value in (
+                    (f"{label} F1 %", 100 * of_class.f1),
+                    (f"{label} interval", percent_interval(of_class.f1_low, of_class.f1_high)),
+                )
+            }
+            for name, scoring in self.scoring.items()
+        }
+        return pd.DataFrame(rows).T.infer_objects()
+
+    def calibration_table(self) -> pd.DataFrame:
+        """Calibration errors before and after the temperature, and accuracy when abstaining, with their intervals."""
+        return pd.DataFrame({NAMES[run]: _calibration_row(of) for run, of in self.calibration.items()}).T
+
+    def confusion_table(self) -> pd.DataFrame:
+        """How often each class was taken for each other one, those that the tuned runs confuse most first."""
+        counts = {
+            NAMES[run]: {
+                f"{label} taken for {other}": scoring.confusion[row][column]
+                for row, label in enumerate(LABELS)
+                for column, other in enumerate(LABELS)
+                if row != column
+            }
+            for run, scoring in self.scoring.items()
+            if run in self.records
+        }
+        table = pd.DataFrame(counts)
+        judged = [NAMES[run] for run in self.tuned()] or list(table)
+        return table.loc[table[judged].sum(axis=1).sort_values(ascending=False, kind="stable").index]
 
     def cost_table(self) -> pd.DataFrame:
         """What each training cost, and what its artefact weighs."""
-        return pd.concat([cost_table(record) for record in self.tuned().values()]) if self.tuned() else pd.DataFrame()
+        return pd.concat([costs.table(record) for record in self.tuned().values()]) if self.tuned() else pd.DataFrame()
 
     def answer(self) -> str:
         """The comparison in one paragraph, true whatever the figures are."""
-        tuned = list(self.tuned())
-        against = [self.pair(run, "base") for run in tuned]
-        among = [self.pair(*names) for names in combinations(tuned, 2)]
-        rows = self.any_record.evaluation.scoring.rows
-        base = self.records["base"].evaluation.scoring
-        sentences = [
-            f"On {rows:,} test rows of {self.any_record.data.title}, {self.any_record.model} without tuning gets "
-            f"{base.accuracy:.1%} right ({base.accuracy_low:.1%} to {base.accuracy_high:.1%}).",
-            *(_as_sentence(pair) for pair in [*against, *among]),
-        ]
-        if among and all(pair.is_tie for pair in among):
-            sentences.append("Between the tuned models, cost decides.")
-        if len(tuned) > 1:
-            sentences.append(_as_sentence(_costs(self.tuned())))
-        return " ".join(sentences)
+        return answer.paragraph(self)
 
 
-def cost_table(record: RunRecord) -> pd.DataFrame:
-    """What one training cost, as a table of one row."""
-    training = record.training
-    return pd.DataFrame(
-        {
-            "training min": training.seconds / 60,
-            "articles/s": training.articles_per_second,
-            "real tokens/s": training.tokens_per_second,
-            "peak memory GB": training.peak_memory_bytes / 1e9,
-            "trained parameters": training.trainable_parameters,
-            "share of parameters %": 100 * training.trainable_parameters / training.parameters,
-            "artefact MB": training.artefact_bytes / 1e6,
-            "engine": record.engine,
-        },
-        index=[NAMES[record.run]],
-    )
+def _calibration_row(of: Calibration) -> dict[str, str]:
+    row = {f"{name}, as it is": text for name, text in _scores(of.scores).items()}
+    row["temperature"] = "not recorded" if of.temperature is None else f"{of.temperature:.2f}"
+    if of.scaled:
+        row |= {f"{name}, with the temperature": text for name, text in _scores(of.scaled).items()}
+    for share in COVERAGES:
+        at = of.accuracy_at(share)
+        row[f"accuracy % of the surest {share:.0%}"] = f"{100 * at.value:.1f} ({percent_interval(at.low, at.high)})"
+    return row
+
+
+def _scores(scores: Scores) -> dict[str, str]:
+    error = scores.error
+    return {
+        "ECE %": f"{100 * error.value:.1f} ({percent_interval(error.low, error.high)})",
+        "Brier": _three_digits(scores.brier),
+        "log loss": _three_digits(scores.log_loss),
+    }
+
+
+def _three_digits(figure: Figure) -> str:
+    return f"{figure.value:.3f} ({figure.low:.3f} to {figure.high:.3f})"
+
+
+def percent_interval(low: float, high: float) -> str:
+    """An interval of shares in percent: `94.9 to 95.9`."""
+    return f"{100 * low:.1f} to {100 * high:.1f}"
 
 
 def load(profile: str) -> Comparison:
@@ -162,76 +227,72 @@ def load_folder(folder: Path, profile: str) -> Comparison:
     evaluated = {run: record for run, record in read.items() if record.evaluation}
     if "base" not in evaluated:
         raise DataError(folder, "the base model was not evaluated; run base_model_performance.ipynb first")
-    _require_same_question(evaluated, folder)
+    beside, rows_beside = baselines.read_all(folder)
+    _require_same_question(evaluated, beside, folder)
     predictions = {run: records.read_predictions(record, found[run]) for run, record in evaluated.items()}
-    _require_same_rows_and_other_answers(evaluated, predictions, folder)
-    return Comparison(profile, evaluated, predictions)
+    _require_same_rows(predictions | rows_beside, folder)
+    _require_other_answers(evaluated, predictions, folder)
+    predictions |= rows_beside
+    validation = {run: records.read_validation(record, found[run]) for run, record in evaluated.items()}
+    trained = {
+        run: Variant(record, predictions[run]) for run, record in evaluated.items() if record.training is not None
+    }
+    seeds = {run: variants.read(found[run], main, "seed") for run, main in trained.items()}
+    curve = {run: variants.read(found[run], main, "rows") for run, main in trained.items()}
+    ordered = {name: predictions[name] for name in NAMES if name in predictions}
+    return Comparison(profile, evaluated, beside, ordered, validation, seeds, curve)
 
 
-def format_p(p_value: float) -> str:
-    return "< 0.001" if p_value < 0.001 else f"= {p_value:.3f}"
-
-
-def _spoken(run: str) -> str:
-    """A run's name within a sentence."""
-    names = {"base": "the base model", "full": "full fine-tuning", "full_unsloth": "full fine-tuning with Unsloth"}
-    return names.get(run, NAMES[run])
-
-
-def _as_sentence(text: object) -> str:
-    text = str(text)
-    return text[0].upper() + text[1:] + "."
-
-
-def _costs(tuned: dict[str, RunRecord]) -> str:
-    """Who trained fastest and with the least memory, beside those at the other end."""
-    by_time = sorted(tuned, key=lambda run: tuned[run].training.seconds)
-    by_memory = sorted(tuned, key=lambda run: tuned[run].training.peak_memory_bytes)
-    minutes = [f"{tuned[run].training.seconds / 60:.1f} minutes" for run in (by_time[0], by_time[-1])]
-    memory = [f"{tuned[run].training.peak_memory_bytes / 1e9:.1f} GB" for run in (by_memory[0], by_memory[-1])]
-    return (
-        f"{_spoken(by_time[0])} trained fastest ({minutes[0]}; {_spoken(by_time[-1])} {minutes[1]}), and "
-        f"{_spoken(by_memory[0])} took the least memory ({memory[0]}; {_spoken(by_memory[-1])} {memory[1]})"
-    )
-
-
-def _require_same_question(evaluated: dict[str, RunRecord], folder: Path) -> None:
+def _require_same_question(evaluated: dict[str, RunRecord], beside: dict[str, Baseline], folder: Path) -> None:
     """Figures on other data, another prompt or another model are not comparable: name the difference."""
     base = evaluated["base"]
-    for run, record in evaluated.items():
+    for name, record in (evaluated | beside).items():
         for what in ("fingerprint", "prompt", "test_rows"):
             mine, theirs = getattr(record.data, what), getattr(base.data, what)
             if mine != theirs:
                 raise DataError(
-                    folder / run, f"{what} is {mine}, and {theirs} in the base's record: run both on the same data"
+                    _place(folder, name),
+                    f"{what} is {mine}, and {theirs} in the base's record: run both on the same data",
                 )
-        if record.model != base.model:
-            raise DataError(folder / run, f"the model is {record.model}, and {base.model} in the base's record")
+        if record.model not in (None, base.model):
+            raise DataError(_place(folder, name), f"the model is {record.model}, and {base.model} in the base's record")
+    _require_same_training_rows(evaluated, beside, folder)
 
 
-def _require_same_rows_and_other_answers(
+def _require_same_training_rows(evaluated: dict[str, RunRecord], beside: dict[str, Baseline], folder: Path) -> None:
+    """A method that saw more rows is not better for it."""
+    trained = {run: record for run, record in evaluated.items() if record.training}
+    trained |= {name: baseline for name, baseline in beside.items() if name == "svm"}
+    rows = {name: record.data.train_rows for name, record in trained.items()}
+    for name, count in rows.items():
+        first = next(iter(rows))
+        if count != rows[first]:
+            raise DataError(
+                _place(folder, name),
+                f"train_rows is {count}, and {rows[first]} in the record of {first}: train both on the same rows",
+            )
+
+
+def _require_same_rows(predictions: dict[str, list[Prediction]], folder: Path) -> None:
+    """Pairs must be of the same rows."""
+    base_rows = [(row.id, row.label) for row in predictions["base"]]
+    for name, rows in predictions.items():
+        if [(row.id, row.label) for row in rows] != base_rows:
+            raise DataError(
+                _place(folder, name), "was evaluated on other test rows than the base (another seed draws others)"
+            )
+
+
+def _require_other_answers(
     evaluated: dict[str, RunRecord], predictions: dict[str, list[Prediction]], folder: Path
 ) -> None:
-    """Pairs must be of the same rows; and an adapter that was not applied answers as the base does (vllm#10798)."""
-    base_rows = [row.id for row in predictions["base"]]
+    """An adapter that was not applied answers as the base does (vllm#10798)."""
+    of_base = [row.probabilities for row in predictions["base"]]
     for run, record in evaluated.items():
-        if [row.id for row in predictions[run]] != base_rows:
-            raise DataError(folder / run, "was evaluated on other test rows than the base (another seed draws others)")
-        same = [row.probabilities for row in predictions[run]] == [row.probabilities for row in predictions["base"]]
-        if record.training and same:
+        if record.training and [row.probabilities for row in predictions[run]] == of_base:
             raise DataError(folder / run, "gives exactly the base model's probabilities: its artefact was not applied")
 
 
-def _is_right(predictions: Sequence[Prediction]) -> list[bool]:
-    return [row.prediction == row.label for row in predictions]
-
-
-def _difference_interval(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of the accuracy difference over the rows, in points."""
-    differences = np.array(first, float) - np.array(second, float)
-    # Resampled rows with replacement are a multinomial draw of the three values: the same bootstrap, in milliseconds.
-    values, counts = np.unique(differences, return_counts=True)
-    draws = np.random.default_rng(0).multinomial(len(differences), counts / len(differences), size=RESAMPLES)
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(100 * draws @ values / len(differences), [tail, 100 - tail])
-    return float(low), float(high)
+def _place(folder: Path, name: str) -> Path:
+    """Where a run's or baseline's record lies."""
+    return folder / name if name in RUNS else baselines.baselines_folder(folder) / name

@@ -66,13 +66,13 @@ def prepare_data(settings: Settings) -> PreparedData:
         source,
         folder,
         prompt=PROMPTS[experiment.prompt],
-        seed=experiment.seed,
+        seed=experiment.data_seed,
         validation_rows=experiment.validation_rows,
         clean=experiment.normalise,
         count_tokens=partial(chat.count_tokens, models.load_tokenizer(settings)),
     )
     print(f"{'Reused' if reused else 'Prepared'} {folder}: fingerprint {manifest.fingerprint}, {_sizes(manifest)}")
-    select = partial(_select, folder, seed=experiment.seed)
+    select = partial(_select, folder, seed=experiment.data_seed)
     return PreparedData(
         folder,
         manifest,

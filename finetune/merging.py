@@ -55,7 +55,7 @@ def merge(settings: Settings, data: PreparedData) -> Merged:
     if settings.recipe is None or not settings.recipe.adapter:
         raise UserError(f"{settings.run} trains no adapter: there is nothing to merge; choose lora or qlora")
     _, adapter = records.require_artefact(settings, data.reference, f"fine_tuning_{settings.run}.ipynb")
-    run_folder = paths.run_folder(settings.profile, settings.run)
+    run_folder = settings.run_folder
     record = records.read(run_folder)
     before = records.read_predictions(record, run_folder)
     tokenizer = models.load_tokenizer(settings)

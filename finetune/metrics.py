@@ -11,8 +11,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from sklearn.metrics import log_loss as sklearn_log_loss
 
 from data_prep import LABELS
-
-CONFIDENCE = 0.95
+from finetune import resampling
 
 
 class ClassMetrics(BaseModel):
@@ -22,11 +21,14 @@ class ClassMetrics(BaseModel):
     recall: float
     f1: float
     rows: int
+    f1_low: float | None = None
+    f1_high: float | None = None
 
 
 class Metrics(BaseModel):
-    """Accuracy with its 95 % Wilson interval, macro-F1, figures per class, and counts.
+    """Accuracy with its 95 % Wilson interval, F1 with its bootstrap interval, figures per class, and counts.
 
+    Records that are older than the intervals of F1 hold None there.
     `confusion` has a row per true label and a column per predicted one, in the order of LABELS; invalid answers are
     in no column, so a row may add up to less than its class has rows.
     """
@@ -40,6 +42,8 @@ class Metrics(BaseModel):
     macro_f1: float
     classes: dict[str, ClassMetrics]
     confusion: list[list[int]]
+    macro_f1_low: float | None = None
+    macro_f1_high: float | None = None
 
 
 def compute(labels: Sequence[str], predictions: Sequence[str | None]) -> Metrics:
@@ -50,16 +54,21 @@ def compute(labels: Sequence[str], predictions: Sequence[str | None]) -> Metrics
     )
     correct = sum(label == prediction for label, prediction in zip(labels, predicted, strict=True))
     low, high = accuracy_interval(correct, len(labels))
-    classes = {
-        label: ClassMetrics(precision=precision[i], recall=recall[i], f1=f1[i], rows=support[i])
-        for i, label in enumerate(LABELS)
-    }
+    resampled = resampling.f1(resampling.confusions(labels, predicted)[0])
+    macro_low, macro_high = resampling.interval(resampled.mean(axis=1))
+    classes = {}
+    for i, label in enumerate(LABELS):
+        f1_low, f1_high = resampling.interval(resampled[:, i])
+        figures = {"precision": precision[i], "recall": recall[i], "f1": f1[i], "rows": support[i]}
+        classes[label] = ClassMetrics(**figures, f1_low=f1_low, f1_high=f1_high)
     return Metrics(
         rows=len(labels),
         accuracy=correct / len(labels),
         accuracy_low=low,
         accuracy_high=high,
         macro_f1=float(f1.mean()),
+        macro_f1_low=macro_low,
+        macro_f1_high=macro_high,
         classes=classes,
         confusion=confusion_matrix(labels, predicted, labels=[*LABELS, ""])[: len(LABELS), : len(LABELS)].tolist(),
     )
@@ -67,7 +76,7 @@ def compute(labels: Sequence[str], predictions: Sequence[str | None]) -> Metrics
 
 def accuracy_interval(correct: int, rows: int) -> tuple[float, float]:
     """The 95 % interval of an accuracy (Wilson 1927)."""
-    interval = binomtest(correct, rows).proportion_ci(CONFIDENCE, method="wilson")
+    interval = binomtest(correct, rows).proportion_ci(resampling.CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
 
 

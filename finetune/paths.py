@@ -16,19 +16,24 @@ def dataset_folder(source: str) -> Path:
     return home() / "datasets" / source
 
 
-def artefact_folder(profile: str, run: str, is_adapter: bool) -> Path:
+def artefact_folder(profile: str, run: str, is_adapter: bool, variant: str = "") -> Path:
     """Full weights go to `checkpoints/`, adapters to `adapters/`."""
-    return home() / ("adapters" if is_adapter else "checkpoints") / f"{profile}-{run}"
+    return home() / ("adapters" if is_adapter else "checkpoints") / _joined(profile, run, variant)
 
 
-def state_folder(profile: str, run: str) -> Path:
+def state_folder(profile: str, run: str, variant: str = "") -> Path:
     """The trainer's checkpoints while a run is under way; removed when its artefact is saved."""
-    return home() / "checkpoints" / ".training" / f"{profile}-{run}"
+    return home() / "checkpoints" / ".training" / _joined(profile, run, variant)
 
 
 def results_folder(profile: str) -> Path:
     return home() / "results" / profile
 
 
-def run_folder(profile: str, run: str) -> Path:
-    return results_folder(profile) / run
+def run_folder(profile: str, run: str, variant: str = "") -> Path:
+    """A run's folder; those of its variants (seed-43, rows-250) lie in it."""
+    return results_folder(profile) / run / variant
+
+
+def _joined(*names: str) -> str:
+    return "-".join(filter(None, names))

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from data_prep import LABELS, Example
-from finetune import chat, comparison, evaluation, hardware, metrics, models, paths, records, segments
+from finetune import chat, comparison, evaluation, hardware, metrics, models, pairs, paths, records, segments
 from finetune.data import PreparedData
 from finetune.settings import Settings
 
@@ -21,7 +21,7 @@ def evaluate(settings: Settings, data: PreparedData, notebook: str | None = None
 
     Args:
         settings: The run; its artefact must have been made with these settings.
-        data: The prepared data; its test rows are used.
+        data: The prepared data; its test rows are judged, and its validation rows scored for what is fitted on them.
         notebook: The notebook that trains this run, None for the base model.
 
     Raises:
@@ -34,7 +34,7 @@ def evaluate(settings: Settings, data: PreparedData, notebook: str | None = None
     model = models.load_for_evaluation(settings, artefact)
     hardware.reset_peak_memory()
     digest = training.artefact_digest if training else None
-    result = _evaluate_model(model, tokenizer, settings, data.test, folder_of(settings), digest)
+    result = _evaluate_model(model, tokenizer, settings, data, digest)
     record = records.new_record(settings, data.reference, training=training, evaluation=result)
     records.write(record, folder_of(settings))
     return record
@@ -55,6 +55,7 @@ def summary(record: records.RunRecord) -> pd.DataFrame:
                 "accuracy": f"{value.accuracy:.1%}",
                 "95 % interval": f"{value.accuracy_low:.1%} to {value.accuracy_high:.1%}",
                 "macro-F1": f"{value.macro_f1:.1%}",
+                "its interval": f"{value.macro_f1_low:.1%} to {value.macro_f1_high:.1%}",
             }
             for name, value in rows.items()
             if value
@@ -63,17 +64,23 @@ def summary(record: records.RunRecord) -> pd.DataFrame:
 
 
 def class_table(record: records.RunRecord) -> pd.DataFrame:
-    """Precision, recall and F1 of each class by scoring, in percent."""
-    classes = record.evaluation.scoring.classes
-    table = pd.DataFrame({label: value.model_dump(exclude={"rows"}) for label, value in classes.items()}).T
-    return (100 * table).round(1)
+    """Precision, recall and F1 of each class by scoring, in percent, F1 with its 95 % interval."""
+    rows = {
+        label: {
+            "precision": round(100 * value.precision, 1),
+            "recall": round(100 * value.recall, 1),
+            "F1": round(100 * value.f1, 1),
+            "95 % interval": comparison.percent_interval(value.f1_low, value.f1_high),
+        }
+        for label, value in record.evaluation.scoring.classes.items()
+    }
+    return pd.DataFrame(rows).T
 
 
 def confident_errors(record: records.RunRecord, data: PreparedData, rows: int = 8) -> pd.DataFrame:
     """The wrong answers that the model was surest of, with their text."""
-    folder = paths.run_folder(record.profile, record.run)
-    articles = {example.id: example.prompt[-1]["content"].partition("\n\n")[2] for example in data.test}
-    wrong = [row for row in records.read_predictions(record, folder) if row.prediction != row.label]
+    articles = {example.id: example.article for example in data.test}
+    wrong = [row for row in _read_predictions(record) if row.prediction != row.label]
     wrong.sort(key=lambda row: row.probabilities[row.prediction], reverse=True)
     return pd.DataFrame(
         {
@@ -87,23 +94,30 @@ def confident_errors(record: records.RunRecord, data: PreparedData, rows: int = 
 
 def against_base(record: records.RunRecord) -> str:
     """The run against the base model in words, by a paired test on the same rows."""
-    return str(comparison.load(record.profile).pair(record.run, "base"))
+    compared = comparison.load(record.profile)
+    answers = [row.prediction for row in _read_predictions(record)]
+    return str(pairs.compare(record.run, "base", compared.labels, answers, compared.answers("base")))
+
+
+def _read_predictions(record: records.RunRecord) -> list[records.Prediction]:
+    return records.read_predictions(record, paths.run_folder(record.profile, record.run, record.variant))
 
 
 def folder_of(settings: Settings) -> Path:
-    return paths.run_folder(settings.profile, settings.run)
+    return settings.run_folder
 
 
 def _evaluate_model(
-    model, tokenizer, settings: Settings, examples: list[Example], folder: Path, artefact_digest: str | None
+    model, tokenizer, settings: Settings, data: PreparedData, artefact_digest: str | None
 ) -> records.Evaluation:
-    experiment = settings.experiment
-    prompts = [row.prompt for row in chat.encode(tokenizer, examples, MAX_LENGTH)]
+    experiment, examples, folder = settings.experiment, data.test, folder_of(settings)
+    prompts = _prompts(tokenizer, examples)
     scorer = evaluation.LabelScorer(segments.Backbone(model), tokenizer, experiment.evaluation_batch_size)
     probabilities, seconds = evaluation.timed(scorer.score, prompts, progress="scoring")
     labels, predicted = [example.label for example in examples], evaluation.predicted_labels(probabilities)
     generation, answers = _generate(model, tokenizer, settings, prompts, labels, predicted)
-    digest = records.write_predictions(_predictions(examples, predicted, probabilities, answers), folder)
+    digest = records.write_predictions(_predictions(examples, probabilities, answers), folder)
+    validation = scorer.score(_prompts(tokenizer, data.validation), progress="scoring validation rows")
     alone = [row for row, example in enumerate(examples) if not example.has_twin]
     return records.Evaluation(
         environment=records.environment(),
@@ -118,7 +132,14 @@ def _evaluate_model(
         without_twins=metrics.compute([labels[r] for r in alone], [predicted[r] for r in alone]) if alone else None,
         generation=generation,
         predictions_digest=digest,
+        validation_digest=records.write_predictions(
+            _predictions(data.validation, validation, []), folder, records.VALIDATION
+        ),
     )
+
+
+def _prompts(tokenizer, examples: list[Example]) -> list[list[int]]:
+    return [row.prompt for row in chat.encode(tokenizer, examples, MAX_LENGTH)]
 
 
 def _generate(
@@ -147,9 +168,8 @@ def _generate(
     return generation, answers
 
 
-def _predictions(
-    examples: list[Example], predicted: list[str], probabilities: np.ndarray, answers: list[str]
-) -> list[records.Prediction]:
+def _predictions(examples: list[Example], probabilities: np.ndarray, answers: list[str]) -> list[records.Prediction]:
+    predicted = evaluation.predicted_labels(probabilities)
     generated = answers + [None] * (len(examples) - len(answers))
     return [
         records.Prediction(

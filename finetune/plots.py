@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
 from data_prep import LABELS
-from finetune.comparison import NAMES, Comparison
+from finetune import costs
+from finetune.comparison import Comparison
 from finetune.metrics import Metrics
 from finetune.records import RunRecord
+from finetune.wording import NAMES
 
 COLOURS = {
+    "majority": "#D9D9D9",
+    "svm": "#CC79A7",
     "base": "#999999",
+    "few_shot": "#666666",
     "full": "#0072B2",
     "full_unsloth": "#56B4E9",
     "lora": "#E69F00",
     "qlora": "#009E73",
 }
-MARKERS = {"full": "s", "full_unsloth": "D", "lora": "o", "qlora": "^"}
+LINES = {"base": ":", "full": "-", "full_unsloth": (0, (5, 1, 1, 1)), "lora": "--", "qlora": "-."}
+MARKERS = {
+    "majority": "x",
+    "svm": "P",
+    "base": "v",
+    "few_shot": "*",
+    "full": "s",
+    "full_unsloth": "D",
+    "lora": "o",
+    "qlora": "^",
+}
 
 plt.rcParams.update(
     {
@@ -61,57 +78,153 @@ def confusion_grid(comparison: Comparison) -> Figure:
 
 
 def accuracy_bars(comparison: Comparison) -> Figure:
-    """Accuracy of every run with its 95 % interval."""
-    figure, axes = plt.subplots(figsize=(7, 0.55 * len(comparison.records) + 1), layout="constrained")
-    for position, (run, record) in enumerate(comparison.records.items()):
-        scoring = record.evaluation.scoring
+    """Accuracy of every run and baseline with its 95 % interval."""
+    figure, axes = plt.subplots(figsize=(5.6, 0.4 * len(comparison.scoring) + 0.8), layout="constrained")
+    for position, (run, scoring) in enumerate(comparison.scoring.items()):
         accuracy = 100 * scoring.accuracy
         error = [[accuracy - 100 * scoring.accuracy_low], [100 * scoring.accuracy_high - accuracy]]
         axes.barh(position, accuracy, color=COLOURS[run], xerr=error, capsize=4, height=0.6)
-        axes.text(1.5, position, f"{accuracy:.1f} %", va="center", color="white", fontweight="bold")
-    axes.set_yticks(range(len(comparison.records)), [NAMES[run] for run in comparison.records])
+        axes.text(116, position, f"{accuracy:.1f}", va="center", ha="right")
+    axes.set_yticks(range(len(comparison.scoring)), [NAMES[run] for run in comparison.scoring])
     axes.invert_yaxis()
-    axes.set(xlabel="accuracy on the test rows (%), with its 95 % interval", xlim=(0, 100))
+    axes.set(xlabel="accuracy on the test rows (%), with its 95 % interval", xlim=(0, 116), xticks=range(0, 101, 20))
     return figure
 
 
 def f1_by_class(comparison: Comparison) -> Figure:
-    """F1 of each class, a group of bars per class."""
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    width = 0.8 / len(comparison.records)
+    """F1 of each class with its 95 % interval, a group of points per class."""
+    figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
+    width = 0.8 / len(comparison.scoring)
     centres = np.arange(len(LABELS))
-    for position, (run, record) in enumerate(comparison.records.items()):
-        heights = [100 * record.evaluation.scoring.classes[label].f1 for label in LABELS]
-        axes.bar(centres + (position + 0.5) * width - 0.4, heights, width, color=COLOURS[run], label=NAMES[run])
+    for position, (run, scoring) in enumerate(comparison.scoring.items()):
+        classes = [scoring.classes[label] for label in LABELS]
+        heights = 100 * np.array([of.f1 for of in classes])
+        # A percentile interval may end short of what was observed where next to nothing was wrong.
+        below = np.maximum(0, heights - 100 * np.array([of.f1_low for of in classes]))
+        above = np.maximum(0, 100 * np.array([of.f1_high for of in classes]) - heights)
+        places = centres + (position + 0.5) * width - 0.4
+        look = {"color": COLOURS[run], "marker": MARKERS[run], "markeredgecolor": "black", "markersize": 5}
+        axes.errorbar(places, heights, yerr=[below, above], linestyle="none", capsize=2, label=NAMES[run], **look)
     axes.set_xticks(centres, LABELS)
-    axes.set(ylabel="F1 (%)", ylim=(0, 100))
-    axes.legend(ncols=len(comparison.records), loc="upper center", bbox_to_anchor=(0.5, 1.18), frameon=False)
+    axes.set(ylabel="F1 (%)", ylim=(0, 103))
+    axes.grid(axis="y", linewidth=0.4)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
-def accuracy_against_time(comparison: Comparison) -> Figure:
-    """What each minute of training bought: accuracy with its interval against training time."""
-    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    base = comparison.records["base"].evaluation.scoring
-    axes.axhline(100 * base.accuracy, color=COLOURS["base"], linestyle="--", label="base model")
-    for run, record in comparison.tuned().items():
-        scoring = record.evaluation.scoring
-        accuracy = 100 * scoring.accuracy
-        error = [[accuracy - 100 * scoring.accuracy_low], [100 * scoring.accuracy_high - accuracy]]
-        axes.errorbar(
-            record.training.seconds / 60,
-            accuracy,
-            yerr=error,
-            color=COLOURS[run],
-            marker=MARKERS[run],
-            markersize=9,
-            capsize=4,
-            linestyle="none",
-            label=f"{NAMES[run]} ({record.training.peak_memory_bytes / 1e9:.1f} GB)",
-        )
-    axes.set(xlabel="training time (minutes)", ylabel="accuracy (%)", xlim=(0, None))
+def pareto(comparison: Comparison) -> Figure:
+    """Accuracy with its interval against each cost that was measured for all; a line joins what nothing beats."""
+    tuned = comparison.tuned()
+    if not tuned:
+        return _nothing("No model was trained yet.")
+    measured = {run: costs.costs(record.training) for run, record in tuned.items()}
+    axis_titles = [
+        title for title in next(iter(measured.values())) if all(of[title] is not None for of in measured.values())
+    ]
+    columns = 3 if len(axis_titles) > 4 else 2
+    lines = -(-len(axis_titles) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(9, 2.9 * lines), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(axis_titles) :]:
+        axis.set_visible(False)
+    for axis, title in zip(axes.flat, axis_titles, strict=False):
+        points = {run: (measured[run][title], comparison.scoring[run]) for run in tuned}
+        _draw_pareto(axis, points)
+        axis.set(xlabel=title, xlim=(0, 1.1 * max(cost for cost, _ in points.values())))
+    for line in axes:
+        line[0].set_ylabel("accuracy (%)")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    return figure
+
+
+def learning_curve(comparison: Comparison) -> Figure:
+    """Accuracy with its interval against the number of training rows, a line a method."""
+    if not any(comparison.curve.values()):
+        return _nothing("No model was trained on fewer rows: python -m finetune curve")
+    figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
+    for run, main in comparison.tuned().items():
+        records = [*(variant.record for variant in comparison.curve[run]), main]
+        if len(records) > 1:
+            _draw_points(axes, run, [(of.data.train_rows, of.evaluation.scoring) for of in records], LINES[run])
+    axes.set(xlabel="training rows (logarithmic)", ylabel="accuracy on the test rows (%)", xscale="log")
+    rows = sorted({of.record.data.train_rows for variants in comparison.curve.values() for of in variants})
+    ticks = [*rows, *{record.data.train_rows for record in comparison.tuned().values()}]
+    axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
+    axes.minorticks_off()
     axes.legend(frameon=False, loc="lower right")
     return figure
+
+
+def reliability(comparison: Comparison) -> Figure:
+    """Accuracy against confidence, a panel a run; the bars' distance to the diagonal is the calibration error."""
+    count = len(comparison.records)
+    figure, axes = plt.subplots(1, count, figsize=(2.9 * count, 3.1), layout="constrained", squeeze=False, sharey=True)
+    for axis, (run, of) in zip(axes[0], comparison.calibration.items(), strict=True):
+        found = of.reliability
+        axis.plot([0, 100], [0, 100], color="black", linewidth=0.8, linestyle=":")
+        sizes = 12 + 240 * found.rows / found.rows.sum()
+        axis.scatter(100 * found.confidence, 100 * found.accuracy, s=sizes, color=COLOURS[run], edgecolor="black")
+        axis.set(
+            xlabel="confidence (%)",
+            xlim=(0, 103),
+            ylim=(0, 103),
+            title=f"{NAMES[run]}: ECE {of.scores.error.value:.1%}",
+        )
+    axes[0][0].set_ylabel("accuracy (%)")
+    return figure
+
+
+def accuracy_against_coverage(comparison: Comparison) -> Figure:
+    """Accuracy if a model abstains where it is least sure, against the share of rows that it answers."""
+    figure, axes = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
+    for run, of in comparison.calibration.items():
+        axes.plot(
+            100 * of.coverage,
+            100 * of.selective_accuracy,
+            color=COLOURS[run],
+            linestyle=LINES[run],
+            linewidth=1.8,
+            label=NAMES[run],
+        )
+    # With a handful of rows the curve says nothing yet.
+    axes.set(xlabel="rows answered, the surest first (%)", ylabel="accuracy on them (%)", xlim=(10, 100))
+    axes.legend(frameon=False)
+    return figure
+
+
+def _nothing(text: str) -> Figure:
+    """In the place of a picture that there is nothing to draw for."""
+    figure, axes = plt.subplots(figsize=(7, 0.5))
+    axes.axis("off")
+    axes.text(0, 0.5, text)
+    return figure
+
+
+def _draw_pareto(axis, points: dict[str, tuple[float, Metrics]]) -> None:
+    """One cost: a point with its interval per run, and the front."""
+    for run, point in points.items():
+        _draw_points(axis, run, [point], "none")
+    ordered = [(cost, 100 * scoring.accuracy) for cost, scoring in points.values()]
+    front = [ordered[index] for index in costs.pareto_front(ordered)]
+    axis.plot(*zip(*front, strict=True), color="black", linewidth=0.8, linestyle="--", drawstyle="steps-post")
+
+
+def _draw_points(axis, run: str, points: list[tuple[float, Metrics]], line: Any) -> None:
+    """Accuracies with their intervals at places on the x axis."""
+    accuracies = [100 * scoring.accuracy for _, scoring in points]
+    below = [100 * (scoring.accuracy - scoring.accuracy_low) for _, scoring in points]
+    above = [100 * (scoring.accuracy_high - scoring.accuracy) for _, scoring in points]
+    axis.errorbar(
+        [place for place, _ in points],
+        accuracies,
+        yerr=[below, above],
+        color=COLOURS[run],
+        marker=MARKERS[run],
+        markersize=8,
+        markeredgecolor="black",
+        capsize=4,
+        linestyle=line,
+        label=NAMES[run],
+    )
 
 
 def _draw_confusion(axes, metrics: Metrics, title: str) -> None:

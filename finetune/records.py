@@ -6,10 +6,12 @@ record's, are refused.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
 import subprocess
+import zlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +27,7 @@ from finetune.settings import EVALUATION_ONLY, Settings
 
 RECORD = "record.json"
 PREDICTIONS = "predictions.jsonl"
+VALIDATION = "validation.jsonl"
 
 
 class Part(BaseModel):
@@ -44,7 +47,7 @@ class Environment(Part):
 
 
 class LogPoint(Part):
-    """What the trainer logged at a step."""
+    """What the trainer logged at a step; with a validation, the seconds of training before it."""
 
     step: int
     epoch: float
@@ -53,10 +56,14 @@ class LogPoint(Part):
     learning_rate: float | None = None
     validation_accuracy: float | None = None
     validation_log_loss: float | None = None
+    training_seconds: float | None = None
 
 
 class Training(Part):
-    """Cost of a training. Seconds exclude validation and model loading; tokens exclude padding."""
+    """Cost of a training. Seconds and energy exclude validation and model loading; tokens exclude padding.
+
+    `energy_joules` is the GPU's own count, and None where it has none.
+    """
 
     environment: Environment
     settings_digest: str
@@ -77,6 +84,7 @@ class Training(Part):
     artefact_bytes: int
     artefact_digest: str
     history: list[LogPoint]
+    energy_joules: float | None = None
 
 
 class Generation(Part):
@@ -89,7 +97,10 @@ class Generation(Part):
 
 
 class Evaluation(Part):
-    """Test metrics by scoring, on all rows and on those without a twin in train; and by generation."""
+    """Test metrics by scoring, on all rows and on those without a twin in train; and by generation.
+
+    The validation rows were scored too, for what is fitted on them; older records hold no digest of that.
+    """
 
     environment: Environment
     artefact_digest: str | None
@@ -103,6 +114,7 @@ class Evaluation(Part):
     without_twins: Metrics | None
     generation: Generation | None
     predictions_digest: str
+    validation_digest: str | None = None
 
 
 class DataReference(Part):
@@ -132,9 +144,17 @@ class RunRecord(Part):
     training: Training | None = None
     evaluation: Evaluation | None = None
 
+    @property
+    def variant(self) -> str:
+        """Which variant of its run this is; older records are all of the run itself."""
+        return self.settings.get("variant", "")
+
 
 class Prediction(Part):
-    """One test row: its label, the label that scoring found, all four probabilities, the generated answer if any."""
+    """One row: its label, the label that scoring found, all four probabilities, the generated answer if any.
+
+    `probabilities` is empty where a method has none.
+    """
 
     id: str
     label: str
@@ -175,7 +195,8 @@ def environment() -> Environment:
 def write(record: RunRecord, folder: Path) -> None:
     """Write a record in one step. Predictions that belonged to an earlier one go first."""
     if record.evaluation is None:
-        (folder / PREDICTIONS).unlink(missing_ok=True)
+        for name in (PREDICTIONS, VALIDATION):
+            (folder / name).unlink(missing_ok=True)
     with replacing(folder / RECORD) as file:
         file.write(record.model_dump_json(indent=2) + "\n")
 
@@ -199,28 +220,49 @@ def read(folder: Path) -> RunRecord:
         ) from error
 
 
-def write_predictions(predictions: Sequence[Prediction], folder: Path) -> str:
+def write_predictions(predictions: Sequence[Prediction], folder: Path, name: str = PREDICTIONS) -> str:
     """Write the predictions of a run; returns their digest for the record."""
     lines = [prediction.model_dump_json() + "\n" for prediction in predictions]
-    with replacing(folder / PREDICTIONS) as file:
+    with replacing(folder / name) as file:
         file.writelines(lines)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def read_predictions(record: RunRecord, folder: Path) -> list[Prediction]:
-    """The predictions that belong to a record.
+    """The predictions of the test rows that belong to a record.
 
     Raises:
         DataError: They are missing, were changed, or are another record's.
     """
-    path = folder / PREDICTIONS
     if record.evaluation is None:
         raise DataError(folder / RECORD, f"{record.run} was not evaluated yet; run its performance notebook")
+    return read_rows(folder / PREDICTIONS, record.evaluation.predictions_digest)
+
+
+def read_validation(record: RunRecord, folder: Path) -> list[Prediction] | None:
+    """The same of the validation rows; None where the record is older than their scoring.
+
+    Raises:
+        DataError: They are missing, were changed, or are another record's.
+    """
+    digest = record.evaluation and record.evaluation.validation_digest
+    return read_rows(folder / VALIDATION, digest) if digest else None
+
+
+def read_rows(path: Path, digest: str) -> list[Prediction]:
+    """The predictions in a file, or in the packed one beside it (published ones are), whose digest a record holds.
+
+    Raises:
+        DataError: They are missing, were changed, or are another record's.
+    """
+    packed = path.with_name(path.name + ".gz")
     try:
-        content = path.read_bytes()
+        content = gzip.decompress(packed.read_bytes()) if packed.is_file() else path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(path, "no such file; run the performance notebook again") from error
-    if hashlib.sha256(content).hexdigest() != record.evaluation.predictions_digest:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(packed, f"cannot be unpacked ({error}); is the file cut short?") from error
+    if hashlib.sha256(content).hexdigest() != digest:
         raise DataError(path, "not the predictions of record.json beside it (cut short, changed, or another run's)")
     return [Prediction.model_validate(json.loads(line)) for line in content.splitlines()]
 
@@ -231,7 +273,7 @@ def require_artefact(settings: Settings, data: DataReference, notebook: str) -> 
     Raises:
         UserError: The training was not run, or with other settings or data, or the artefact is gone.
     """
-    folder = paths.run_folder(settings.profile, settings.run)
+    folder = settings.run_folder
     if not (folder / RECORD).is_file():
         raise UserError(f"there is no {settings.run} model of profile {settings.profile} yet: run {notebook} first")
     record = read(folder)

@@ -2,47 +2,117 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from data_prep import UserError
-from finetune import comparison, paths, records, report
-from finetune.comparison import NAMES, Comparison
+from data_prep import DataError, UserError
+from data_prep.store import replacing
+from finetune import comparison, errors, paths, records, report
+from finetune.comparison import Comparison
+from finetune.wording import NAMES
 
 README = paths.PROJECT / "README.md"
 FOLDER = paths.PROJECT / "results" / "reference"
-BLOCK = re.compile(r"(<!-- results:(?P<profile>\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+# The sample's predictions stay readable; those of 7,600 rows would weigh 1.7 MB a run.
+PACKED_FROM = 256 * 1024
 
 
-def publish(profile: str) -> Path:
-    """Copy a profile's records, predictions and report to `results/reference`, and renew the README's tables.
+def publish(profile: str, name: str) -> Path:
+    """Copy a profile's records and predictions to `results/reference/<name>`; renew reports and the README's tables.
 
     Raises:
         UserError: A record was made from a tree with uncommitted changes: nobody could reproduce it.
     """
     compared = comparison.load(profile)
-    for run, record in compared.records.items():
-        parts = [part for part in (record.training, record.evaluation) if part]
-        if any(part.environment.dirty or part.environment.commit is None for part in parts):
-            raise UserError(f"{run} was measured on a tree with uncommitted changes: commit, then run it again")
-    target = FOLDER / profile
-    for run in compared.records:
-        (target / run).mkdir(parents=True, exist_ok=True)
-        for name in (records.RECORD, records.PREDICTIONS):
-            shutil.copyfile(paths.run_folder(profile, run) / name, target / run / name)
-    report.write_report(compared, target / "report.html")
-    README.write_text(with_results(README.read_text(encoding="utf-8")), encoding="utf-8")
-    return target
+    for source in report.provenance(compared):
+        if any(part.dirty or part.commit is None for part in source.environments):
+            raise UserError(
+                f"{source.record} was measured on a tree with uncommitted changes: commit, then run it again"
+            )
+    _copy(paths.results_folder(profile), [Path(source.record) for source in report.provenance(compared)], FOLDER / name)
+    regenerate()
+    return FOLDER / name
+
+
+def regenerate() -> list[Path]:
+    """Write every reference report and the README's tables anew from the committed records.
+
+    Returns:
+        The files whose content changed.
+
+    Raises:
+        DataError: A record's figures are not those of its predictions.
+    """
+    before = README.read_text(encoding="utf-8")
+    changed = []
+    for folder in sorted(path.parent for path in FOLDER.glob("*/base")):
+        compared = comparison.load_folder(folder, folder.name)
+        require_own_figures(compared, folder)
+        page = folder / "report.html"
+        old = page.read_bytes() if page.is_file() else b""
+        report.write_report(compared, page, errors.publishable_articles(compared.any_record.data))
+        if page.read_bytes() != old:
+            changed.append(page)
+    after = with_results(before)
+    if after != before:
+        with replacing(README) as file:
+            file.write(after)
+        changed.append(README)
+    return changed
+
+
+def require_own_figures(compared: Comparison, folder: Path) -> None:
+    """Refuse a record whose accuracy, macro-F1 or confusions are not those of its predictions.
+
+    Raises:
+        DataError: One is not.
+    """
+    for name, found in compared.scoring.items():
+        beside = compared.baselines.get(name)
+        recorded = beside.scoring if beside else compared.records[name].evaluation.scoring
+        for what in ("accuracy", "macro_f1", "confusion"):
+            # Sums in another order may differ in the last digit.
+            if not np.allclose(getattr(recorded, what), getattr(found, what), rtol=0, atol=1e-9):
+                raise DataError(
+                    folder, f"the record of {name} holds another {what} than its predictions give; publish it again"
+                )
+
+
+def _copy(results: Path, found: list[Path], target: Path) -> None:
+    """Replace what is published with these records and their predictions, at the same places in the folder."""
+    for name in (records.RECORD, records.PREDICTIONS, records.VALIDATION):
+        for old in target.rglob(f"{name}*"):
+            old.unlink()
+    for record in found:
+        place = target / record.parent
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(results / record, place / records.RECORD)
+        for name in (records.PREDICTIONS, records.VALIDATION):
+            source = results / record.parent / name
+            if source.is_file():
+                _copy_or_pack(source, place / name)
+
+
+def _copy_or_pack(source: Path, target: Path) -> None:
+    content = source.read_bytes()
+    if len(content) < PACKED_FROM:
+        target.write_bytes(content)
+    else:
+        # Without the time, which would make another file of the same content.
+        target.with_name(target.name + ".gz").write_bytes(gzip.compress(content, mtime=0))
 
 
 def with_results(readme: str) -> str:
     """The README with every results block made anew from the reference records."""
 
     def block(match: re.Match) -> str:
-        compared = comparison.load_folder(FOLDER / match["profile"], match["profile"])
+        compared = comparison.load_folder(FOLDER / match["name"], match["name"])
         return match[1] + results_text(compared) + match[3]
 
     return BLOCK.sub(block, readme)
@@ -51,14 +121,17 @@ def with_results(readme: str) -> str:
 def results_text(compared: Comparison) -> str:
     """Table, answer and provenance of a comparison in Markdown."""
     rows = []
-    for run, record in compared.records.items():
-        scoring, training = record.evaluation.scoring, record.training
+    for run, scoring in compared.scoring.items():
+        record = compared.records.get(run)
+        training = record.training if record else None
         interval = f"{scoring.accuracy_low:.1%} to {scoring.accuracy_high:.1%}"
         rows.append(
             {
                 "": NAMES[run],
                 "accuracy (95 % interval)": f"{scoring.accuracy:.1%} ({interval})",
-                "macro-F1": f"{scoring.macro_f1:.1%}",
+                "macro-F1 (95 % interval)": (
+                    f"{scoring.macro_f1:.1%} ({scoring.macro_f1_low:.1%} to {scoring.macro_f1_high:.1%})"
+                ),
                 "training": f"{training.seconds:.0f} s" if training else "-",
                 "real tokens/s": f"{training.tokens_per_second:.0f}" if training else "-",
                 "peak memory": f"{training.peak_memory_bytes / 1e9:.1f} GB" if training else "-",

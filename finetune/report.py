@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -11,42 +13,168 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from data_prep import LABELS
 from data_prep.store import replacing
-from finetune import plots
-from finetune.comparison import NAMES, Comparison, format_p
+from finetune import costs, errors, plots, records
+from finetune.comparison import Comparison, percent_interval
+from finetune.metrics import accuracy_interval
+from finetune.wording import NAMES, format_p
 
 DECIMALS = {
     "trained parameters": "{:,.0f}",
+    "seeds": "{:.0f}",
+    "mean accuracy %": "{:.2f}",
+    "standard deviation": "{:.2f}",
+    "lowest %": "{:.2f}",
+    "highest %": "{:.2f}",
     "share of parameters %": "{:.2f}",
     "against base": "{:+.1f}",
     "macro-F1 against base": "{:+.1f}",
 }
 
 
-def write_report(comparison: Comparison, path: Path) -> Path:
-    """Write the report of a comparison; returns its path."""
-    environment = Environment(
-        loader=PackageLoader("finetune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    html = environment.get_template("report.html").render(
-        comparison=comparison,
-        names=NAMES,
-        format_p=format_p,
-        quality=formatted(comparison.quality_table()).T.to_html(border=0),
-        cost=formatted(comparison.cost_table()).T.to_html(border=0),
-        pictures={
-            name: _embedded(draw(comparison))
-            for name, draw in {
-                "accuracy": plots.accuracy_bars,
-                "time": plots.accuracy_against_time,
-                "classes": plots.f1_by_class,
-                "confusion": plots.confusion_grid,
-            }.items()
-        },
-    )
+# A page that lists thousands of rows is slow on a phone, and nobody reads them.
+LISTED_ERRORS = 400
+
+
+def write_report(comparison: Comparison, path: Path, articles: Mapping[str, str]) -> Path:
+    """Write the report of a comparison; returns its path.
+
+    Args:
+        comparison: The runs.
+        path: The file to write.
+        articles: Texts of the test rows by id (`errors.articles`, or `errors.publishable_articles` where the report
+            leaves this machine); may be empty.
+    """
+    html = render(comparison, articles)
     with replacing(path) as file:
         file.write(html)
     return path
+
+
+def render(comparison: Comparison, articles: Mapping[str, str]) -> str:
+    """The report as HTML."""
+    environment = Environment(
+        loader=PackageLoader("finetune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("report.html").render(
+        comparison=comparison,
+        train_rows=_train_rows(comparison),
+        names=NAMES,
+        labels=LABELS,
+        format_p=format_p,
+        articles=articles,
+        listed_errors=LISTED_ERRORS,
+        judged=errors.judged(comparison),
+        mistakes=errors.mistakes(comparison, articles),
+        suspects=_suspected(comparison, articles),
+        without_suspects=errors.without_suspects(comparison),
+        provenance=provenance(comparison),
+        share_interval=_share_interval,
+        pictures=_pictures(comparison),
+        **_tables(comparison),
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A record that figures of the report come from. `anchor` is what the tables link to, None for a variant's."""
+
+    name: str
+    record: str
+    anchor: str | None
+    seed: str
+    trained: str
+    evaluated: str
+    environments: list[records.Environment]
+
+    @property
+    def environment(self) -> records.Environment:
+        """Of the evaluation."""
+        return self.environments[-1]
+
+
+def provenance(comparison: Comparison) -> list[Source]:
+    """Every record of the comparison: baselines, runs, and each run's variants."""
+    found = []
+    for name in comparison.predictions:
+        if name in comparison.baselines:
+            where = comparison.baselines[name].environment
+            found.append(Source(name, f"baselines/{name}/record.json", name, "-", "-", _commit(where), [where]))
+            continue
+        found.append(_source(comparison.records[name], name))
+        variants = [*comparison.seeds.get(name, []), *comparison.curve.get(name, [])]
+        found.extend(_source(variant.record, None) for variant in variants)
+    return found
+
+
+def _source(record: records.RunRecord, anchor: str | None) -> Source:
+    where = record.evaluation.environment
+    return Source(
+        record.run,
+        "/".join(filter(None, (record.run, record.variant, records.RECORD))),
+        anchor,
+        str(record.seed) if record.training else "-",
+        _commit(record.training.environment) if record.training else "-",
+        _commit(where),
+        [part.environment for part in (record.training, record.evaluation) if part],
+    )
+
+
+def _commit(environment: records.Environment) -> str:
+    return (environment.commit or "unknown")[:10] + (" with changes" if environment.dirty else "")
+
+
+def _share_interval(share: float, rows: int) -> str:
+    """Wilson's interval of a share of rows, in percent."""
+    return percent_interval(*accuracy_interval(round(share * rows), rows))
+
+
+def _train_rows(comparison: Comparison) -> int:
+    """Of the trained runs, which all saw as many; of the base's data where none was trained."""
+    record = next(iter(comparison.tuned().values()), comparison.any_record)
+    return record.data.train_rows
+
+
+def _tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
+    tables = {
+        "classes": comparison.class_table(),
+        "calibration": comparison.calibration_table().T.fillna(""),
+        "confused": comparison.confusion_table(),
+        "cost": comparison.cost_table(),
+        "seeds": comparison.seeds_table(),
+        "curve": costs.curve_table(comparison),
+        "time_to_accuracy": costs.time_to_accuracy(comparison),
+    }
+    return {name: table if name == "confused" else formatted(table) for name, table in tables.items()}
+
+
+def _pictures(comparison: Comparison) -> dict[str, str]:
+    """The pictures as data addresses, by the names that the page knows."""
+    drawings = {
+        "accuracy": plots.accuracy_bars,
+        "classes": plots.f1_by_class,
+        "pareto": plots.pareto,
+        "curve": plots.learning_curve,
+        "reliability": plots.reliability,
+        "coverage": plots.accuracy_against_coverage,
+        "confusion": plots.confusion_grid,
+    }
+    return {name: _embedded(draw(comparison)) for name, draw in drawings.items()}
+
+
+def _suspected(comparison: Comparison, articles: Mapping[str, str]) -> list[dict[str, str]]:
+    """The rows whose label is doubted: id, label, what all judged runs say instead, and the text."""
+    answers = comparison.predictions[errors.judged(comparison)[0]]
+    return [
+        {
+            "id": answers[row].id,
+            "label": answers[row].label,
+            "instead": answers[row].prediction,
+            "text": articles.get(answers[row].id, ""),
+        }
+        for row in errors.suspects(comparison)
+    ]
 
 
 def formatted(table: pd.DataFrame) -> pd.DataFrame:

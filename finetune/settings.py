@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
@@ -19,7 +20,7 @@ from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data_prep import UserError
-from finetune import hardware
+from finetune import hardware, paths
 from finetune.profiles import PROFILES, choose_profile
 from finetune.recipes import FULL, FULL_UNSLOTH, LORA, QLORA, STRICT, Count, Recipe, check
 
@@ -56,7 +57,11 @@ class Experiment:
     evaluation_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the evaluation."""
     seed: Annotated[int, Field(ge=0)] = 42
-    """Seed of the split, the row selection, the initialisation and the order of the rows."""
+    """Seed of a training: the initialisation and the order of the rows."""
+    data_seed: Annotated[int, Field(ge=0)] = 42
+    """Seed of the split and of the row selection, which all trainings of a comparison share."""
+    variant: Annotated[str, Field(pattern="^[a-z0-9-]*$")] = ""
+    """Set by `run --seeds` and `curve`: a folder in the run's own (seed-43, rows-250); empty for the run itself."""
 
 
 # The base model is not trained.
@@ -96,6 +101,18 @@ class Settings:
     def training_digest(self) -> str:
         """The same of what determines the training alone: a model may be evaluated in more ways than one."""
         return self._digest_of({name: value for name, value in self.values.items() if name not in EVALUATION_ONLY})
+
+    @property
+    def run_folder(self) -> Path:
+        return paths.run_folder(self.profile, self.run, self.experiment.variant)
+
+    @property
+    def state_folder(self) -> Path:
+        return paths.state_folder(self.profile, self.run, self.experiment.variant)
+
+    @property
+    def artefact_folder(self) -> Path:
+        return paths.artefact_folder(self.profile, self.run, self.recipe.adapter, self.experiment.variant)
 
     def _digest_of(self, values: dict[str, Any]) -> str:
         content = json.dumps([self.run, self.engine, values], sort_keys=True)

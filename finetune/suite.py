@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,7 @@ class Step:
         needs: The steps whose results it reads.
         parameters: What it is given besides PROFILE and OVERRIDES.
         title: Its name in the report, where a notebook serves two steps.
+        variant: Overrides of this step alone: another seed, or fewer training rows.
     """
 
     notebook: str
@@ -59,10 +60,17 @@ class Step:
     needs: tuple[str, ...] = ()
     parameters: Mapping[str, Any] = field(default_factory=dict)
     title: str = ""
+    variant: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.title or self.notebook
+
+    def of_variant(self, variant: Mapping[str, Any]) -> Step:
+        """The same step with other overrides, and with the steps of these before it."""
+        suffix = f"_{variant['variant']}"
+        needs = tuple(name + suffix for name in self.needs)
+        return replace(self, needs=needs, title=self.name + suffix, variant=variant)
 
 
 STEPS = (
@@ -83,6 +91,9 @@ STEPS = (
     Step("qlora_finetuning_performance", "qlora", ("fine_tuning_qlora",)),
     Step("compare_methods", None, ("base_model_performance",)),
 )
+
+# Of a learning curve, before all rows.
+CURVE_ROWS = (250, 1000, 4000)
 
 Status = Literal["done", "reused", "skipped", "failed"]
 
@@ -109,17 +120,26 @@ class Suite:
         overrides: Parameter values for all steps.
         only: Runs to restrict the suite to (`base`, `full`, `lora`, ...; `compare` for the comparison); empty for all.
         fresh: Run every step, whatever can be reused.
+        seeds: Trainings of each method, with the seed that is planned and those after it.
+        curve: Numbers of training rows to train and evaluate each method on, instead of all.
 
     Raises:
         UserError: An unknown profile, parameter, value or run, before anything is executed.
     """
 
     def __init__(
-        self, profile: str = "auto", overrides: Mapping[str, Any] | None = None, only: tuple[str, ...] = (), fresh=False
+        self,
+        profile: str = "auto",
+        overrides: Mapping[str, Any] | None = None,
+        only: tuple[str, ...] = (),
+        fresh: bool = False,
+        seeds: int = 1,
+        curve: tuple[int, ...] = (),
     ):
         self.overrides = dict(overrides or {})
-        self.profile = settings.plan("base", profile, self.overrides_for("base")).profile
-        self.steps = _selected(only)
+        base = settings.plan("base", profile, self.overrides_for("base"))
+        self.profile = base.profile
+        self.steps = _curve(_selected(only), curve) if curve else _seeded(_selected(only), base.experiment.seed, seeds)
         self.fresh = fresh
         self._keys: dict[str, str] = {}
 
@@ -128,9 +148,9 @@ class Suite:
         """Where the executed notebooks go."""
         return paths.results_folder(self.profile) / "notebooks"
 
-    def overrides_for(self, run: str | None) -> dict[str, Any]:
-        """The overrides that a run knows: the base model has no learning rate."""
-        return settings.applicable(self.overrides, run or "base")
+    def overrides_for(self, run: str | None, variant: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The overrides that a run knows (the base model has no learning rate), and its variant's."""
+        return settings.applicable(self.overrides, run or "base") | dict(variant or {})
 
     def execute(self) -> list[Outcome]:
         """Run the steps, reusing and skipping what can be; stops at the first that fails."""
@@ -162,7 +182,7 @@ class Suite:
     def _execute(self, step: Step, key: str, progress: _Progress) -> Outcome:
         notebook = parameterize_notebook(
             _notebook(step),
-            {"PROFILE": self.profile, "OVERRIDES": self.overrides_for(step.run), **step.parameters},
+            {"PROFILE": self.profile, "OVERRIDES": self.overrides_for(step.run, step.variant), **step.parameters},
         )
         stamp = self._stamp(step)
         stamp.unlink(missing_ok=True)
@@ -208,15 +228,16 @@ class Suite:
         """What a step leaves behind, and is nothing without."""
         if step.run is None:
             return paths.results_folder(self.profile) / "report.html"
-        if not self._trains(step):
-            return paths.run_folder(self.profile, step.run) / "predictions.jsonl"
-        recipe = settings.plan(step.run, self.profile, self.overrides_for(step.run)).recipe
-        return paths.artefact_folder(self.profile, step.run, recipe.adapter)
+        plan = self._plan(step)
+        return plan.artefact_folder if self._trains(step) else plan.run_folder / "predictions.jsonl"
+
+    def _plan(self, step: Step) -> settings.Settings:
+        return settings.plan(step.run or "base", self.profile, self.overrides_for(step.run, step.variant))
 
     def _key(self, step: Step) -> str:
         """Changes when anything does that the step's result depends on."""
         if step.name not in self._keys:
-            plan = settings.plan(step.run or "base", self.profile, self.overrides_for(step.run))
+            plan = self._plan(step)
             manifest = paths.dataset_folder(plan.experiment.source) / MANIFEST
             parts = [
                 (NOTEBOOKS / f"{step.notebook}.ipynb").read_bytes(),
@@ -231,10 +252,9 @@ class Suite:
     def _read_records(self, step: Step) -> Iterator[bytes]:
         """What a step reads of the records: an evaluation its training's part, the comparison all of them."""
         if step.run is None:
-            folders = [paths.run_folder(self.profile, run) for run in settings.RUNS]
-            yield from ((folder / RECORD).read_bytes() for folder in folders if (folder / RECORD).is_file())
+            yield from (path.read_bytes() for path in sorted(paths.results_folder(self.profile).rglob(RECORD)))
         elif step.needs:
-            path = paths.run_folder(self.profile, step.run) / RECORD
+            path = self._plan(step).run_folder / RECORD
             if path.is_file():
                 yield json.dumps(json.loads(path.read_text())["training"]).encode()
 
@@ -311,6 +331,25 @@ def _selected(only: tuple[str, ...]) -> tuple[Step, ...]:
     if unknown:
         raise UserError(f"--only {unknown[0]}: there is no such run; the runs are: {', '.join(known)}")
     return tuple(step for step in STEPS if not only or (step.run or "compare") in only)
+
+
+def _seeded(steps: tuple[Step, ...], first: int, seeds: int) -> tuple[Step, ...]:
+    """The steps, and those of every trained run for each further seed, before the comparison."""
+    variants = [{"seed": seed, "variant": f"seed-{seed}"} for seed in range(first + 1, first + seeds)]
+    return _before_the_comparison(steps, variants)
+
+
+def _curve(steps: tuple[Step, ...], rows: tuple[int, ...]) -> tuple[Step, ...]:
+    """The steps of every trained run for each number of rows, and the comparison; all rows are the run itself."""
+    variants = [{"train_rows": count, "variant": f"rows-{count}"} for count in rows]
+    trained = _before_the_comparison(steps, variants)
+    return tuple(step for step in trained if step.variant or step.run is None)
+
+
+def _before_the_comparison(steps: tuple[Step, ...], variants: list[dict[str, Any]]) -> tuple[Step, ...]:
+    trained = [step for step in steps if step.run not in (None, "base")]
+    repeated = [step.of_variant(variant) for variant in variants for step in trained]
+    return (*(step for step in steps if step.run), *repeated, *(step for step in steps if not step.run))
 
 
 def _notebook(step: Step) -> nbformat.NotebookNode:

@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from data_prep import Example, UserError
 from data_prep.store import write_json
-from finetune import cards, chat, evaluation, hardware, memory, metrics, models, paths, records, segments
+from finetune import cards, chat, energy, evaluation, hardware, memory, metrics, models, paths, records, segments
 from finetune.data import PreparedData
 from finetune.files import folder_bytes, folder_digest, replacing_folder
 from finetune.recipes import Recipe
@@ -78,7 +78,7 @@ class Session:
 
     def run(self) -> records.RunRecord:
         """Train, resuming from the newest whole checkpoint, save the artefact and write the run's record."""
-        state = paths.state_folder(self.settings.profile, self.settings.run)
+        state = self.settings.state_folder
         checkpoint = newest_whole_checkpoint(state)
         if checkpoint:
             print(f"Resuming from {checkpoint.name}: an earlier run of these settings was interrupted there")
@@ -87,7 +87,7 @@ class Session:
         peak_bytes, peak_kind = hardware.peak_memory()
         folder = save_artefact(self)
         record = self._record(folder, peak_bytes, peak_kind)
-        records.write(record, paths.run_folder(self.settings.profile, self.settings.run))
+        records.write(record, self.settings.run_folder)
         shutil.rmtree(state, ignore_errors=True)
         return record
 
@@ -105,6 +105,7 @@ class Session:
             tokens_per_second=tokens / self.clock.seconds,
             peak_memory_bytes=peak_bytes,
             peak_memory_kind=peak_kind,
+            energy_joules=self.clock.energy.joules,
             parameters=models.parameter_count(self.model),
             trainable_parameters=sum(models.trainable_table(self.model).values()),
             supervised_tokens_of_first_rows=self.supervision.labelled_tokens,
@@ -257,7 +258,7 @@ def newest_whole_checkpoint(state: Path) -> Path | None:
 def save_artefact(session: Session) -> Path:
     """Save weights (or adapter), tokenizer and model card; the folder appears whole or not at all."""
     settings = session.settings
-    folder = paths.artefact_folder(settings.profile, settings.run, settings.recipe.adapter)
+    folder = settings.artefact_folder
     # The wrapper that the trainer put around it, if any, is not what users load.
     model = session.trainer.accelerator.unwrap_model(session.trainer.model)
     if not settings.recipe.adapter:
@@ -273,10 +274,11 @@ def save_artefact(session: Session) -> Path:
 
 
 class Clock(TrainerCallback):
-    """Counts the seconds of training, without those of validation, across interruptions; reports progress."""
+    """Counts seconds and energy of training, without those of validation, across interruptions; reports progress."""
 
     def __init__(self, settings: Settings):
         self.seconds = 0.0
+        self.energy = energy.EnergyMeter()
         self._since = 0.0
         self._resumed_at = 0
         self._before = 0.0
@@ -286,14 +288,18 @@ class Clock(TrainerCallback):
 
     def pause(self) -> None:
         self.seconds += time.perf_counter() - self._since
+        self.energy.stop()
 
     def go_on(self) -> None:
+        self.energy.start()
         self._since = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **_) -> None:
         checkpoint = newest_whole_checkpoint(Path(args.output_dir))
         if state.global_step and checkpoint:
-            self.seconds = json.loads((checkpoint / WHOLE).read_text())["seconds"]
+            before = json.loads((checkpoint / WHOLE).read_text())
+            self.seconds = before["seconds"]
+            self.energy.go_on_from(before.get("joules"))
         self._resumed_at, self._before = state.global_step, self.seconds
         self.go_on()
 
@@ -318,7 +324,9 @@ class Clock(TrainerCallback):
 
     def on_save(self, args, state, control, **_) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_json(checkpoint / WHOLE, {"step": state.global_step, "seconds": self.seconds})
+        write_json(
+            checkpoint / WHOLE, {"step": state.global_step, "seconds": self.seconds, "joules": self.energy.joules}
+        )
 
     def on_train_end(self, args, state, control, **_) -> None:
         self.pause()
@@ -360,6 +368,7 @@ class ValidationWatch(TrainerCallback):
             {
                 "validation_accuracy": result.accuracy,
                 "validation_log_loss": metrics.log_loss(self._labels, probabilities),
+                "training_seconds": self.clock.seconds,
             }
         )
         control.should_log = due
@@ -406,9 +415,8 @@ _OPTIMIZERS = {"adamw_8bit_stochastic": {"optim": "adamw_torch_8bit", "optim_arg
 
 def _arguments(settings: Settings, checkpointing: str) -> SFTConfig:
     recipe, seed = settings.recipe, settings.experiment.seed
-    run_folder = paths.run_folder(settings.profile, settings.run)
     # transformers 5 takes the folder of TensorBoard's logs from the environment alone.
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_folder / "tensorboard")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(settings.run_folder / "tensorboard")
     return SFTConfig(
         output_dir=str(_fresh_state(settings)),
         learning_rate=recipe.learning_rate,
@@ -450,7 +458,7 @@ def _set_pace(trainer: SFTTrainer, settings: Settings) -> None:
 
 def _fresh_state(settings: Settings) -> Path:
     """The folder of this run's checkpoints, emptied if they are of other settings."""
-    folder = paths.state_folder(settings.profile, settings.run)
+    folder = settings.state_folder
     mark = folder / "settings.json"
     if folder.is_dir() and (not mark.is_file() or json.loads(mark.read_text())["digest"] != settings.training_digest):
         print(f"Discarding the checkpoints in {folder}: they are of other settings")

@@ -8,7 +8,16 @@ from typing import Any
 
 from data_prep import LABELS
 from finetune import metrics, records
-from finetune.records import DataReference, Environment, Evaluation, LogPoint, Prediction, RunRecord, Training
+from finetune.records import (
+    DataReference,
+    Environment,
+    Evaluation,
+    Generation,
+    LogPoint,
+    Prediction,
+    RunRecord,
+    Training,
+)
 
 HISTORY = [
     LogPoint(step=1, epoch=0.1, loss=1.4, grad_norm=2.0, learning_rate=1e-4),
@@ -106,6 +115,18 @@ def predictions(right: Sequence[bool], confidence: float = 0.7) -> list[Predicti
     return rows
 
 
+def generation(rows: Sequence[Prediction], count: int) -> Generation:
+    """Generated answers to the first `count` rows: what scoring gave, but for every tenth, which is invalid."""
+    answers = [None if number % 10 == 0 else row.prediction for number, row in enumerate(rows[:count])]
+    return Generation(
+        seconds=1.0,
+        valid_share=sum(answer is not None for answer in answers) / count,
+        agreement_with_scoring=sum(answer == row.prediction for answer, row in zip(answers, rows, strict=False))
+        / count,
+        metrics=metrics.compute([row.label for row in rows[:count]], answers),
+    )
+
+
 def record(run: str, rows: int = 40, data: dict[str, Any] | None = None, **changes: Any) -> RunRecord:
     """A record without training and evaluation, unless `changes` holds them."""
     values = {
@@ -129,22 +150,26 @@ def write_run(
     confidence: float | None = None,
     cost: dict[str, Any] | None = None,
     rows: list[Prediction] | None = None,
+    validation: list[Prediction] | None = None,
+    results_of_generation: Generation | None = None,
     **changes: Any,
 ) -> RunRecord:
     """Write an evaluated run (trained too, unless it is the base) that was right on the given rows.
 
-    `cost` changes its training part, `rows` replaces its predictions, and `changes` go to the record.
+    `cost` changes its training part, `rows` replaces its predictions, `validation` adds some of validation rows,
+    and `changes` go to the record.
     """
     folder = results / run
     if rows is None:
         rows = predictions(right, confidence or (0.4 if run == "base" else 0.7))
     digest = records.write_predictions(rows, folder)
+    scored = records.write_predictions(validation, folder, records.VALIDATION) if validation else None
     labels, predicted = [row.label for row in rows], [row.prediction for row in rows]
     result = record(
         run,
         len(rows),
         training=None if run == "base" else training(run, **(cost or {})),
-        evaluation=evaluation(labels, predicted, digest),
+        evaluation=evaluation(labels, predicted, digest, validation_digest=scored, generation=results_of_generation),
         **changes,
     )
     records.write(result, folder)

@@ -6,6 +6,7 @@ from math import comb, log, sqrt
 import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, precision_score
+from statsmodels.stats.proportion import proportion_confint
 
 from data_prep import LABELS
 from finetune import metrics
@@ -76,6 +77,12 @@ def test_the_interval_is_wilson_s(rows, share):
     centre = (p + z * z / (2 * rows)) / (1 + z * z / rows)
     half = z / (1 + z * z / rows) * sqrt(p * (1 - p) / rows + z * z / (4 * rows * rows))
     assert metrics.accuracy_interval(correct, rows) == pytest.approx((centre - half, centre + half), abs=1e-9)
+
+
+@pytest.mark.parametrize(("correct", "rows"), [(0, 10), (93, 128), (7220, 7600), (40, 40)])
+def test_the_interval_is_that_of_statsmodels(correct, rows):
+    expected = proportion_confint(correct, rows, method="wilson")
+    assert metrics.accuracy_interval(correct, rows) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("rows", [*range(1, 60), 128, 7600])

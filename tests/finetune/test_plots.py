@@ -1,18 +1,18 @@
 """The pictures show the records' figures."""
 
-from itertools import pairwise
-
 import factories
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from factories import right_on, write_run
+from test_variants import SETTINGS, write_variant
 
 from data_prep import LABELS
 from finetune import paths, plots
 from finetune.comparison import load
 from finetune.records import LogPoint
 from finetune.settings import RUNS
+from finetune.wording import NAMES
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +35,9 @@ def comparison(home):
 
 
 def test_every_run_has_a_colour_and_every_tuned_one_a_marker():
-    assert plots.COLOURS.keys() == RUNS.keys()
-    assert plots.MARKERS.keys() == RUNS.keys() - {"base"}
+    assert plots.COLOURS.keys() == NAMES.keys()
+    assert plots.LINES.keys() == RUNS.keys()
+    assert plots.MARKERS.keys() == NAMES.keys()
     assert len(set(plots.COLOURS.values())) == len(plots.COLOURS)
     assert len(set(plots.MARKERS.values())) == len(plots.MARKERS)
 
@@ -66,20 +67,43 @@ def test_accuracy_bars_have_the_records_lengths(comparison):
     ]
 
 
-def test_f1_bars_have_the_records_heights(comparison):
+def test_f1_points_have_the_records_heights(comparison):
     (axes,) = plots.f1_by_class(comparison).axes
-    classes = [record.evaluation.scoring.classes for record in comparison.records.values()]
-    expected = [100 * of_run[label].f1 for of_run in classes for label in LABELS]
-    np.testing.assert_allclose([bar.get_height() for bar in axes.patches], expected)
-    edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
-    assert all(left[1] <= right[0] + 1e-9 for left, right in pairwise(edges)), "bars overlap"
+    for container, scoring in zip(axes.containers, comparison.scoring.values(), strict=True):
+        heights = container.lines[0].get_ydata()
+        np.testing.assert_allclose(heights, [100 * scoring.classes[label].f1 for label in LABELS])
+    places = sorted(x for container in axes.containers for x in container.lines[0].get_xdata())
+    assert min(np.diff(places)) > 0.1, "points overlap"
 
 
-def test_accuracy_against_time_has_a_point_per_training(comparison):
-    (axes,) = plots.accuracy_against_time(comparison).axes
-    points = [tuple(container.lines[0].get_xydata()[0]) for container in axes.containers]
+def test_pareto_has_a_point_per_training_in_each_panel(comparison):
+    panels = [axes for axes in plots.pareto(comparison).axes if axes.get_visible()]
+    assert [axes.get_xlabel() for axes in panels] == [
+        "training time (minutes)",
+        "peak memory (GB)",
+        "artefact (MB)",
+        "trained parameters (millions)",
+    ], "energy was not measured"
+    points = [tuple(container.lines[0].get_xydata()[0]) for container in panels[0].containers]
     np.testing.assert_allclose(points, [(1, 60), (2, 70), (3, 80), (4, 90)])
-    assert axes.lines[0].get_ydata()[0] == pytest.approx(50), "the base is a line"
+    np.testing.assert_allclose(panels[0].lines[-1].get_xydata(), points), "each costs more and is better"
+    np.testing.assert_allclose(panels[1].lines[-1].get_xydata(), [(2.5, 90)]), "for the same memory"
+
+
+def test_a_learning_curve_joins_its_points(home):
+    results = paths.results_folder("cpu")
+    write_run(results, "base", right_on(20, 40))
+    write_run(results, "lora", right_on(36, 40), settings=SETTINGS)
+    write_variant(results, "lora", "rows-250", right_on(28, 40), data={"train_rows": 250})
+    (axes,) = plots.learning_curve(load("cpu")).axes
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [(250, 70), (1000, 90)])
+
+
+def test_without_trainings_the_pictures_say_so(home):
+    write_run(paths.results_folder("cpu"), "base", right_on(20, 40))
+    compared = load("cpu")
+    assert "No model was trained" in plots.pareto(compared).axes[0].texts[0].get_text()
+    assert "No model was trained on fewer rows" in plots.learning_curve(compared).axes[0].texts[0].get_text()
 
 
 def test_a_confusion_matrix_shows_its_counts(comparison):
@@ -92,3 +116,17 @@ def test_a_confusion_matrix_shows_its_counts(comparison):
 
 def test_the_grid_has_a_matrix_per_run(comparison):
     assert len(plots.confusion_grid(comparison).axes) == len(RUNS)
+
+
+def test_reliability_has_a_panel_per_run_with_its_bins(comparison):
+    panels = plots.reliability(comparison).axes
+    assert len(panels) == len(RUNS)
+    # The fourth run is sure by 0.53 on every row, and right on 32 of 40.
+    np.testing.assert_allclose(panels[3].collections[0].get_offsets(), [(53, 80)])
+    assert panels[3].get_title() == "LoRA: ECE 27.0%"
+
+
+def test_coverage_ends_at_the_accuracy_on_all_rows(comparison):
+    (axes,) = plots.accuracy_against_coverage(comparison).axes
+    assert [line.get_ydata()[-1] for line in axes.lines] == pytest.approx([50, 60, 70, 80, 90])
+    assert len({str(line.get_linestyle()) + line.get_color() for line in axes.lines}) == len(RUNS)

@@ -1,5 +1,6 @@
 """Records and predictions: written whole, read back alike, refused when they are not what they should be."""
 
+import gzip
 import json
 import math
 import os
@@ -66,6 +67,51 @@ class TestRoundTrip:
         assert (record.run, record.profile, record.model, record.seed) == ("lora", "cpu", "some/model", 7)
         assert record.settings["learning_rate"] == 1e-3
         assert record.settings_digest == settings.digest
+
+
+class TestValidationRows:
+    def test_they_come_back_as_they_were(self, folder):
+        rows = factories.predictions([True, False, True])
+        record = factories.write_run(folder.parent, "lora", factories.right_on(30, 40), validation=rows)
+        assert records.read_validation(record, folder) == rows
+
+    def test_a_record_that_is_older_than_them_has_none(self, folder, evaluated):
+        edit(folder, lambda record: record["evaluation"].pop("validation_digest"))
+        assert records.read_validation(records.read(folder), folder) is None
+
+    def test_changed_ones_are_refused(self, folder):
+        record = factories.write_run(folder.parent, "lora", [True], validation=factories.predictions([True]))
+        (folder / "validation.jsonl").write_text("")
+        with pytest.raises(DataError, match=r"validation\.jsonl: not the predictions of record\.json"):
+            records.read_validation(record, folder)
+
+    def test_a_new_training_removes_them(self, folder):
+        factories.write_run(folder.parent, "lora", [True], validation=factories.predictions([True]))
+        records.write(factories.record("lora", training=factories.training("lora")), folder)
+        assert [path.name for path in folder.iterdir()] == ["record.json"]
+
+
+class TestPackedPredictions:
+    @pytest.fixture
+    def packed(self, folder, evaluated):
+        path = folder / "predictions.jsonl"
+        path.with_name("predictions.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+        return path.with_name("predictions.jsonl.gz")
+
+    def test_they_are_read_as_the_others(self, folder, evaluated, packed):
+        assert records.read_predictions(evaluated, folder) == factories.predictions(factories.right_on(30, 40))
+
+    @pytest.mark.parametrize("keep", [0, 10, -10])
+    def test_cut_short_they_are_refused(self, folder, evaluated, packed, keep):
+        packed.write_bytes(packed.read_bytes()[:keep])
+        with pytest.raises(DataError, match=r"predictions\.jsonl"):
+            records.read_predictions(evaluated, folder)
+
+    def test_others_are_refused(self, folder, evaluated, packed):
+        packed.write_bytes(gzip.compress(b""))
+        with pytest.raises(DataError, match="not the predictions of"):
+            records.read_predictions(evaluated, folder)
 
 
 class TestRefusals:

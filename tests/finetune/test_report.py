@@ -7,6 +7,8 @@ from html import unescape
 
 import pytest
 from factories import right_on, write_run
+from test_baselines import write_baseline
+from test_variants import SETTINGS, write_variant
 
 from finetune import paths, report
 from finetune.comparison import load
@@ -15,12 +17,12 @@ HOSTILE = "<script>alert('x')</script>&\"{{ 7 * 7 }}"
 RUNS = ("base", "full", "full_unsloth", "lora", "qlora")
 
 
-def write_report(runs=("base", "lora"), **changes) -> str:
+def write_report(runs=("base", "lora"), articles=None, **changes) -> str:
     """The report on runs of 40 rows, one more right than the other."""
     results = paths.results_folder("cpu")
     for number, run in enumerate(runs):
         write_run(results, run, right_on(20 + 4 * number, 40), confidence=0.5 + number / 100, **changes)
-    return report.write_report(load("cpu"), results / "report.html").read_text(encoding="utf-8")
+    return report.write_report(load("cpu"), results / "report.html", articles or {}).read_text(encoding="utf-8")
 
 
 def text_of(html: str) -> str:
@@ -31,11 +33,11 @@ def text_of(html: str) -> str:
 class TestReport:
     def test_it_is_self_contained(self):
         html = write_report()
-        assert not re.findall(r"""(?:src|href|action)\s*=\s*["']?(?!data:)[^"'>\s]""", html)
+        assert not re.findall(r"""(?:src|href|action)\s*=\s*["']?(?!data:|#)[^"'>\s]""", html)
         assert "http://" not in html and "https://" not in html
         assert "<link" not in html and "@import" not in html and "<script" not in html
         pictures = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', html)
-        assert len(pictures) == html.count("<img") == 4
+        assert len(pictures) == html.count("<img") == 6
         for picture in pictures:
             assert b"<svg" in base64.b64decode(picture, validate=True)
 
@@ -44,20 +46,8 @@ class TestReport:
         assert load("cpu").answer() in text_of(html)
         for name in ("base model", "full", "full (Unsloth)", "LoRA", "QLoRA"):
             assert f"<th>{name}</th>" in html
-        assert text_of(html).count(" against ") >= len(load("cpu").pairs())
-
-    def test_its_figures_are_those_of_the_comparison(self):
-        html = write_report()
-        assert re.search(r"<th></th>\s*<th>base model</th>\s*<th>LoRA</th>", html)
-        rows = dict(re.findall(r"<th>([^<]+)</th>\s*<td>[^<]*</td>\s*<td>([^<]*)</td>", html))
-        assert [rows[name] for name in ("accuracy %", "95 % interval", "against base")] == [
-            "60.0",
-            "44.6 to 73.7",
-            "+10.0",
-        ]
-        pair = re.search(r"<td>LoRA against base model</td>(.*?)</tr>", html, re.DOTALL).group(1)
-        assert re.findall("<td>(.*?)</td>", pair)[0] == "+10.0"
-        assert re.findall("<td>(.*?)</td>", pair)[2:] == ["4", "0", "= 0.125", "tie"]
+            assert f'">{name}</a>' in html
+        assert text_of(html).count(" against ") >= len(load("cpu").pairs)
 
     @pytest.mark.parametrize(("source", "warned"), [("sample", True), ("csv", False), ("hub", False)])
     def test_the_sample_s_warning_is_there_for_the_sample_alone(self, source, warned):
@@ -70,6 +60,32 @@ class TestReport:
         assert HOSTILE in unescape(html)
         assert "49" not in re.search("<title>(.*?)</title>", html).group(1)
 
+    def test_an_article_is_shown_and_not_obeyed(self):
+        html = write_report(articles={"test-30": HOSTILE})
+        assert "<script" not in html
+        assert HOSTILE in unescape(html)
+
+    def test_wrong_rows_can_be_filtered_by_run_and_label(self):
+        """LoRA is right on rows 0 to 23: the other 16 are listed, with the classes that the filters go by."""
+        html = write_report()
+        rows = re.findall(r'<tr class="label-(\d)( by-all)? run-lora">\s*<td><code>test-(\d+)</code>', html)
+        assert sorted(int(row) for _, _, row in rows) == list(range(24, 40))
+        assert all(int(label) == int(row) % 4 and by_all for label, by_all, row in rows)
+        for choice in ("#run-lora:checked) tbody tr:not(.run-lora)", "#label-3:checked) tbody tr:not(.label-3)"):
+            assert choice in html
+        assert 'id="run-lora"' in html and 'id="label-3"' in html
+
+    def test_without_texts_it_says_so(self):
+        assert "Without the articles' texts" in text_of(write_report())
+        assert "Without the articles' texts" not in text_of(write_report(articles={"test-30": "a text"}))
+
+    def test_accuracy_without_doubted_rows_is_marked(self):
+        html = " ".join(text_of(write_report()).split())
+        # All of LoRA's answers are as sure, so that its 16 errors are doubted, and with them its accuracy is 24 of 24.
+        assert "16 rows of 40 of which every tuned model is as sure" in html
+        assert "Not a result: accuracy without the suspected rows." in html
+        assert "LoRA 60.0 100.0 86.2 to 100.0" in html
+
     def test_the_base_alone_makes_a_report(self):
         text = text_of(write_report(("base",)))
         assert "without tuning gets 50.0% right" in text
@@ -80,7 +96,7 @@ class TestReport:
         results = paths.results_folder("cpu")
         write_run(results, "base", right_on(0, 40))
         write_run(results, "lora", right_on(40, 40))
-        assert "100.0" in text_of(report.write_report(load("cpu"), results / "report.html").read_text())
+        assert "100.0" in text_of(report.write_report(load("cpu"), results / "report.html", {}).read_text())
 
     def test_the_same_records_give_the_same_file(self):
         assert write_report() == write_report()
@@ -91,6 +107,46 @@ class TestReport:
         comparison = load("cpu")
         unwritable = {run: record.model_copy(update={"model": "\ud800"}) for run, record in comparison.records.items()}
         with pytest.raises(UnicodeEncodeError):
-            report.write_report(replace(comparison, records=unwritable), path)
+            report.write_report(replace(comparison, records=unwritable), path, {})
         assert path.read_text(encoding="utf-8") == before
         assert not list(path.parent.glob("*.partial"))
+
+
+@pytest.mark.usefixtures("home")
+class TestProvenance:
+    def test_every_name_leads_to_its_record_commit_and_command(self):
+        html = write_report(RUNS)
+        for run in RUNS:
+            assert f'<a href="#record-{run}">' in html
+            row = re.search(rf'<tr id="record-{run}">(.*?)</tr>', html, re.DOTALL).group(1)
+            assert f"<code>{run}/record.json</code>" in row
+            assert "<code>0123456789</code>" in row and "<code>make demo</code>" in row
+
+    def test_baselines_and_variants_are_there_too(self):
+        results = paths.results_folder("cpu")
+        write_run(results, "base", right_on(20, 40))
+        write_run(results, "lora", right_on(30, 40), settings=SETTINGS)
+        write_variant(results, "lora", "seed-43", right_on(32, 40))
+        write_variant(results, "lora", "rows-250", right_on(24, 40), data={"train_rows": 250})
+        write_baseline(results, "svm", right_on(28, 40))
+        found = report.provenance(load("cpu"))
+        assert [source.record for source in found] == [
+            "baselines/svm/record.json",
+            "base/record.json",
+            "lora/record.json",
+            "lora/seed-43/record.json",
+            "lora/rows-250/record.json",
+        ]
+        assert [source.seed for source in found] == ["-", "-", "42", "43", "42"]
+        html = report.write_report(load("cpu"), results / "report.html", {}).read_text()
+        assert html.count('id="record-lora"') == 1
+        assert "baselines/svm/record.json" in html and "as it was made" in html
+
+
+@pytest.mark.usefixtures("home")
+def test_what_was_not_recorded_is_called_so():
+    text = " ".join(text_of(write_report()).split())
+    assert "Not recorded: these records hold no times of validations." in text
+    assert "Not recorded: no model of these records was trained on fewer rows" in text
+    assert "Each method was trained with one seed" in text
+    assert "these records hold no scores of validation rows" in text

@@ -1,6 +1,7 @@
 """The notebooks, executed as the suite does it, on the tiny model: what runs, what is reused, what is refused."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_the_notebooks_show_what_the_records_hold(finished):
 
 
 def test_the_training_notebooks_draw_curves_and_the_comparison_pictures(finished):
-    for name, pictures in {"fine_tuning_lora": 1, "lora_finetuning_performance": 1, "compare_methods": 4}.items():
+    for name, pictures in {"fine_tuning_lora": 1, "lora_finetuning_performance": 1, "compare_methods": 7}.items():
         outputs = [output for cell in executed(finished, name).cells for output in cell.get("outputs", [])]
         assert sum("image/png" in output.get("data", {}) for output in outputs) == pictures, name
 
@@ -164,6 +165,61 @@ def test_the_command_line_refuses_in_one_sentence(arguments, message, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_further_seeds_are_trainings_of_their_own_before_the_comparison():
+    steps = Suite("cpu", {"learning_rate": 1e-3}, only=("base", "lora", "compare"), seeds=3).steps
+    assert [step.name for step in steps] == [
+        "base_model_performance",
+        "fine_tuning_lora",
+        "lora_finetuning_performance",
+        "fine_tuning_lora_seed-43",
+        "lora_finetuning_performance_seed-43",
+        "fine_tuning_lora_seed-44",
+        "lora_finetuning_performance_seed-44",
+        "compare_methods",
+    ]
+    assert steps[4].needs == ("fine_tuning_lora_seed-43",)
+
+
+def test_a_learning_curve_trains_on_fewer_rows_alone():
+    suite = Suite("cpu", {"learning_rate": 1e-3}, only=("lora", "compare"), curve=(250, 1000))
+    assert [step.name for step in suite.steps] == [
+        "fine_tuning_lora_rows-250",
+        "lora_finetuning_performance_rows-250",
+        "fine_tuning_lora_rows-1000",
+        "lora_finetuning_performance_rows-1000",
+        "compare_methods",
+    ]
+    plan = suite._plan(suite.steps[2])
+    assert (plan.experiment.train_rows, plan.recipe.learning_rate, plan.experiment.seed) == (1000, 1e-3, 42)
+    assert suite._result(suite.steps[3]) == paths.run_folder("cpu", "lora", "rows-1000") / "predictions.jsonl"
+
+
+@pytest.mark.parametrize("arguments", [["run", "--seeds", "0"], ["run", "--seeds", "x"], ["curve", "--rows", "-1"]])
+def test_numbers_of_trainings_are_checked(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "is not a whole number from 1" in capsys.readouterr().err
+
+
+def test_seeds_and_curve_are_trained_and_compared(finished, overrides):
+    """After the whole suite: one more seed, and half the rows, of one method."""
+    rare = overrides | {"generation_rows": 8}
+    outcomes = Suite("cpu", rare, only=("lora", "compare"), seeds=2).execute()
+    assert {outcome.status for outcome in outcomes} == {"reused", "done"}
+    outcomes = Suite("cpu", rare, only=("lora", "compare"), curve=(16,)).execute()
+    assert [outcome.status for outcome in outcomes] == ["done"] * 3
+    compared = comparison.load("cpu")
+    first, second = compared.records["lora"], compared.seeds["lora"][0].record
+    assert (first.seed, second.seed) == (42, 43)
+    assert first.data.fingerprint == second.data.fingerprint
+    assert first.training.artefact_digest != second.training.artefact_digest
+    assert compared.curve["lora"][0].record.data.train_rows == 16
+    assert "Over several seeds" in (finished / "report.html").read_text()
+    # The other tests of this module find the suite as it was.
+    for variant in ("seed-43", "rows-16"):
+        shutil.rmtree(finished / "lora" / variant)
 
 
 def test_the_plan_command_prints_every_parameter_and_its_origin(capsys):

@@ -1,0 +1,98 @@
+"""The answer: a comparison in one paragraph, true whatever the figures are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from finetune.metrics import Metrics
+from finetune.pairs import SIGNIFICANT, Pair
+from finetune.records import RunRecord
+from finetune.wording import listed, sentence, spoken
+
+if TYPE_CHECKING:
+    from finetune.comparison import Comparison
+
+
+def paragraph(comparison: Comparison) -> str:
+    """What was measured, who beats whom by how much, what cannot be told apart, and what it cost."""
+    tuned = comparison.tuned()
+    among = [pair for pair in comparison.pairs if {pair.first, pair.second} <= set(tuned)]
+    sentences = [_setting(comparison), *_verdicts(comparison.pairs)]
+    if among and all(pair.is_tie for pair in among):
+        sentences.append("Between the tuned models, cost decides.")
+    if comparison.pairs:
+        sentences.append(_test(comparison.pairs))
+    if len(tuned) > 1:
+        sentences.append(sentence(_costs(tuned)))
+    return " ".join(sentences)
+
+
+def _setting(comparison: Comparison) -> str:
+    """What the untuned model and the baselines reach."""
+    base, record = comparison.scoring["base"], comparison.any_record
+    text = (
+        f"On {base.rows:,} test rows of {record.data.title}, {record.model} without tuning gets "
+        f"{base.accuracy:.1%} right {_interval(base)}"
+    )
+    if "few_shot" in comparison.scoring:
+        shot = comparison.scoring["few_shot"]
+        text += f", and {shot.accuracy:.1%} {_interval(shot)} with examples in its prompt"
+    if "svm" in comparison.scoring:
+        svm = comparison.scoring["svm"]
+        text += f"; a linear SVM on TF-IDF, trained on the same rows, {svm.accuracy:.1%} {_interval(svm)}"
+    return text + "."
+
+
+def _interval(scoring: Metrics) -> str:
+    return f"({scoring.accuracy_low:.1%} to {scoring.accuracy_high:.1%})"
+
+
+def _verdicts(pairs: list[Pair]) -> list[str]:
+    """A sentence for each run that is beaten, with all who beat it, and one for the ties."""
+    clear = [pair for pair in pairs if not pair.is_tie]
+    losers = list(dict.fromkeys(pair.loser for pair in clear))
+    sentences = [sentence(_beaten([pair for pair in clear if pair.loser == loser])) for loser in losers]
+    ties = [pair for pair in pairs if pair.is_tie]
+    if len(ties) == 1:
+        sentences.append(sentence(str(ties[0])))
+    elif ties:
+        sentences.append(_ties(ties))
+    return sentences
+
+
+def _ties(ties: list[Pair]) -> str:
+    """What cannot be told apart, and for each the difference that could have been shown."""
+    parts = [f"{pair.tie()}, {_detectable(pair)}" for pair in ties]
+    return (
+        "Cannot be told apart, each with the true difference that would have been found four times in five: "
+        f"{'; '.join(parts)}."
+    )
+
+
+def _detectable(pair: Pair) -> str:
+    return "none could have been" if pair.detectable is None else f"{pair.detectable:.1f} points"
+
+
+def _beaten(pairs: list[Pair]) -> str:
+    """`LoRA beats the base model by 14.1 points (12.9 to 15.3, p < 0.001), QLoRA by ... and full by ...`."""
+    first, *others = pairs
+    return listed([str(first), *(f"{spoken(pair.winner)} by {pair.lead()}" for pair in others)])
+
+
+def _test(pairs: list[Pair]) -> str:
+    """How the verdicts were reached, in parentheses."""
+    corrected = f", corrected for {len(pairs)} pairs by Holm's method" if len(pairs) > 1 else ""
+    seeds = ", on the first seed; the interval over seeds must agree" if any(pair.over_seeds for pair in pairs) else ""
+    return f"(Differences with 95 % intervals; exact McNemar test{corrected}, level {100 * SIGNIFICANT:.0f} %{seeds}.)"
+
+
+def _costs(tuned: dict[str, RunRecord]) -> str:
+    """Who trained fastest and with the least memory, beside those at the other end."""
+    by_time = sorted(tuned, key=lambda run: tuned[run].training.seconds)
+    by_memory = sorted(tuned, key=lambda run: tuned[run].training.peak_memory_bytes)
+    minutes = [f"{tuned[run].training.seconds / 60:.1f} minutes" for run in (by_time[0], by_time[-1])]
+    memory = [f"{tuned[run].training.peak_memory_bytes / 1e9:.1f} GB" for run in (by_memory[0], by_memory[-1])]
+    return (
+        f"{spoken(by_time[0])} trained fastest ({minutes[0]}; {spoken(by_time[-1])} {minutes[1]}), and "
+        f"{spoken(by_memory[0])} took the least memory ({memory[0]}; {spoken(by_memory[-1])} {memory[1]})"
+    )

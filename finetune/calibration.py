@@ -1,0 +1,191 @@
+"""Calibration: whether a model that says 90 % is right nine times in ten, and what abstaining would buy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import softmax
+from scipy.stats import bootstrap
+from sklearn.metrics import brier_score_loss
+
+from data_prep import LABELS
+from finetune.metrics import accuracy_interval, log_loss
+from finetune.records import Prediction
+from finetune.resampling import CONFIDENCE
+
+# As in Guo et al. 2017.
+BINS = 15
+# Of the confidences themselves, rows cannot be drawn as counts of a few outcomes: fewer resamples than elsewhere.
+RESAMPLES = 2000
+COVERAGES = (0.95, 0.9, 0.8)
+# Probabilities are stored with nine digits; the logarithm needs more than nothing.
+SMALLEST = 1e-10
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Rows binned by confidence: mean confidence, accuracy and number of rows of each bin that holds any."""
+
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    rows: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: distance of accuracy and confidence, weighted by rows (Naeini et al. 2015)."""
+        return float(np.abs(self.accuracy - self.confidence) @ self.rows / self.rows.sum())
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure with its 95 % bootstrap interval over the rows."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Calibration of one set of probabilities: expected calibration error, Brier score and log loss in nats."""
+
+    error: Figure
+    brier: Figure
+    log_loss: Figure
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A run's calibration on the test rows.
+
+    Attributes:
+        temperature: What divides the logarithms of the probabilities, fitted on validation rows; None where these
+            were not scored.
+        scaled: The scores after that division; None without it.
+        coverage, selective_accuracy: Accuracy of the surest rows, for every number of rows from one to all.
+    """
+
+    scores: Scores
+    reliability: Reliability
+    temperature: float | None
+    scaled: Scores | None
+    coverage: np.ndarray
+    selective_accuracy: np.ndarray
+
+    def accuracy_at(self, coverage: float) -> Figure:
+        """Accuracy on the surest rows, with Wilson's interval, if the model answers this share and abstains else."""
+        answered = max(1, round(coverage * len(self.coverage)))
+        accuracy = float(self.selective_accuracy[answered - 1])
+        return Figure(accuracy, *accuracy_interval(round(accuracy * answered), answered))
+
+
+def of(test: Sequence[Prediction], validation: Sequence[Prediction] | None) -> Calibration:
+    """Calibration of a run from its predictions of the test rows, and of validation rows if they were scored."""
+    labels, probabilities = arrays(test)
+    confidence, right = confidences(labels, probabilities)
+    temperature = fit_temperature(*arrays(validation)) if validation else None
+    coverage, selective = accuracy_against_coverage(confidence, right)
+    return Calibration(
+        scores=score(labels, probabilities),
+        reliability=reliability(confidence, right),
+        temperature=temperature,
+        scaled=score(labels, with_temperature(probabilities, temperature)) if temperature else None,
+        coverage=coverage,
+        selective_accuracy=selective,
+    )
+
+
+def score(labels: Sequence[str], probabilities: np.ndarray) -> Scores:
+    """Scores of probabilities of shape (rows, labels); Brier is the sum over the labels, from 0 to 2 (Brier 1950)."""
+    order = np.argsort(LABELS)
+    confidence, right = confidences(labels, probabilities)
+    error = reliability(confidence, right).error
+    brier = brier_score_loss(labels, probabilities[:, order], labels=[LABELS[i] for i in order], scale_by_half=False)
+    truth = probabilities[np.arange(len(labels)), _codes(labels)]
+    return Scores(
+        Figure(error, *_interval(_error, right - confidence, _bins(confidence))),
+        Figure(float(brier), *_interval(np.mean, _squared_distances(labels, probabilities))),
+        Figure(log_loss(labels, probabilities), *_interval(np.mean, -np.log(np.maximum(truth, SMALLEST)))),
+    )
+
+
+def confidences(labels: Sequence[str], probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Probability of each row's most probable label, and whether that label is right (0 or 1)."""
+    predicted = probabilities.argmax(axis=1)
+    return probabilities.max(axis=1), (predicted == _codes(labels)).astype(float)
+
+
+def reliability(confidence: np.ndarray, right: np.ndarray) -> Reliability:
+    """Bins of equal width in confidence; empty ones are left out."""
+    bins = _bins(confidence)
+    rows = np.bincount(bins, minlength=BINS)
+    there = rows > 0
+    means = [np.bincount(bins, weights=values, minlength=BINS)[there] / rows[there] for values in (confidence, right)]
+    return Reliability(*means, rows[there])
+
+
+def accuracy_against_coverage(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Share of rows that are answered, the surest first, and the accuracy on them."""
+    order = np.argsort(-confidence, kind="stable")
+    answered = np.arange(1, len(order) + 1)
+    return answered / len(order), np.cumsum(right[order]) / answered
+
+
+def fit_temperature(labels: Sequence[str], probabilities: np.ndarray) -> float:
+    """The temperature that minimises log loss (Guo et al. 2017), between 1/20 and 20."""
+
+    def loss(logarithm: float) -> float:
+        return log_loss(labels, with_temperature(probabilities, np.exp(logarithm)))
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-np.log(20), np.log(20)), method="bounded").x))
+
+
+def with_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities of shape (rows, labels) with their logarithms divided by a temperature; the order stays."""
+    return softmax(np.log(np.maximum(probabilities, SMALLEST)) / temperature, axis=1)
+
+
+def arrays(predictions: Sequence[Prediction]) -> tuple[list[str], np.ndarray]:
+    """Labels, and probabilities of shape (rows, labels) in the order of LABELS."""
+    probabilities = np.array([[row.probabilities[label] for label in LABELS] for row in predictions])
+    # Nine digits each add up to one within some 1e-9.
+    return [row.label for row in predictions], probabilities / probabilities.sum(axis=1, keepdims=True)
+
+
+def _codes(labels: Sequence[str]) -> np.ndarray:
+    return np.array([LABELS.index(label) for label in labels])
+
+
+def _bins(confidence: np.ndarray) -> np.ndarray:
+    return np.minimum((confidence * BINS).astype(int), BINS - 1)
+
+
+def _squared_distances(labels: Sequence[str], probabilities: np.ndarray) -> np.ndarray:
+    """Of each row's probabilities to its label: their mean is the Brier score."""
+    return ((probabilities - np.eye(len(LABELS))[_codes(labels)]) ** 2).sum(axis=1)
+
+
+def _error(gaps: np.ndarray, bins: np.ndarray, axis: int) -> np.ndarray:
+    """Expected calibration error of rows that are right by `gaps` more than they were sure."""
+    return sum(np.abs((gaps * (bins == index)).mean(axis=axis)) for index in range(BINS))
+
+
+def _interval(statistic, *rows: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval over the rows."""
+    if len(rows[0]) < 2:
+        return float("nan"), float("nan")
+    found = bootstrap(
+        rows,
+        statistic,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=100,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(found.low), float(found.high)

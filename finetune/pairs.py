@@ -1,0 +1,207 @@
+"""Two methods on the same test rows: the difference with its interval, a paired test, and what it could have shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import binom
+from statsmodels.stats.multitest import multipletests
+
+from finetune import resampling
+from finetune.metrics import mcnemar
+from finetune.wording import format_p, spoken
+
+SIGNIFICANT = 0.05
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class OverSeeds:
+    """Difference of two runs' mean accuracies over their seeds, in points, with its interval over seeds and rows."""
+
+    seeds: int
+    points: float
+    low: float
+    high: float
+
+    @property
+    def holds_zero(self) -> bool:
+        return self.low <= 0 <= self.high
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two runs on the same rows, the first minus the second.
+
+    Attributes:
+        points, low, high: Difference of the accuracies in percentage points, with its 95 % bootstrap interval.
+        f1_points, f1_low, f1_high: The same of macro-F1.
+        only_first, only_second: Rows that only one of the two gets right.
+        p_value: Exact McNemar test, of this pair alone.
+        corrected_p: The same after Holm's correction for all pairs that were tested with it.
+        detectable: The true difference in points that this test would have found four times in five, given as many
+            rows on which one alone is right; None where they are too few for any difference to be found.
+        over_seeds: The difference over several seeds; None where the runs were trained with one.
+    """
+
+    first: str
+    second: str
+    points: float
+    low: float
+    high: float
+    f1_points: float
+    f1_low: float
+    f1_high: float
+    only_first: int
+    only_second: int
+    p_value: float
+    corrected_p: float
+    detectable: float | None
+    over_seeds: OverSeeds | None = None
+
+    @property
+    def is_tie(self) -> bool:
+        """Not significant on the first seed; or, over all seeds, an interval that holds zero or points elsewhere."""
+        seeds = self.over_seeds
+        contradicted = seeds is not None and (seeds.holds_zero or (seeds.points > 0) != (self.points > 0))
+        return self.corrected_p >= SIGNIFICANT or contradicted
+
+    @property
+    def winner(self) -> str:
+        """The run with the higher accuracy; it says nothing where the pair is a tie."""
+        return self.first if self.points > 0 else self.second
+
+    @property
+    def loser(self) -> str:
+        return self.second if self.points > 0 else self.first
+
+    def lead(self) -> str:
+        """How far the winner leads: `14.1 points (12.9 to 15.3, p < 0.001)`; over the seeds, if there are several."""
+        shown = self.over_seeds or self
+        low, high = (shown.low, shown.high) if self.points > 0 else (-shown.high, -shown.low)
+        interval = f"{low:.1f} to {high:.1f}{self._of_seeds()}"
+        return f"{abs(shown.points):.1f} points ({interval}, p {format_p(self.corrected_p)})"
+
+    def tie(self) -> str:
+        """A tie in short: `LoRA and QLoRA (+0.2 points, -0.3 to +0.7, p = 0.510)`."""
+        return f"{spoken(self.first)} and {spoken(self.second)} ({self._difference()})"
+
+    def power(self) -> str:
+        """What the test could have shown, as a clause."""
+        if self.detectable is None:
+            count = self.only_first + self.only_second
+            rows = {0: "no row", 1: "one row"}.get(count, f"{count} rows")
+            return f"with {rows} that one of them alone gets right, no difference could have been shown"
+        return f"a true difference of {self.detectable:.1f} points would have been found four times in five"
+
+    def __str__(self) -> str:
+        if self.is_tie:
+            both = f"{spoken(self.first)} and {spoken(self.second)}"
+            return f"{both} cannot be told apart ({self._difference()}; {self.power()})"
+        return f"{spoken(self.winner)} beats {spoken(self.loser)} by {self.lead()}"
+
+    def _difference(self) -> str:
+        shown = self.over_seeds or self
+        interval = f"{shown.low:+.1f} to {shown.high:+.1f}{self._of_seeds()}"
+        return f"{shown.points:+.1f} points, {interval}, p {format_p(self.corrected_p)}"
+
+    def _of_seeds(self) -> str:
+        return f" over {self.over_seeds.seeds} seeds" if self.over_seeds else ""
+
+
+def compare(first: str, second: str, labels: Sequence[str], answers: Sequence[str], others: Sequence[str]) -> Pair:
+    """Compare the predictions of two runs, as the only pair that is tested.
+
+    Args:
+        first: Name of the first run.
+        second: Name of the second run.
+        labels: The true labels, row by row.
+        answers: The first run's predictions of the same rows.
+        others: The second run's.
+    """
+    right = [[answer == label for answer, label in zip(of, labels, strict=True)] for of in (answers, others)]
+    only_first, only_second, p_value = mcnemar(*right)
+    counts = resampling.confusions(labels, answers, others)
+    shares = [resampling.accuracy(of) for of in counts]
+    macro = [resampling.f1(of).mean(axis=-1) for of in counts]
+    observed = [resampling.f1(resampling.confusion(labels, of)).mean() for of in (answers, others)]
+    low, high = resampling.interval(100 * (shares[0] - shares[1]))
+    f1_low, f1_high = resampling.interval(100 * (macro[0] - macro[1]))
+    return Pair(
+        first,
+        second,
+        points=100 * (only_first - only_second) / len(labels),
+        low=low,
+        high=high,
+        f1_points=100 * float(observed[0] - observed[1]),
+        f1_low=f1_low,
+        f1_high=f1_high,
+        only_first=only_first,
+        only_second=only_second,
+        p_value=p_value,
+        corrected_p=p_value,
+        detectable=detectable(only_first + only_second, len(labels), SIGNIFICANT),
+    )
+
+
+def over_seeds(labels: Sequence[str], first: np.ndarray, second: np.ndarray) -> OverSeeds:
+    """The difference of two runs over their seeds.
+
+    Args:
+        labels: The true labels, row by row.
+        first: Whether the first run's trainings are right, shape (seeds, rows).
+        second: The same of the second run; one seed stands for a method that has none.
+    """
+    drawn = resampling.over_seeds(labels, [first, second])
+    low, high = resampling.interval(100 * (drawn[0] - drawn[1]))
+    return OverSeeds(max(len(first), len(second)), 100 * float(first.mean() - second.mean()), low, high)
+
+
+def corrected(pairs: Sequence[Pair], rows: int) -> list[Pair]:
+    """The pairs with p-values corrected for testing all of them (Holm 1979).
+
+    Holm asks of the pairs that stay ties that one of them reach 5 % divided by their number: that is the level at which
+    their detectable difference is found.
+    """
+    if not pairs:
+        return []
+    rejected, p_values, _, _ = multipletests([pair.p_value for pair in pairs], SIGNIFICANT, method="holm")
+    level = SIGNIFICANT / max(1, sum(~rejected))
+    return [
+        replace(
+            pair,
+            corrected_p=float(p_value),
+            detectable=detectable(pair.only_first + pair.only_second, rows, level),
+        )
+        for pair, p_value in zip(pairs, p_values, strict=True)
+    ]
+
+
+def detectable(discordant: int, rows: int, level: float) -> float | None:
+    """The true difference, in points, that the exact McNemar test finds with a probability of 80 %.
+
+    Args:
+        discordant: Rows that one method alone gets right.
+        rows: All test rows.
+        level: Two-sided level of the test.
+
+    Returns:
+        The difference at which the test, which is binomial given `discordant`, has that power; None if there are too
+        few rows for any outcome to be significant.
+    """
+    outcomes = np.arange(discordant + 1)
+    significant = outcomes[2 * binom.cdf(outcomes, discordant, 0.5) < level]
+    if not len(significant):
+        return None
+    critical = significant[-1]
+
+    def missing(share: float) -> float:
+        """How much power is missing where the better method alone is right on this share of the discordant rows."""
+        tails = binom.cdf(critical, discordant, 1 - share) + binom.cdf(critical, discordant, share)
+        return POWER - tails
+
+    share = brentq(missing, 0.5, 1)
+    return 100 * (2 * share - 1) * discordant / rows

@@ -1,0 +1,96 @@
+"""The bootstrap over test rows: paired, as all methods see the same resample, and stratified by class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_prep import LABELS
+
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+
+
+def confusions(labels: Sequence[str], *predictions: Sequence[str]) -> list[np.ndarray]:
+    """Confusion matrices of resampled test rows, one array a method, the same resamples for all.
+
+    Within each class as many rows are drawn, with replacement, as it has. Rows that all methods answer alike are
+    interchangeable, so that the draw is a multinomial one of the distinct answers: the same bootstrap as over rows, in
+    milliseconds.
+
+    Args:
+        labels: The true labels, row by row.
+        predictions: A sequence of predicted labels per method; anything that is no label is an invalid answer.
+
+    Returns:
+        Per method, counts of shape (RESAMPLES, labels, labels + 1); the last column counts invalid answers.
+    """
+    generator = np.random.default_rng(0)
+    truth = codes(labels)
+    answers = np.stack([codes(predicted) for predicted in predictions], axis=1)
+    results = [np.zeros((RESAMPLES, len(LABELS), len(LABELS) + 1)) for _ in predictions]
+    for label in np.unique(truth):
+        distinct, counts = np.unique(answers[truth == label], axis=0, return_counts=True)
+        draws = generator.multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES)
+        for method, result in enumerate(results):
+            result[:, label] = draws @ np.eye(len(LABELS) + 1)[distinct[:, method]]
+    return results
+
+
+def over_seeds(labels: Sequence[str], right: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Mean accuracies of resampled trainings on resampled test rows, one array of shape (RESAMPLES,) a method.
+
+    Hierarchical: of each method's n seeds n - 1 are drawn, with replacement, which makes the variance of their mean
+    unbiased however few they are (Rao and Wu 1988); the rows are drawn within their classes, the same for all of them.
+
+    Args:
+        labels: The true labels, row by row.
+        right: Per method, whether each training is right on each row, shape (seeds, rows). One seed stands for itself.
+    """
+    generator = np.random.default_rng(0)
+    truth, outcomes = codes(labels), np.concatenate(right).T
+    accuracies = np.zeros((RESAMPLES, outcomes.shape[1]))
+    for label in np.unique(truth):
+        distinct, counts = np.unique(outcomes[truth == label], axis=0, return_counts=True)
+        draws = generator.multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES)
+        accuracies += draws @ distinct.astype(float) / len(truth)
+    results, first = [], 0
+    for of_method in right:
+        seeds = len(of_method)
+        drawn = generator.integers(first, first + seeds, size=(RESAMPLES, max(1, seeds - 1)))
+        results.append(np.take_along_axis(accuracies, drawn, axis=1).mean(axis=1))
+        first += seeds
+    return results
+
+
+def accuracy(counts: np.ndarray) -> np.ndarray:
+    """Accuracy of confusion matrices of shape (..., labels, labels + 1)."""
+    return np.trace(counts, axis1=-2, axis2=-1) / counts.sum(axis=(-2, -1))
+
+
+def f1(counts: np.ndarray) -> np.ndarray:
+    """F1 of each class, shape (..., labels), of confusion matrices; 0 for a class without rows and predictions."""
+    right = np.diagonal(counts, axis1=-2, axis2=-1)
+    rows, predicted = counts.sum(axis=-1), counts[..., : len(LABELS)].sum(axis=-2)
+    return 2 * right / np.maximum(rows + predicted, 1)
+
+
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile interval of resampled figures (Efron and Tibshirani 1993, chapter 13)."""
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(draws, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def confusion(labels: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+    """The confusion matrix of all rows, shape (labels, labels + 1), invalid answers in the last column."""
+    counts = np.zeros((len(LABELS), len(LABELS) + 1))
+    np.add.at(counts, (codes(labels), codes(answers)), 1)
+    return counts
+
+
+def codes(answers: Sequence[str]) -> np.ndarray:
+    """Index of each answer's label; one past the last for an invalid answer."""
+    index = {label: code for code, label in enumerate(LABELS)}
+    return np.array([index.get(answer, len(LABELS)) for answer in answers])

@@ -1,0 +1,174 @@
+"""Calibration against loops over rows, scikit-learn's own temperature scaling, and tables worked out by hand."""
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize_scalar
+from statsmodels.stats.proportion import proportion_confint
+
+from data_prep import LABELS
+from finetune import calibration
+from finetune.records import Prediction
+
+
+def drawn(rows: int, seed: int = 0, sharpness: float = 1.0) -> tuple[list[str], np.ndarray]:
+    """Probabilities, and labels that follow them if `sharpness` is 1; above it, the probabilities are too sure."""
+    generator = np.random.default_rng(seed)
+    true = generator.dirichlet(np.full(4, 0.4), rows)
+    labels = [LABELS[generator.choice(4, p=row)] for row in true]
+    sharpened = np.maximum(true, 1e-6) ** sharpness
+    return labels, sharpened / sharpened.sum(axis=1, keepdims=True)
+
+
+def as_predictions(labels, probabilities) -> list[Prediction]:
+    return [
+        Prediction(
+            id=f"test-{number}",
+            label=label,
+            prediction=LABELS[row.argmax()],
+            probabilities=dict(zip(LABELS, map(float, row), strict=True)),
+            generated=None,
+            has_twin=False,
+        )
+        for number, (label, row) in enumerate(zip(labels, probabilities, strict=True))
+    ]
+
+
+def error_by_loops(labels, probabilities) -> float:
+    """Expected calibration error, row by row into 15 bins."""
+    bins = [[] for _ in range(15)]
+    for label, row in zip(labels, probabilities, strict=True):
+        confidence = max(row)
+        bins[min(14, int(confidence * 15))].append((confidence, LABELS[list(row).index(confidence)] == label))
+    total = 0.0
+    for rows in filter(None, bins):
+        confidence = sum(c for c, _ in rows) / len(rows)
+        accuracy = sum(right for _, right in rows) / len(rows)
+        total += len(rows) / len(labels) * abs(accuracy - confidence)
+    return total
+
+
+def brier_by_loops(labels, probabilities) -> float:
+    return sum(
+        sum((p - (label == name)) ** 2 for p, name in zip(row, LABELS, strict=True))
+        for label, row in zip(labels, probabilities, strict=True)
+    ) / len(labels)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rows", [1, 9, 400])
+def test_scores_are_those_of_loops(seed, rows):
+    labels, probabilities = drawn(rows, seed, sharpness=2)
+    scores = calibration.score(labels, probabilities)
+    assert scores.error.value == pytest.approx(error_by_loops(labels, probabilities))
+    assert scores.brier.value == pytest.approx(brier_by_loops(labels, probabilities))
+
+
+def test_a_table_by_hand():
+    """Two rows at 0.7, one of them right; one at 0.9, right: (2 · 0.2 + 1 · 0.1) / 3."""
+    probabilities = np.array([[0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1], [0.05, 0.03, 0.9, 0.02]])
+    labels = ["World", "World", "Business"]
+    found = calibration.reliability(*calibration.confidences(labels, probabilities))
+    np.testing.assert_allclose(found.confidence, [0.7, 0.9])
+    np.testing.assert_allclose(found.accuracy, [0.5, 1.0])
+    assert found.rows.tolist() == [2, 1]
+    assert found.error == pytest.approx(0.5 / 3)
+
+
+def test_certainty_is_in_the_last_bin():
+    found = calibration.reliability(np.array([1.0, 0.99]), np.array([1.0, 0.0]))
+    assert found.rows.tolist() == [2]
+
+
+class TestTemperature:
+    @pytest.mark.parametrize("sharpness", [0.5, 1.0, 3.0])
+    def test_it_finds_how_much_too_sure_the_model_is(self, sharpness):
+        labels, probabilities = drawn(20_000, sharpness=sharpness)
+        assert calibration.fit_temperature(labels, probabilities) == pytest.approx(sharpness, rel=0.06)
+
+    def test_it_is_the_minimum_of_the_log_loss(self):
+        labels, probabilities = drawn(300, sharpness=2)
+        rows = [LABELS.index(label) for label in labels]
+
+        def loss(temperature):
+            logits = np.log(probabilities) / temperature
+            return np.mean(np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(300), rows])
+
+        expected = minimize_scalar(loss, bounds=(0.1, 10), method="bounded").x
+        assert calibration.fit_temperature(labels, probabilities) == pytest.approx(expected, rel=1e-3)
+
+    def test_it_is_that_of_scikit_learn(self):
+        from sklearn.calibration import CalibratedClassifierCV
+        from sklearn.frozen import FrozenEstimator
+        from sklearn.linear_model import LogisticRegression
+
+        generator = np.random.default_rng(5)
+        features = generator.normal(size=(600, 4))
+        labels = [LABELS[i] for i in (features + generator.normal(size=(600, 4))).argmax(axis=1)]
+        model = LogisticRegression(C=100).fit(5 * features[:300], labels[:300])
+        held_out, held_labels = 5 * features[300:], labels[300:]
+        scaled = CalibratedClassifierCV(FrozenEstimator(model), method="temperature").fit(held_out, held_labels)
+        order = [list(model.classes_).index(label) for label in LABELS]
+        ours = model.predict_proba(held_out)[:, order]
+        ours = calibration.with_temperature(ours, calibration.fit_temperature(held_labels, ours))
+        np.testing.assert_allclose(ours, scaled.predict_proba(held_out)[:, order], atol=2e-3)
+
+    def test_it_leaves_the_answers(self):
+        _, probabilities = drawn(100)
+        scaled = calibration.with_temperature(probabilities, 3.0)
+        np.testing.assert_allclose(scaled.sum(axis=1), 1)
+        assert (scaled.argmax(axis=1) == probabilities.argmax(axis=1)).all()
+
+    def test_a_certain_and_wrong_row_can_be_scaled(self):
+        probabilities = np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
+        assert calibration.fit_temperature(["World", "Sports", "World"], probabilities) > 1
+
+
+class TestCoverage:
+    def test_by_hand(self):
+        coverage, accuracy = calibration.accuracy_against_coverage(
+            np.array([0.5, 0.9, 0.7, 0.8]), np.array([0.0, 1.0, 0.0, 1.0])
+        )
+        np.testing.assert_allclose(coverage, [0.25, 0.5, 0.75, 1])
+        np.testing.assert_allclose(accuracy, [1, 1, 2 / 3, 0.5])
+
+    def test_accuracy_at_a_coverage(self):
+        labels, probabilities = drawn(200, sharpness=2)
+        found = calibration.of(as_predictions(labels, probabilities), None)
+        surest = sorted(range(200), key=lambda row: -probabilities[row].max())[:160]
+        expected = np.mean([LABELS[probabilities[row].argmax()] == labels[row] for row in surest])
+        assert found.accuracy_at(0.8).value == pytest.approx(expected)
+        interval = proportion_confint(round(160 * expected), 160, method="wilson")
+        assert (found.accuracy_at(0.8).low, found.accuracy_at(0.8).high) == pytest.approx(interval)
+        assert found.accuracy_at(1.0).value == pytest.approx(found.selective_accuracy[-1])
+
+
+class TestCalibration:
+    def test_the_intervals_are_those_of_a_bootstrap_row_by_row(self):
+        labels, probabilities = drawn(250, sharpness=2)
+        found = calibration.of(as_predictions(labels, probabilities), None)
+        generator = np.random.default_rng(11)
+        draws = []
+        for _ in range(800):
+            rows = generator.integers(250, size=250)
+            sample = [labels[row] for row in rows], probabilities[rows]
+            truth = sample[1][np.arange(250), [LABELS.index(label) for label in sample[0]]]
+            draws.append((error_by_loops(*sample), brier_by_loops(*sample), -np.log(truth).mean()))
+        expected = np.percentile(draws, [2.5, 97.5], axis=0).T
+        scores = found.scores
+        # The intervals are 0.1 wide or more.
+        for figure, ends, wander in zip(
+            (scores.error, scores.brier, scores.log_loss), expected, (0.012, 0.02, 0.05), strict=True
+        ):
+            assert (figure.low, figure.high) == pytest.approx(ends, abs=wander)
+
+    def test_without_validation_rows_there_is_no_temperature(self):
+        found = calibration.of(as_predictions(*drawn(50)), None)
+        assert found.temperature is None and found.scaled is None
+
+    def test_the_temperature_is_that_of_the_validation_rows(self):
+        test, validation = drawn(500, seed=1, sharpness=3), drawn(500, seed=2, sharpness=3)
+        found = calibration.of(as_predictions(*test), as_predictions(*validation))
+        assert found.temperature == pytest.approx(calibration.fit_temperature(*validation), rel=1e-3)
+        scaled = calibration.with_temperature(test[1], found.temperature)
+        assert found.scaled.error.value == pytest.approx(error_by_loops(test[0], scaled))
+        assert found.scaled.log_loss.value < found.scores.log_loss.value

@@ -1,0 +1,517 @@
+"""Every number in the report against a computation that shares no code with it.
+
+The records are read as plain JSON; statsmodels, scikit-learn, loops and resampling row by row give the figures again.
+"""
+
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from math import comb
+
+import numpy as np
+import pytest
+from factories import generation, write_run
+from sklearn.metrics import f1_score
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
+from test_baselines import write_baseline
+from test_variants import SETTINGS, write_variant
+
+from finetune import paths, report
+from finetune.comparison import load
+from finetune.records import LogPoint, Prediction
+
+LABELS = ["World", "Sports", "Business", "Sci/Tech"]
+ROWS = 240
+NAMES = {
+    "majority": "majority class",
+    "svm": "TF-IDF + linear SVM",
+    "base": "base model",
+    "few_shot": "base, few-shot",
+    "full": "full",
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+}
+TUNED = ["full", "lora", "qlora"]
+# A bootstrap's ends wander by some tenths of a point with the draws; the intervals are 5 points wide or more.
+WANDER = 0.9
+
+
+def predictions(skill: float, seed: int, rows: int = ROWS) -> list[Prediction]:
+    """Answers whose errors different models share, as real ones do."""
+    own, shared = np.random.default_rng(seed), np.random.default_rng(0).normal(0, 1, ROWS)
+    found = []
+    for row in range(rows):
+        scores = own.normal(0, 0.5, 4)
+        scores[row % 4] += skill - shared[row]
+        scores[(row + 1) % 4] += 0.8 + 2 * (shared[row] > 1.8)
+        chances = np.exp(1.7 * scores) / np.exp(1.7 * scores).sum()
+        found.append(
+            Prediction(
+                id=f"test-{row}",
+                label=LABELS[row % 4],
+                prediction=LABELS[chances.argmax()],
+                probabilities={label: round(float(p), 9) for label, p in zip(LABELS, chances, strict=True)},
+                generated=None,
+                has_twin=row % 10 == 0,
+            )
+        )
+    return found
+
+
+class Tables(HTMLParser):
+    """All tables of a page, as lists of rows of texts."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self._cell = [], None
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "table":
+            self.found.append([])
+        elif tag == "tr":
+            self.found[-1].append([])
+        elif tag in ("td", "th"):
+            self._cell = ""
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.found[-1][-1].append(" ".join(self._cell.split()))
+            self._cell = None
+
+    def handle_data(self, data):
+        if self._cell is not None:
+            self._cell += data
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A results folder with everything: baselines, three methods, seeds, a learning curve, validation rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_HOME", str(tmp_path_factory.mktemp("numbers")))
+        folder = paths.results_folder("gpu")
+        write_run(folder, "base", [], rows=predictions(1.0, 1), data={"train_rows": 1000})
+        for number, run in enumerate(TUNED, 1):
+            skill = 2.2 + 0.15 * number
+            history = [
+                LogPoint(step=step, epoch=step / 4, validation_accuracy=0.89 + 0.01 * step + 0.003 * number,
+                         training_seconds=20.0 * step * number)
+                for step in (1, 2, 3, 4)
+            ]  # fmt: skip
+            cost = {
+                "seconds": 80.5 * number,
+                "energy_joules": 12_345.0 * number,
+                "peak_memory_bytes": 7_000_000_000 // number,
+                "history": history,
+            }
+            rows = predictions(skill, 10 + number)
+            write_run(
+                folder, run, [], rows=rows, validation=predictions(skill, 20 + number, 200), settings=SETTINGS,
+                cost=cost, results_of_generation=generation(rows, 100),
+            )  # fmt: skip
+            for seed in (43, 44):
+                write_variant(folder, run, f"seed-{seed}", [], rows=predictions(skill, 100 * number + seed))
+            write_variant(
+                folder, run, "rows-250", [], rows=predictions(skill - 0.6, 30 + number), data={"train_rows": 250},
+                cost={"seconds": 20.0 * number},
+            )  # fmt: skip
+        right = np.random.default_rng(3).random((3, ROWS)) < [[0.25], [0.8], [0.6]]
+        for name, of in zip(("majority", "svm", "few_shot"), right, strict=True):
+            write_baseline(folder, name, of.tolist(), has_twin=lambda row: row % 10 == 0)
+        report.write_report(load("gpu"), folder / "report.html", {f"test-{row}": f"text {row}" for row in range(ROWS)})
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def page(results) -> str:
+    return (results / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def tables(page) -> dict[str, dict[str, list[str]]]:
+    """The tables in their order, by name, each a dict from the first cell of a row to the others; `head` is one too."""
+    parser = Tables()
+    parser.feed(page)
+    names = ["quality", "classes", "pairs", "seeds", "seed_pairs", "cost", "time", "curve", "calibration", "confused"]
+    names += ["errors", "suspects", "without", "generation", "sources"]
+    return {
+        name: {"head": rows[0][1:]} | {row[0]: row[1:] for row in rows[1:]}
+        for name, rows in zip(names, parser.found, strict=True)
+    }
+
+
+@pytest.fixture(scope="module")
+def raw(results) -> dict[str, dict[str, list]]:
+    """Of each method: labels, answers, probabilities and twins, from the files."""
+    found = {}
+    for name in NAMES:
+        folder = results / (f"baselines/{name}" if name in ("majority", "svm", "few_shot") else name)
+        found[name] = read_rows(folder / "predictions.jsonl") | {
+            "record": json.loads((folder / "record.json").read_text())
+        }
+    return found
+
+
+def read_rows(path) -> dict[str, list]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {
+        "id": [row["id"] for row in rows],
+        "label": [row["label"] for row in rows],
+        "answer": [row["prediction"] for row in rows],
+        "chances": [[row["probabilities"].get(label, 0) for label in LABELS] for row in rows],
+        "twin": [row["has_twin"] for row in rows],
+    }
+
+
+def right(rows) -> np.ndarray:
+    return np.array([label == answer for label, answer in zip(rows["label"], rows["answer"], strict=True)])
+
+
+def wilson(outcomes) -> str:
+    low, high = proportion_confint(sum(outcomes), len(outcomes), method="wilson")
+    return f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def ends(text: str) -> tuple[float, float]:
+    low, high = text.split(" to ")
+    return float(low), float(high)
+
+
+def draws(count: int = 1200) -> list[np.ndarray]:
+    """Resampled rows, as many of each class as there are."""
+    generator = np.random.default_rng(21)
+    classes = [np.arange(start, ROWS, 4) for start in range(4)]
+    return [np.concatenate([generator.choice(rows, len(rows)) for rows in classes]) for _ in range(count)]
+
+
+def class_f1(rows, drawn) -> np.ndarray:
+    label, answer = np.array(rows["label"])[drawn], np.array(rows["answer"])[drawn]
+    return f1_score(label, answer, labels=LABELS, average=None, zero_division=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quality(tables, raw, name):
+    rows = raw[name]
+    alone = right(rows)[~np.array(rows["twin"])]
+    accuracy, interval, f1, f1_interval, rows_alone, accuracy_alone, interval_alone = tables["quality"][NAMES[name]]
+    assert accuracy == f"{100 * right(rows).mean():.1f}"
+    assert interval == wilson(right(rows))
+    assert f1 == f"{100 * f1_score(rows['label'], rows['answer'], labels=LABELS, average='macro'):.1f}"
+    assert (rows_alone, accuracy_alone, interval_alone) == ("216", f"{100 * alone.mean():.1f}", wilson(alone))
+    resampled = 100 * np.array([class_f1(rows, drawn) for drawn in draws(500)])
+    assert ends(f1_interval) == pytest.approx(np.percentile(resampled.mean(axis=1), [2.5, 97.5]), abs=WANDER)
+    per_class = tables["classes"][NAMES[name]]
+    expected = 100 * class_f1(rows, np.arange(ROWS))
+    assert per_class[::2] == [f"{value:.1f}" for value in expected]
+    for index, of_class in enumerate(per_class[1::2]):
+        assert ends(of_class) == pytest.approx(np.percentile(resampled[:, index], [2.5, 97.5]), abs=2 * WANDER)
+
+
+PAIRS = [
+    *((run, other) for run in TUNED for other in ("base", "svm")),
+    *(("full", "lora"), ("full", "qlora"), ("lora", "qlora")),
+]
+
+
+def holm(p_values: list[float]) -> list[float]:
+    order, corrected, largest = sorted(range(len(p_values)), key=p_values.__getitem__), [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def written_p(p_value: float) -> str:
+    return "< 0.001" if p_value < 0.001 else f"= {p_value:.3f}"
+
+
+def power(discordant: int, share: float, level: float) -> float:
+    """Of the exact test, by enumeration."""
+
+    def tail(k):
+        return 2 * sum(comb(discordant, i) for i in range(min(k, discordant - k) + 1)) / 2**discordant
+
+    return sum(
+        comb(discordant, k) * share**k * (1 - share) ** (discordant - k)
+        for k in range(discordant + 1)
+        if tail(k) < level
+    )
+
+
+@pytest.fixture(scope="module")
+def p_values(raw) -> dict[tuple[str, str], tuple[int, int, float]]:
+    """Rows that one alone gets right, and statsmodels' exact p-value."""
+    found = {}
+    for first, second in PAIRS:
+        a, b = right(raw[first]), right(raw[second])
+        only = int((a & ~b).sum()), int((b & ~a).sum())
+        found[first, second] = (*only, mcnemar([[0, only[0]], [only[1], 0]], exact=True).pvalue)
+    return found
+
+
+def test_pairs(tables, raw, p_values):
+    corrected = holm([p for _, _, p in p_values.values()])
+    level = 0.05 / sum(p >= 0.05 for p in corrected)
+    resampled = draws()
+    for ((first, second), (only_first, only_second, p)), p_holm in zip(p_values.items(), corrected, strict=True):
+        shown = tables["pairs"][f"{NAMES[first]} against {NAMES[second]}"]
+        points, interval, p_shown, verdict, detectable, shown_first, shown_second, p_alone, f1, f1_interval = shown
+        a, b = right(raw[first]).astype(float), right(raw[second]).astype(float)
+        assert points == f"{100 * (a.mean() - b.mean()):+.1f}"
+        expected = np.percentile([100 * (a[d].mean() - b[d].mean()) for d in resampled], [2.5, 97.5])
+        assert ends(interval) == pytest.approx(expected, abs=WANDER)
+        assert (shown_first, shown_second, p_alone) == (str(only_first), str(only_second), written_p(p))
+        assert p_shown == written_p(p_holm)
+        macro = [100 * (class_f1(raw[first], d).mean() - class_f1(raw[second], d).mean()) for d in resampled[:400]]
+        assert ends(f1_interval) == pytest.approx(np.percentile(macro, [2.5, 97.5]), abs=1.5 * WANDER)
+        everything = np.arange(ROWS)
+        observed = class_f1(raw[first], everything).mean() - class_f1(raw[second], everything).mean()
+        assert f1 == f"{100 * observed:+.1f}"
+        discordant = only_first + only_second
+        share = (1 + float(detectable) / 100 * ROWS / discordant) / 2
+        assert power(discordant, share, level) == pytest.approx(0.8, abs=0.02)
+        assert verdict in ("tie", "different") and (verdict == "tie" or p_holm < 0.05)
+
+
+def over_seeds(results, run) -> np.ndarray:
+    places = [results / run, *(results / run / f"seed-{seed}" for seed in (43, 44))]
+    return np.array([right(read_rows(place / "predictions.jsonl")) for place in places])
+
+
+def test_seeds(tables, results, raw):
+    trained = {run: over_seeds(results, run) for run in TUNED}
+    for run, outcomes in trained.items():
+        shares = 100 * outcomes.mean(axis=1)
+        seeds, mean, interval, deviation, lowest, highest = tables["seeds"][NAMES[run]]
+        assert (seeds, mean) == ("3", f"{shares.mean():.2f}")
+        assert deviation == f"{np.sqrt(((shares - shares.mean()) ** 2).sum() / 2):.2f}"
+        assert (lowest, highest) == (f"{shares.min():.2f}", f"{shares.max():.2f}")
+        assert ends(interval) == pytest.approx(hierarchical(outcomes, None), abs=WANDER)
+    for first, second in PAIRS:
+        other = trained.get(second, right(raw[second])[None])
+        seeds, mean, interval = tables["seed_pairs"][f"{NAMES[first]} against {NAMES[second]}"]
+        assert (seeds, mean) == ("3", f"{100 * (trained[first].mean() - other.mean()):+.2f}")
+        assert ends(interval) == pytest.approx(hierarchical(trained[first], other), abs=WANDER)
+        verdict = tables["pairs"][f"{NAMES[first]} against {NAMES[second]}"][3]
+        low, high = ends(interval)
+        assert verdict == "tie" or low > 0 or high < 0
+
+
+def hierarchical(first: np.ndarray, second: np.ndarray | None) -> np.ndarray:
+    """Seeds and rows drawn one by one: 95 % interval, in percent, of a mean or a difference of means."""
+    generator = np.random.default_rng(8)
+    found = []
+    for drawn in draws():
+        means = [
+            of[generator.choice(len(of), max(1, len(of) - 1))][:, drawn].mean()
+            for of in (first, second)
+            if of is not None
+        ]
+        found.append(100 * (means[0] - (means[1] if second is not None else 0)))
+    return np.percentile(found, [2.5, 97.5])
+
+
+@pytest.mark.parametrize("run", TUNED)
+def test_costs(tables, raw, run):
+    training = raw[run]["record"]["training"]
+    assert tables["cost"][NAMES[run]] == [
+        f"{training['seconds'] / 60:.1f}",
+        f"{training['articles_per_second']:.1f}",
+        f"{training['tokens_per_second']:.1f}",
+        f"{training['peak_memory_bytes'] / 1e9:.1f}",
+        f"{training['energy_joules'] / 1e3:.1f}",
+        f"{training['trainable_parameters']:,}",
+        f"{100 * training['trainable_parameters'] / training['parameters']:.2f}",
+        f"{training['artefact_bytes'] / 1e6:.1f}",
+        "transformers",
+    ]
+    for target, shown in zip((0.9, 0.92, 0.93, 0.94), tables["time"][NAMES[run]], strict=True):
+        reached = [p["training_seconds"] for p in training["history"] if p["validation_accuracy"] >= target]
+        best = max(p["validation_accuracy"] for p in training["history"])
+        seconds = min(reached, default=None)
+        if seconds is None:
+            assert shown == f"never (best {100 * best:.1f} %)"
+        else:
+            assert shown == (f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min")
+
+
+def test_learning_curve(tables, results):
+    assert tables["curve"]["head"] == [NAMES[run] for run in TUNED]
+    for label, place in (("250 rows", "rows-250"), ("1,000 rows", "")):
+        for shown, run in zip(tables["curve"][label], TUNED, strict=True):
+            outcomes = right(read_rows(results / run / place / "predictions.jsonl"))
+            seconds = json.loads((results / run / place / "record.json").read_text())["training"]["seconds"]
+            time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+            assert shown == f"{100 * outcomes.mean():.1f} ({wilson(outcomes)}), {time}"
+
+
+def calibration_error(confidence, outcomes) -> float:
+    total = 0.0
+    for index in range(15):
+        inside = [i for i, c in enumerate(confidence) if min(14, int(c * 15)) == index]
+        if inside:
+            gap = np.mean([outcomes[i] for i in inside]) - np.mean([confidence[i] for i in inside])
+            total += len(inside) / len(confidence) * abs(gap)
+    return total
+
+
+def brier(rows, chances) -> np.ndarray:
+    truth = np.array([[label == name for name in LABELS] for label in rows["label"]], float)
+    return ((np.array(chances) - truth) ** 2).sum(axis=1)
+
+
+def log_losses(rows, chances) -> np.ndarray:
+    return -np.log([row[LABELS.index(label)] for label, row in zip(rows["label"], chances, strict=True)])
+
+
+def tempered(chances, temperature) -> np.ndarray:
+    powers = np.array(chances) ** (1 / temperature)
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("run", ["base", *TUNED])
+def test_calibration(tables, raw, results, run):
+    rows = raw[run]
+    confidence, outcomes = np.max(rows["chances"], axis=1), right(rows)
+    column = tables["calibration"]["head"].index(NAMES[run])
+    shown = {name: row[column] for name, row in tables["calibration"].items() if name != "head"}
+    generator = np.random.default_rng(4)
+    picks = [generator.integers(ROWS, size=ROWS) for _ in range(600)]
+    of_rows = {"ECE %": None, "Brier": brier(rows, rows["chances"]), "log loss": log_losses(rows, rows["chances"])}
+    for name, values in of_rows.items():
+        value, low, high = figure(shown[f"{name}, as it is"])
+        if name == "ECE %":
+            assert value == f"{100 * calibration_error(confidence, outcomes):.1f}"
+            drawn, wander = [100 * calibration_error(confidence[p], outcomes[p]) for p in picks], WANDER
+        else:
+            assert value == f"{values.mean():.3f}"
+            drawn, wander = [values[p].mean() for p in picks], 0.03
+        assert (low, high) == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=wander)
+    surest = np.argsort(-confidence, kind="stable")
+    for share in (95, 90, 80):
+        kept = outcomes[surest[: round(share / 100 * ROWS)]]
+        assert shown[f"accuracy % of the surest {share}%"] == f"{100 * kept.mean():.1f} ({wilson(kept)})"
+    if run == "base":
+        assert (shown["temperature"], shown["Brier, with the temperature"]) == ("not recorded", "")
+        return
+    validation = read_rows(results / run / "validation.jsonl")
+    grid = np.arange(0.3, 3, 0.001)
+    best = grid[np.argmin([log_losses(validation, tempered(validation["chances"], t)).mean() for t in grid])]
+    assert float(shown["temperature"]) == pytest.approx(best, abs=0.011)
+    after = tempered(rows["chances"], best)
+    # A row may change its bin with the temperature's third digit.
+    for name, expected, near in (
+        ("ECE %", 100 * calibration_error(after.max(axis=1), outcomes), 0.25),
+        ("Brier", brier(rows, after).mean(), 0.0011),
+        ("log loss", log_losses(rows, after).mean(), 0.0011),
+    ):
+        value, low, high = figure(shown[f"{name}, with the temperature"])
+        assert float(value) == pytest.approx(expected, abs=near)
+        # The ends come from the function that the other three were tested with.
+        assert low < high and (name == "ECE %" or low < float(value) < high)
+
+
+def figure(text: str) -> tuple[str, float, float]:
+    """`2.2 (1.8 to 2.8)` taken apart."""
+    value, low, high = re.fullmatch(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)", text).groups()
+    return value, float(low), float(high)
+
+
+def test_confused_pairs(tables, raw):
+    runs = ["base", *TUNED]
+    counts = {run: Counter(zip(raw[run]["label"], raw[run]["answer"], strict=True)) for run in runs}
+    shown = {name: row for name, row in tables["confused"].items() if name != "head"}
+    assert len(shown) == 12
+    for name, row in shown.items():
+        label, _, other = name.partition(" taken for ")
+        assert row == [str(counts[run][label, other]) for run in runs]
+    tuned = [sum(map(int, row[1:])) for row in shown.values()]
+    assert tuned == sorted(tuned, reverse=True)
+
+
+def test_errors(tables, raw):
+    wrong = [row for row in range(ROWS) if not all(right(raw[run])[row] for run in TUNED)]
+    listed = {name.removesuffix(" (label doubted)"): row for name, row in tables["errors"].items() if name != "head"}
+    assert set(listed) == {f"test-{row}" for row in wrong}
+    for row in wrong:
+        label, *says, text = listed[f"test-{row}"]
+        assert (label, text) == (raw["lora"]["label"][row], f"text {row}")
+        for run, said in zip(TUNED, says, strict=True):
+            answer, chance = raw[run]["answer"][row], max(raw[run]["chances"][row])
+            assert said == ("" if answer == label else f"{answer} {chance:.2f}")
+
+
+def doubted(rows) -> set[int]:
+    """Rows that are given another class with at least its own rows' mean confidence (Northcutt et al. 2021)."""
+    chances, found = np.array(rows["chances"]), set()
+    limits = [np.mean([c[i] for c, name in zip(chances, rows["label"], strict=True) if name == label])
+              for i, label in enumerate(LABELS)]  # fmt: skip
+    for row, label in enumerate(rows["label"]):
+        above = [i for i in range(4) if chances[row][i] >= limits[i]]
+        best = max(above, key=lambda i: chances[row][i], default=None)
+        if best is not None and LABELS[best] != label:
+            found.add((row, best))
+    return found
+
+
+def test_suspects(tables, raw):
+    rows = {row for row, _ in set.intersection(*(doubted(raw[run]) for run in TUNED))}
+    rows = {row for row in rows if all(raw[run]["answer"][row] != raw[run]["label"][row] for run in TUNED)}
+    assert rows, "nothing was tested"
+    assert {name for name in tables["suspects"] if name != "head"} == {f"test-{row}" for row in rows}
+    kept = [row for row in range(ROWS) if row not in rows]
+    for name in NAMES:
+        every, without, interval = tables["without"][NAMES[name]]
+        outcomes = right(raw[name])
+        assert (every, without) == (f"{100 * outcomes.mean():.1f}", f"{100 * outcomes[kept].mean():.1f}")
+        assert interval == wilson(outcomes[kept])
+
+
+@pytest.mark.parametrize("run", ["base", *TUNED])
+def test_generation(tables, raw, run):
+    evaluation, shown = raw[run]["record"]["evaluation"], tables["generation"][NAMES[run]]
+    assert shown[-1] == f"{evaluation['articles_per_second']:.1f}"
+    if run == "base":
+        assert shown[0] == "skipped: generation_rows=0"
+        return
+    # Of 100 rows every tenth was invalid.
+    accuracy = evaluation["generation"]["metrics"]["accuracy"]
+    valid = [True] * 90 + [False] * 10
+    right_rows = [True] * round(100 * accuracy) + [False] * round(100 - 100 * accuracy)
+    assert shown[:7] == [
+        "100",
+        "90.0",
+        wilson(valid),
+        f"{100 * accuracy:.1f}",
+        wilson(right_rows),
+        "90.0",
+        wilson(valid),
+    ]
+
+
+def test_the_answer_s_numbers_are_the_tables(page, tables, raw):
+    text = re.search('<p class="answer">(.*?)</p>', page, re.DOTALL).group(1).replace("&lt;", "<")
+    for name in ("base", "few_shot", "svm"):
+        accuracy, interval, *_ = tables["quality"][NAMES[name]]
+        low, high = interval.split(" to ")
+        assert re.search(rf"\b{accuracy}%( right)? \({low}% to {high}%\)", text)
+    for shown in [row for name, row in tables["seed_pairs"].items() if name != "head"]:
+        points, low, high = (abs(float(value)) for value in (shown[1], *shown[2].split(" to ")))
+        # The table has two decimals and the answer one: either rounding of a five is right.
+        assert any(
+            re.search(
+                rf"[+-]?{a:.1f} points(,| \()[ ]?[+-]?({low:.1f} to [+-]?{high:.1f}|{high:.1f} to {low:.1f})", text
+            )
+            for a in (points - 0.004, points + 0.004)
+        ), shown
+    seconds = {run: raw[run]["record"]["training"]["seconds"] / 60 for run in TUNED}
+    memory = {run: raw[run]["record"]["training"]["peak_memory_bytes"] / 1e9 for run in TUNED}
+    assert f"({min(seconds.values()):.1f} minutes; QLoRA {max(seconds.values()):.1f} minutes)" in text
+    assert f"({min(memory.values()):.1f} GB; full fine-tuning {max(memory.values()):.1f} GB)" in text
+
+
+def test_sources(page, results):
+    shown = re.findall("<td><code>([^<]*record.json)</code></td>", page)
+    there = [str(path.relative_to(results)) for path in results.rglob("record.json")]
+    assert sorted(shown) == sorted(there)
