@@ -61,6 +61,12 @@ def available_memory_bytes() -> int:
     return psutil.virtual_memory().available
 
 
+def wait_for_gpu() -> None:
+    """Wait until the GPU has done all that it was asked to; returns at once where there is none."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
 def reset_peak_memory() -> None:
     if has_cuda():
         torch.cuda.reset_peak_memory_stats()

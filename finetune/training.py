@@ -287,6 +287,8 @@ class Clock(TrainerCallback):
         self._progress = paths.run_folder(settings.profile, settings.run) / "progress.json"
 
     def pause(self) -> None:
+        # What was launched is not done yet; it must not count as validation.
+        hardware.wait_for_gpu()
         self.seconds += time.perf_counter() - self._since
         self.energy.stop()
 
@@ -304,13 +306,12 @@ class Clock(TrainerCallback):
         self.go_on()
 
     def on_step_end(self, args, state, control, **_) -> None:
-        self.pause()
-        self.go_on()
         # Small models take a hundred steps a second; a file each would take longer.
         if time.time() - self._reported < SECONDS_BETWEEN_REPORTS:
             return
         self._reported = time.time()
-        pace = (self.seconds - self._before) / (state.global_step - self._resumed_at)
+        seconds = self.seconds + time.perf_counter() - self._since
+        pace = (seconds - self._before) / (state.global_step - self._resumed_at)
         write_json(
             self._progress,
             {
@@ -323,6 +324,8 @@ class Clock(TrainerCallback):
         )
 
     def on_save(self, args, state, control, **_) -> None:
+        self.pause()
+        self.go_on()
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         write_json(
             checkpoint / WHOLE, {"step": state.global_step, "seconds": self.seconds, "joules": self.energy.joules}
