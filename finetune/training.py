@@ -172,8 +172,9 @@ def _trainer(
     }
     if not recipe.packing:
         return SFTTrainer(**arguments)
-    # Where prompts carry loss too, each article pays for its own.
-    shared = chat.shared_length([row.prompt for row in encoded]) if recipe.supervise == "answer" else 0
+    # Where prompts carry loss or meet with dropout, each article needs its own.
+    alike = recipe.supervise == "answer" and recipe.lora_dropout == 0
+    shared = chat.shared_length([row.prompt for row in encoded]) if alike else 0
     shapes = _fixed_shapes(recipe, encoded) if use_graphs(recipe, checkpointing) else None
     return RowTrainer(backbone, shapes is not None, data_collator=RowCollator(shared, shapes), **arguments)
 

@@ -319,3 +319,13 @@ def test_packed_and_padded_batches_have_the_same_loss_and_gradients(tiny, run):
     (loss, gradient), (other_loss, other) = results
     assert loss == pytest.approx(other_loss, rel=1e-2)
     assert torch.nn.functional.cosine_similarity(gradient, other, dim=0) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_shared"), [({}, True), ({"supervise": "all"}, False), ({"lora_dropout": 0.1}, False)]
+)
+def test_what_prompts_share_is_computed_once_only_where_it_changes_nothing(tiny, changes, is_shared):
+    session = session_of("lora", tiny | changes)
+    rows = [session.trainer.train_dataset[row] for row in range(4)]
+    computed = session.trainer.data_collator(rows)["input_ids"].numel()
+    assert (computed < sum(len(row["input_ids"]) for row in rows)) == is_shared
