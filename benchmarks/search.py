@@ -1,7 +1,8 @@
 """Search hyper-parameters on validation rows: train every combination of a grid, and never look at a test row.
 
     python -m benchmarks.search full --profile gpu --set source=csv --set data_path=FOLDER \\
-        --grid learning_rate=5e-5,1e-4 --grid weights=bfloat16,float32 --out results/search-full.json
+        --grid learning_rate=5e-5,1e-4 --grid weights=bfloat16,float32 --try learning_rate=1e-3,epochs=3 \\
+        --out results/search-full.json
 
 Writes one line of JSON per training, with its settings, final validation accuracy and log loss, seconds and peak
 memory. Nothing is saved of the models.
@@ -31,7 +32,7 @@ def main() -> None:
     options = _options()
     os.environ["FINETUNE_COMMAND"] = shlex.join(["python", "-m", "benchmarks.search", *sys.argv[1:]])
     results: list[dict[str, Any]] = []
-    for combination in combinations(options.grid):
+    for combination in (combinations(options.grid) if options.grid else []) + tries(options.tries):
         wanted = {"saves": 0} | parse_assignments(options.assignments) | combination
         settings = plan_training(options.run, options.profile, wanted)
         results.append({"run": options.run, **combination, **_train(settings)})
@@ -46,12 +47,18 @@ def combinations(grid: list[str]) -> list[dict[str, str]]:
     return [dict(choice) for choice in itertools.product(*axes)]
 
 
+def tries(lines: list[str]) -> list[dict[str, str]]:
+    """`["a=1,b=3"]` as `[{"a": "1", "b": "3"}]`."""
+    return [parse_assignments(line.split(",")) for line in lines]
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--profile", default="auto")
     parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--grid", action="append", default=[], metavar="NAME=VALUE,VALUE")
+    parser.add_argument("--try", dest="tries", action="append", default=[], metavar="NAME=VALUE,NAME=VALUE")
     parser.add_argument("--out", default="results/search.json")
     return parser.parse_args()
 

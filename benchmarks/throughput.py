@@ -1,10 +1,11 @@
 """Speed and memory of training and evaluation on one GPU: a ladder of optimisations, and the peer beside it.
 
-    python -m benchmarks.throughput CSV_FOLDER [--layers 28] [--only PART ...] [--out FILE]
+    python -m benchmarks.throughput CSV_FOLDER [--layers 28] [--only PART ...] [--rungs KEY ...] [--gpus 1] [--out FILE]
 
 CSV_FOLDER holds AG News' train.csv and test.csv. The model has the shape of Qwen2.5-7B and random weights: time and
 memory do not depend on their values. Its tokenizer is the embedded model's, whose articles are about as long as
-Qwen's. Every part is measured in a process of its own; all of it on one machine, in one run.
+Qwen's. Every part is measured in a process of its own, alone on its GPU; all of it on one machine, in one run. With
+several GPUs the parts share them out.
 
 Counting: `tokens/s` counts each article's own tokens, prompt and answer included, whether a row shares its beginning
 with others or not. `TFLOP/s` counts the tokens that were computed, 4 N per token where the base is frozen and 6 N where
@@ -19,17 +20,23 @@ import gc
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
+from data_prep import LABELS
 from data_prep.store import write_json
+from finetune import paths
 
 WARM_STEPS, TIMED_STEPS = 2, 6
 SEED_BATCH = {"batch_size": 8, "gradient_accumulation_steps": 4}
@@ -42,6 +49,7 @@ class Rung:
     """One measurement.
 
     Attributes:
+        key: What tables know it by.
         name: What it adds to the rung before it.
         run: The suite's run.
         overrides: Parameters of the suite.
@@ -51,6 +59,7 @@ class Rung:
         share: Whether rows share the tokens that all begin with.
     """
 
+    key: str
     name: str
     run: str = "lora"
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -61,55 +70,85 @@ class Rung:
 
 
 FIRST = SEED_BATCH | ALL_LINEAR | {"prompt": "verbose", "supervise": "all", "gradient_checkpointing": "plain"}
-FIRST |= {"cuda_graphs": False}
+FIRST |= {"cuda_graphs": False, "fused_kernels": False, "offload_embedding": "off"}
 PLAIN = {"trainer": "trl", "engine": "transformers"}
 PACK = {"packing": True, "max_length": 512}
 UNSLOTH = FIRST | {"gradient_checkpointing": "unsloth"}
 KEPT = UNSLOTH | {"gradient_checkpointing": "off"}
 LEAN = KEPT | {"supervise": "answer", "prompt": "lean"}
 BEST = LEAN | LARGE_BATCH
-SMALL_GRAPHS = {"batch_size": 16, "gradient_accumulation_steps": 4, "cuda_graphs": True}
-FULL_BEST = BEST | {"weights": "bfloat16", "optimizer": "adamw_8bit"}
+PEER = BEST | {"gradient_checkpointing": "plain"}
+THRIFTY = BEST | {"gradient_checkpointing": "plain", "offload_embedding": "on"}
+GRAPHS = {"cuda_graphs": True, "offload_embedding": "on"}
+GRAPHS_16 = BEST | GRAPHS | {"batch_size": 16, "gradient_accumulation_steps": 4}
+GRAPHS_8 = BEST | GRAPHS | {"batch_size": 8, "gradient_accumulation_steps": 8}
+FULL = BEST | {"weights": "bfloat16", "optimizer": "adamw_8bit", "gradient_accumulation_steps": 2}
+FULL_LIGER = FULL | {"fused_kernels": True}
+FOUR_BIT = {"optimizer": "adamw_4bit_stochastic", "gradient_checkpointing": "plain"}
 
 PARTS: dict[str, tuple[Rung, ...]] = {
     "plain": (
-        Rung("TRL + PEFT: 8 x 4 articles, long prompt, loss on all tokens, checkpointing", overrides=FIRST, **PLAIN),
-        Rung("+ cudnn.benchmark", overrides=FIRST | {"cudnn_benchmark": True}, **PLAIN),
-        Rung("peer: TRL + PEFT, tuned, checkpointing", overrides=BEST | {"gradient_checkpointing": "plain"}, **PLAIN),
-        Rung("peer: TRL + PEFT, tuned, no checkpointing", overrides=BEST, **PLAIN),
+        Rung(
+            "trl_seed",
+            "TRL + PEFT: 8 x 4 articles, long prompt, loss on all tokens, checkpointing",
+            "lora",
+            FIRST,
+            **PLAIN,
+        ),
+        Rung("trl_cudnn", "+ cudnn.benchmark", "lora", FIRST | {"cudnn_benchmark": True}, **PLAIN),
+        Rung("trl_packed", "+ TRL's packing, rows of 512", "lora", FIRST, options=PACK, **PLAIN),
+        Rung("peer_checkpointing", "peer: TRL + PEFT, tuned, checkpointing", "lora", PEER, **PLAIN),
+        Rung("peer", "peer: TRL + PEFT, tuned, no checkpointing", "lora", BEST, **PLAIN),
+        Rung("peer_liger", "peer: the same with Liger's kernels", "lora", BEST | {"fused_kernels": True}, **PLAIN),
     ),
     "lora": (
-        Rung("+ Unsloth's kernels, packing in rows of 512", overrides=UNSLOTH, trainer="trl", options=PACK),
-        Rung("+ flash attention over whole articles", overrides=UNSLOTH, share=False),
-        Rung("+ no checkpointing", overrides=KEPT, share=False),
-        Rung("+ loss on the answer alone", overrides=KEPT | {"supervise": "answer"}, share=False),
-        Rung("+ lean prompt", overrides=LEAN, share=False),
-        Rung("+ common beginning computed once", overrides=LEAN),
-        Rung("+ 64 articles at once", overrides=BEST),
-        Rung("LoRA, 16 x 4 articles, CUDA graphs", overrides=BEST | SMALL_GRAPHS),
-        Rung("LoRA, checkpointing", overrides=BEST | {"gradient_checkpointing": "plain"}),
-        Rung("LoRA, Unsloth's checkpointing", overrides=BEST | {"gradient_checkpointing": "unsloth"}),
+        Rung("unsloth_seed", "+ Unsloth's kernels and checkpointing", "lora", UNSLOTH, "trl", options=PACK),
+        Rung("flash", "+ flash attention over whole articles", "lora", UNSLOTH, share=False),
+        Rung("kept", "+ no checkpointing", "lora", KEPT, share=False),
+        Rung("answer", "+ loss on the answer alone", "lora", KEPT | {"supervise": "answer"}, share=False),
+        Rung("lean", "+ lean prompt", "lora", LEAN, share=False),
+        Rung("shared", "+ common beginning computed once", "lora", LEAN),
+        Rung("batch", "+ 64 articles at once", "lora", BEST),
+    ),
+    "lora_memory": (
+        Rung("lora_graphs_16x4", "LoRA, 16 x 4 articles, CUDA graphs, embeddings on the host", "lora", GRAPHS_16),
+        Rung("lora_graphs_8x8", "LoRA, 8 x 8 articles, the same", "lora", GRAPHS_8),
+        Rung("lora_checkpointing", "LoRA, checkpointing, embeddings on the host", "lora", THRIFTY),
+        Rung(
+            "lora_unsloth_checkpointing",
+            "LoRA, Unsloth's checkpointing, embeddings on the host",
+            "lora",
+            THRIFTY | {"gradient_checkpointing": "unsloth"},
+        ),
     ),
     "qlora": (
-        Rung("QLoRA", "qlora", BEST),
-        Rung("QLoRA, 16 x 4 articles, CUDA graphs", "qlora", BEST | SMALL_GRAPHS),
-        Rung("QLoRA, checkpointing", "qlora", BEST | {"gradient_checkpointing": "plain"}),
-        Rung("QLoRA, Unsloth's checkpointing", "qlora", BEST | {"gradient_checkpointing": "unsloth"}),
+        Rung("qlora", "QLoRA, 64 articles at once", "qlora", BEST),
+        Rung("qlora_graphs_16x4", "QLoRA, 16 x 4 articles, CUDA graphs, embeddings on the host", "qlora", GRAPHS_16),
+        Rung("qlora_graphs_8x8", "QLoRA, 8 x 8 articles, the same", "qlora", GRAPHS_8),
+        Rung("qlora_checkpointing", "QLoRA, checkpointing, embeddings on the host", "qlora", THRIFTY),
     ),
     "full": (
-        Rung("full, bf16 weights, 8-bit AdamW", "full_unsloth", FULL_BEST),
-        Rung("full, the same, checkpointing", "full_unsloth", FULL_BEST | {"gradient_checkpointing": "unsloth"}),
-    ),
-    "full_plain": (
-        Rung("full, bf16 weights, 8-bit AdamW, transformers", "full", FULL_BEST, engine="transformers"),
+        Rung("full_plain", "full, bf16 weights, 8-bit AdamW, 64 x 2 articles", "full", FULL, engine="transformers"),
+        Rung("full", "full, + Liger's kernels", "full", FULL_LIGER, engine="transformers"),
         Rung(
-            "full, the same, checkpointing, transformers",
+            "full_checkpointing",
+            "full, + checkpointing",
             "full",
-            FULL_BEST | {"gradient_checkpointing": "plain"},
+            FULL_LIGER | {"gradient_checkpointing": "plain"},
+            engine="transformers",
+        ),
+        Rung(
+            "full_4bit_checkpointing",
+            "full, + 4-bit AdamW with stochastic rounding",
+            "full",
+            FULL_LIGER | FOUR_BIT,
             engine="transformers",
         ),
     ),
+    "full_unsloth": (Rung("full_unsloth", "full, bf16 weights, 8-bit AdamW, Unsloth", "full_unsloth", FULL),),
 }
+# A part that compiles without end must not cost the others their time.
+PART_SECONDS = 420
 
 
 def main() -> None:
@@ -121,9 +160,14 @@ def main() -> None:
     os.environ["FINETUNE_COMMAND"] = shlex.join(["python", "-m", "benchmarks.throughput", *sys.argv[1:]])
     report = _provenance(options)
     model = _random_model(options.layers, Path(options.scratch))
-    for part in options.only or [*PARTS, "evaluation", "start"]:
-        report["results"] += _in_process(part, options, model)
-        write_json(Path(options.out), report)
+    parts = options.only or [*PARTS, "evaluation", "start"]
+    free_gpus: Queue[int] = Queue()
+    for gpu in range(options.gpus):
+        free_gpus.put(gpu)
+    with ThreadPoolExecutor(options.gpus) as pool:
+        for results in pool.map(lambda part: _in_process(part, options, model, free_gpus), parts):
+            report["results"] += results
+            write_json(Path(options.out), report)
     print(table(report["results"]))
 
 
@@ -170,6 +214,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("csv", metavar="CSV_FOLDER")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--rungs", nargs="*", default=[], metavar="KEY")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs to share the parts out to")
     parser.add_argument("--scratch", default="/dev/shm")
     parser.add_argument("--out", default="results/throughput.json")
     parser.add_argument("--profile", action="store_true", help="print each rung's slowest kernels")
@@ -178,16 +224,31 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _in_process(part: str, options: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
+def _in_process(part: str, options: argparse.Namespace, model: Path, free_gpus: Queue[int]) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "benchmarks.throughput", options.csv, "--part", part, "--model", str(model)]
+    command += ["--rungs", *options.rungs] if options.rungs else []
     command += ["--profile"] if options.profile else []
-    start = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    print(f"{part}: {time.perf_counter() - start:.0f} s, exit {done.returncode}", flush=True)
-    if done.returncode:
-        print(done.stdout[-3000:], flush=True)
+    gpu = free_gpus.get()
+    with tempfile.TemporaryDirectory() as home:
+        # A home of its own: parts prepare their data with other prompts at the same time. It begins with what a second
+        # run finds.
+        shutil.copytree(paths.dataset_folder("csv"), Path(home, "datasets", "csv"))
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "FINETUNE_HOME": home}
+        start = time.perf_counter()
+        output, outcome = _output_of(command, environment)
+    free_gpus.put(gpu)
+    print(f"{part}: {time.perf_counter() - start:.0f} s on GPU {gpu}, {outcome}", flush=True)
+    lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
     return [json.loads(line.removeprefix("RESULT ")) for line in lines]
+
+
+def _output_of(command: list[str], environment: Mapping[str, str]) -> tuple[str, str]:
+    """What a command printed, as far as it came in time, and how it ended."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, timeout=PART_SECONDS, check=False)
+        return done.stdout.decode(), f"exit {done.returncode}"
+    except subprocess.TimeoutExpired as error:
+        return (error.stdout or b"").decode(), f"ended after {PART_SECONDS} s"
 
 
 def _random_model(layers: int, scratch: Path) -> Path:
@@ -232,7 +293,8 @@ def _measure_part(options: argparse.Namespace) -> None:
     elif options.part == "start":
         results = _start(options)
     else:
-        results = (_attempt(rung, options) for rung in PARTS[options.part])
+        wanted = [rung for rung in PARTS[options.part] if not options.rungs or rung.key in options.rungs]
+        results = (_attempt(rung, options) for rung in wanted)
     for result in results:
         print("RESULT " + json.dumps({"part": options.part, **result}), flush=True)
 
@@ -243,11 +305,7 @@ def _attempt(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
         return _training(rung, options)
     except Exception as error:
         traceback.print_exc()
-        return {"name": rung.name, "outcome": f"{type(error).__name__}: {error}"[:300]}
-
-
-# When each training of this process had done its first step.
-first_step_at: list[float] = []
+        return {"key": rung.key, "name": rung.name, "outcome": f"{type(error).__name__}: {error}"[:300]}
 
 
 def _training(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
@@ -275,10 +333,10 @@ def _training(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = plan.recipe.cudnn_benchmark
     trainer = _suite_trainer(rung, plan, data) if rung.trainer == "suite" else _trl_trainer(rung, plan, data)
     timing = _timed(trainer, options.profile)
-    first_step_at.append(timing.pop("first_step_at"))
     parameters = models.parameter_count(trainer.model)
     flops = (4 if plan.recipe.adapter else 6) * parameters * timing["computed_per_second"]
     return {
+        "key": rung.key,
         "name": rung.name,
         "run": rung.run,
         "overrides": rung.overrides,
@@ -371,7 +429,7 @@ def _timed(trainer, profile: bool) -> dict[str, Any]:
         "tokens_per_second": tokens / seconds,
         "computed_per_second": computed / seconds,
         "seconds_to_first_step": stamps[0] - start,
-        "first_step_at": stamps[0],
+        "ended_first_step": stamps[0],
         **kernels,
     }
 
@@ -442,30 +500,51 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         scorer = evaluation.LabelScorer(segments.Backbone(model), tokenizer, batch)
         scorer.score(prompts[:batch])
         _, seconds = evaluation.timed(scorer.score, prompts)
-        shared = chat.shared_length(prompts)
-        read = sum(len(prompt) - shared for prompt in prompts)
+        read = _computed_tokens(prompts, [chat.answer_tokens(tokenizer, label)[:-1] for label in LABELS])
         flops = 2 * models.parameter_count(model) * read / seconds
         yield {
+            "key": f"scoring_{prompt}_{batch}",
             "name": f"scoring, {prompt} prompt, {batch} articles at once",
+            "parameters": models.parameter_count(model),
             "articles_per_second": len(prompts) / seconds,
             "tokens_per_second": sum(map(len, prompts)) / seconds,
+            "computed_per_second": read / seconds,
             "tflops": flops / 1e12,
+            "matrix_peak_tflops": peak / 1e12,
             "share_of_peak": flops / peak,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         }
         if batch == 128:
             _, seconds = evaluation.timed(evaluation.generate, model, tokenizer, prompts[:512], 128)
-            yield {"name": f"generation, {prompt} prompt, 128 articles at once", "articles_per_second": 512 / seconds}
+            yield {
+                "key": f"generation_{prompt}_128",
+                "name": f"generation, {prompt} prompt, 128 articles at once",
+                "articles_per_second": 512 / seconds,
+            }
         del model, scorer
         gc.collect()
         torch.cuda.empty_cache()
 
 
+def _computed_tokens(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> int:
+    """Tokens that scoring computes: what articles do not share, what all answers begin with, and what each goes on with
+    but its last token, which is predicted only."""
+    from finetune import chat
+
+    shared, prefix = chat.shared_length(prompts), len(chat.common_prefix(answers))
+    per_article = prefix + sum(len(answer) - prefix - 1 for answer in answers)
+    return sum(len(prompt) - shared + per_article for prompt in prompts)
+
+
 def _start(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Seconds from the first import to the end of the first optimiser step, in this fresh process."""
     start = time.perf_counter()
-    result = _training(Rung("LoRA, from the first import to the end of the first step", overrides=BEST), options)
-    yield {"name": result["name"], "seconds_to_first_step": first_step_at[0] - start}
+    rung = Rung("start", "LoRA, from the first import to the end of the first step", "lora", BEST)
+    yield {
+        "key": rung.key,
+        "name": rung.name,
+        "seconds_to_first_step": _training(rung, options)["ended_first_step"] - start,
+    }
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ PACKAGES = (
     "bitsandbytes",
     "unsloth",
     "unsloth_zoo",
+    "liger-kernel",
+    "torchao",
+    "triton",
     "scikit-learn",
     "numpy",
 )

@@ -13,8 +13,9 @@ from finetune.recipes import Recipe
 from finetune.settings import Settings
 
 BYTES = {"bfloat16": 2, "float32": 4}
-# AdamW's two moments: in the trained weights' precision, or a byte each with bitsandbytes' 8-bit optimiser.
+# AdamW's two moments: in the trained weights' precision, or in what the optimiser's name says.
 MOMENTS = 2
+MOMENT_BYTES = {"adamw_8bit": 1, "adamw_8bit_stochastic": 1, "adamw_4bit_stochastic": 0.5}
 
 
 # Memory that nothing here foresees: the allocator's fragments, kernels' workspaces, the CUDA context.
@@ -125,8 +126,8 @@ def still_needed_bytes(recipe: Recipe, trainable_parameters: int) -> int:
     PEFT holds adapters in fp32 and TRL those of a 4-bit base in bf16; fp32 is the safe assumption for both.
     """
     weight = 4 if recipe.adapter else BYTES[recipe.weights]
-    moment = 1 if recipe.optimizer.startswith("adamw_8bit") else weight
-    return trainable_parameters * (weight + MOMENTS * moment)
+    moment = MOMENT_BYTES.get(recipe.optimizer, weight)
+    return round(trainable_parameters * (weight + MOMENTS * moment))
 
 
 def require_room(recipe: Recipe, trainable_parameters: int) -> str:

@@ -18,6 +18,7 @@ import torch
 
 from data_prep import UserError
 from finetune import embedded, hardware, paths, segments
+from finetune.recipes import Recipe
 from finetune.settings import Settings
 
 # It recommends a package that would fetch a faster 4-bit kernel from the hub; we run without either.
@@ -117,7 +118,26 @@ def load_for_training(settings: Settings, checkpointing: str = "off"):
     if settings.engine == "unsloth":
         return _load_with_unsloth(settings, {"unsloth": "unsloth", "plain": True, "off": False}[checkpointing])
     model = _load_plain(model_path(settings), weights=settings.recipe.weights, quantised=settings.recipe.load_in_4bit)
+    if uses_liger(settings):
+        _fuse_kernels(model)
     return _with_adapter(model, settings) if settings.recipe.adapter else model
+
+
+def uses_liger(settings: Settings) -> bool:
+    """Whether Liger's kernels replace the model's own: Triton needs CUDA, and Unsloth has others."""
+    return settings.recipe.fused_kernels and settings.engine == "transformers" and hardware.has_cuda()
+
+
+def _fuse_kernels(model) -> None:
+    from transformers.integrations.liger import apply_liger_kernel
+
+    try:
+        # The loss is ours: it takes only few positions to the vocabulary.
+        apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    except ImportError as error:
+        raise UserError(
+            f"Liger's kernels cannot be imported ({error}); install requirements/gpu.txt or set fused_kernels=False"
+        ) from error
 
 
 def training_backbone(model, settings: Settings) -> segments.Backbone:
@@ -274,8 +294,7 @@ def _load_with_unsloth(settings: Settings, checkpointing: str | bool):
             # Unsloth's name for fp32 weights under bf16 products.
             float32_mixed_precision=recipe.weights == "float32",
             use_gradient_checkpointing=checkpointing,
-            # Where memory is short, the frozen input embeddings, a gigabyte of a 7B model, go to the host too.
-            offload_embedding=bool(checkpointing) and recipe.adapter and not hardware.is_unified(),
+            offload_embedding=_offloads_embedding(recipe, bool(checkpointing)),
         )
     if not recipe.adapter:
         return model
@@ -288,6 +307,13 @@ def _load_with_unsloth(settings: Settings, checkpointing: str | bool):
         use_gradient_checkpointing=checkpointing,
         random_state=settings.experiment.seed,
     )
+
+
+def _offloads_embedding(recipe: Recipe, checkpointing: bool) -> bool:
+    if recipe.offload_embedding == "auto":
+        # Where memory is short enough for checkpointing.
+        return checkpointing and recipe.adapter and not hardware.is_unified()
+    return recipe.offload_embedding == "on"
 
 
 def _route_unsloth_attention() -> None:

@@ -18,6 +18,7 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_8bit_stochastic", "adamw_4bit_stochastic"]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -44,11 +45,17 @@ class Recipe:
     """Join a batch into one row without padding, and compute once what all prompts begin with; changes no result."""
     supervise: Literal["answer", "all"] = "answer"
     """Which tokens carry loss: the answer's, or the prompt's and the article's too."""
+    article_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the article's own loss beside the answer's, each a mean over tokens: language modelling as an auxiliary
+    objective (Radford et al. 2018)."""
+    label_smoothing: Share = 0.0
+    """Share of each target that goes to the other tokens of the vocabulary (Szegedy et al. 2016)."""
     weights: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision that the trained model's weights are held in; matrix products are bfloat16 either way."""
-    optimizer: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_8bit_stochastic"] = "adamw_torch_fused"
+    optimizer: Optimizer = "adamw_torch_fused"
     """AdamW; `adamw_8bit` (bitsandbytes) holds its two moments in a byte each, `adamw_8bit_stochastic` (torchao) also
-    rounds bfloat16 weights up or down at random, so that small updates count on average."""
+    rounds bfloat16 weights up or down at random, so that small updates count on average; `adamw_4bit_stochastic` does
+    the same with moments of half a byte."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after the warm-up."""
     warmup_share: Share = 0.03
@@ -61,6 +68,12 @@ class Recipe:
     """Recompute activations in the backward pass to save memory; `auto`: only where they would not fit."""
     cuda_graphs: bool = False
     """Replay each step as one CUDA graph: several times the speed for small models, nothing for large ones."""
+    fused_kernels: bool = True
+    """Norms, rotary embeddings and the MLP's activation as one kernel each (Liger), where transformers trains on CUDA;
+    Unsloth brings its own."""
+    offload_embedding: Literal["auto", "on", "off"] = "auto"
+    """Hold the frozen input embeddings in the host's memory (Unsloth; a gigabyte of a 7B model); `auto`: together with
+    gradient checkpointing, where the GPU has a memory of its own."""
     cudnn_benchmark: bool = True
     """Let cuDNN time its algorithms and keep the fastest; it governs convolutions, and a GPU alone."""
     lora_rank: Count = 16
@@ -113,3 +126,5 @@ def check(recipe: Recipe, method: str) -> None:
         )
     if recipe.load_in_4bit and recipe.weights == "float32":
         raise UserError("load_in_4bit=True contradicts weights=float32")
+    if not recipe.packing and (recipe.article_loss or recipe.label_smoothing):
+        raise UserError("article_loss and label_smoothing need packing=True: the loss of padded batches is TRL's own")

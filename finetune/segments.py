@@ -126,16 +126,25 @@ class Backbone:
         self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
         # Not the model's: its input embeddings may lie in the host's memory.
         self.device = self.head.weight.device
+        self.embeds_on_device = model.get_input_embeddings().weight.device == self.device
         _register()
         model.set_attn_implementation(NAME)
 
-    def __call__(self, row: Row) -> torch.Tensor:
-        """Hidden states of a row on the model's device, shape (T, width)."""
+    def __call__(self, row: Row, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states of a row on the model's device, shape (T, width).
+
+        Args:
+            row: The row.
+            embeddings: Its input embeddings if they are known, shape (1, T, width).
+        """
+        tokens = {"input_ids": row.input_ids} if embeddings is None else {"inputs_embeds": embeddings}
         with within(row):
-            output = self.decoder(
-                input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False, **self._keywords(row)
-            )
+            output = self.decoder(**tokens, position_ids=row.position_ids, use_cache=False, **self._keywords(row))
         return output.last_hidden_state[0]
+
+    def embed(self, row: Row) -> torch.Tensor:
+        """Input embeddings of a row on the model's device, shape (1, T, width)."""
+        return self.model.get_input_embeddings()(row.input_ids).to(self.device)
 
     def alone(self, tokens: Sequence[int]) -> torch.Tensor:
         """Hidden states of one sequence, computed as the model does without this module, shape (T, width)."""

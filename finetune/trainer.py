@@ -38,33 +38,33 @@ class RowCollator:
     Args:
         shared: Tokens that all rows begin with, computed once per batch. None of them may carry loss.
         shapes: What to pad to; nothing is padded without it.
+        article_weight: Loss of an article's token in relation to an answer's; articles carry none without it.
     """
 
-    def __init__(self, shared: int, shapes: FixedShapes | None = None):
+    def __init__(self, shared: int, shapes: FixedShapes | None = None, article_weight: float = 0.0):
         self._shared = shared
         self._shapes = shapes
+        self._article_weight = article_weight
 
     def __call__(self, examples: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
-        """A batch: `input_ids` and `labels` of shape (1, T), the `row`, and which places `predicts` which `targets`."""
-        forest, labels = segments.Forest(), []
+        """A batch: `input_ids` and `labels` of shape (1, T), the `row`, and for what carries loss: the place that
+        `predicts` it, the `targets` and their `weights`."""
+        forest, labels, targets = segments.Forest(), [], []
         parent = None
         if self._shared:
             parent = forest.add(examples[0]["input_ids"][: self._shared])
-            labels += [IGNORED] * self._shared
+            labels, targets = [IGNORED] * self._shared, [IGNORED] * self._shared
         for example in examples:
-            forest.add(example["input_ids"][self._shared :], parent)
-            # Nothing in its own sequence predicts a first token.
-            own = example["labels"][self._shared :]
-            labels += own if parent is not None else [IGNORED, *own[1:]]
-        predicts = [place - 1 for place, label in enumerate(labels) if label != IGNORED]
-        targets = [label for label in labels if label != IGNORED]
+            ids, own = example["input_ids"][self._shared :], example["labels"][self._shared :]
+            forest.add(ids, parent)
+            for into, tokens in ((labels, own), (targets, ids if self._article_weight else own)):
+                # What predicts a first token does not stand before it in the row.
+                into += [IGNORED, *tokens[1:]]
         if self._shapes:
             # At least one token, so that the number of segments is always the same.
             padding = self._shapes.multiple - len(labels) % self._shapes.multiple
             forest.add([0] * padding)
-            labels += [IGNORED] * padding
-            missing = self._shapes.supervised * len(examples) - len(targets)
-            predicts, targets = predicts + [0] * missing, targets + [IGNORED] * missing
+            labels, targets = labels + [IGNORED] * padding, targets + [IGNORED] * padding
         row = forest.row()
         if self._shapes:
             longest = max(self._shapes.longest, self._shapes.multiple)
@@ -72,10 +72,27 @@ class RowCollator:
         return {
             "input_ids": row.input_ids,
             "labels": torch.tensor([labels]),
-            "predicts": torch.tensor(predicts),
-            "targets": torch.tensor(targets),
+            **self._supervised(labels, targets, len(examples)),
             "row": row,
         }
+
+    def _supervised(self, labels: list[int], targets: list[int], articles: int) -> dict[str, torch.Tensor]:
+        places = [place for place, target in enumerate(targets) if target != IGNORED]
+        missing = self._missing(len(places), len(targets), articles)
+        answers = [labels[place] != IGNORED for place in places]
+        return {
+            "predicts": torch.tensor([place - 1 for place in places] + [0] * missing),
+            "targets": torch.tensor([targets[place] for place in places] + [IGNORED] * missing),
+            "weights": torch.tensor(
+                [1.0 if is_answer else self._article_weight for is_answer in answers] + [0.0] * missing
+            ),
+        }
+
+    def _missing(self, supervised: int, tokens: int, articles: int) -> int:
+        """Predictions to add so that batches are alike."""
+        if not self._shapes:
+            return 0
+        return (tokens if self._article_weight else self._shapes.supervised * articles) - supervised
 
 
 class RowTrainer(SFTTrainer):
@@ -84,13 +101,18 @@ class RowTrainer(SFTTrainer):
     Args:
         backbone: The model as `segments` runs it.
         graphed: Run the passes as CUDA graphs; the collator must give fixed shapes.
+        label_smoothing: Share of a target that goes to the other tokens of the vocabulary.
         arguments: What SFTTrainer takes.
     """
 
-    def __init__(self, backbone: segments.Backbone, graphed: bool = False, **arguments: Any):
+    def __init__(
+        self, backbone: segments.Backbone, graphed: bool = False, label_smoothing: float = 0.0, **arguments: Any
+    ):
         super().__init__(**arguments)
         self._backbone = backbone
-        self._passes = GraphedPasses(self._loss, backbone.model.parameters()) if graphed else None
+        self._label_smoothing = label_smoothing
+        self._trained = [parameter for parameter in backbone.model.parameters() if parameter.requires_grad]
+        self._passes = GraphedPasses(self._loss, self._trained) if graphed else None
         # The loss divides by the whole update's supervised tokens itself.
         self.model_accepts_loss_kwargs = True
 
@@ -98,11 +120,22 @@ class RowTrainer(SFTTrainer):
         """Forward and backward pass; the row is active in both, because checkpointed layers run again in the second."""
         inputs = self._prepare_inputs(inputs)
         if self._passes:
-            model.train()
             tokens = torch.as_tensor(num_items_in_batch, device=self.args.device)
-            return self._passes({**inputs, "tokens": tokens})
+            return self._passes({**inputs, **self._embedded(inputs["row"]), "tokens": tokens})
         with segments.within(inputs["row"]):
             return super().training_step(model, inputs, num_items_in_batch)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # Nothing reads them; to count them the trainer walks through all modules at each step, and so it does to clip.
+        # Of a small model these walks took as long as the GPU: 20 ms a step, SmolLM2-135M with LoRA.
+        return 0
+
+    def _clip_grad_norm(self, model) -> torch.Tensor:
+        return torch.nn.utils.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+
+    def _embedded(self, row: segments.Row) -> dict[str, torch.Tensor]:
+        """Input embeddings that lie in the host's memory, where no CUDA graph can read them."""
+        return {} if self._backbone.embeds_on_device else {"embeddings": self._backbone.embed(row)}
 
     def _prepare_input(self, data: Any) -> Any:
         return data.to(self.args.device) if isinstance(data, segments.Row) else super()._prepare_input(data)
@@ -117,5 +150,9 @@ class RowTrainer(SFTTrainer):
     def _loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
         row = batch["row"]
         with torch.autocast(row.input_ids.device.type, dtype=torch.bfloat16):
-            logits = self._backbone.head(self._backbone(row).index_select(0, batch["predicts"]))
-        return functional.cross_entropy(logits.float(), batch["targets"], reduction="sum") / batch["tokens"]
+            hidden = self._backbone(row, batch.get("embeddings"))
+            logits = self._backbone.head(hidden.index_select(0, batch["predicts"]))
+        losses = functional.cross_entropy(
+            logits.float(), batch["targets"], reduction="none", label_smoothing=self._label_smoothing
+        )
+        return (losses * batch["weights"]).sum() / batch["tokens"]

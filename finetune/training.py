@@ -175,8 +175,16 @@ def _trainer(
     # Where prompts carry loss or meet with dropout, each article needs its own.
     alike = recipe.supervise == "answer" and recipe.lora_dropout == 0
     shared = chat.shared_length([row.prompt for row in encoded]) if alike else 0
-    shapes = _fixed_shapes(recipe, encoded) if use_graphs(recipe, checkpointing) else None
-    return RowTrainer(backbone, shapes is not None, data_collator=RowCollator(shared, shapes), **arguments)
+    shapes = _fixed_shapes(recipe, encoded, shared) if use_graphs(recipe, checkpointing) else None
+    collator = RowCollator(shared, shapes, _article_weight(recipe, encoded, shared))
+    return RowTrainer(backbone, shapes is not None, recipe.label_smoothing, data_collator=collator, **arguments)
+
+
+def _article_weight(recipe: Recipe, encoded: Sequence[chat.Encoded], shared: int) -> float:
+    """What an article's token weighs against an answer's, so that the two means are weighed as the recipe says."""
+    answers = sum(len(row.answer) for row in encoded)
+    articles = sum(len(row.prompt) - shared for row in encoded)
+    return recipe.article_loss * answers / articles
 
 
 def use_graphs(recipe: Recipe, checkpointing: str) -> bool:
@@ -184,11 +192,12 @@ def use_graphs(recipe: Recipe, checkpointing: str) -> bool:
     return recipe.cuda_graphs and hardware.has_cuda() and checkpointing == "off"
 
 
-def _fixed_shapes(recipe: Recipe, encoded: Sequence[chat.Encoded]) -> FixedShapes:
+def _fixed_shapes(recipe: Recipe, encoded: Sequence[chat.Encoded], shared: int) -> FixedShapes:
     supervised = max(len(row.answer) if recipe.supervise == "answer" else len(row) for row in encoded)
-    # Few shapes, each of which is recorded once, against little padding: batches of 32 articles have 1,800 to 2,400
-    # tokens.
-    return FixedShapes(multiple=256, longest=max(map(len, encoded)), supervised=supervised)
+    # Few shapes, each of which is recorded once, against little padding: an eighth of a batch, as a power of two.
+    batch = recipe.batch_size * (sum(map(len, encoded)) / len(encoded) - shared)
+    multiple = max(64, 2 ** round(math.log2(batch / 8)))
+    return FixedShapes(multiple, longest=max(map(len, encoded)), supervised=supervised)
 
 
 def check_supervision(trainer: SFTTrainer, tokenizer) -> Supervision:
@@ -401,8 +410,17 @@ def _choices(settings: Settings, attention: models.Attention, checkpointing: mem
         "packing": "on: a batch is one row, and what prompts share is computed once" if recipe.packing else "off",
         "gradient checkpointing": f"{checkpointing.mode}: {checkpointing.reason}",
         "precision": f"{precision}, bfloat16 products",
+        "kernels": _kernels_choice(settings),
         "CUDA graphs": _graphs_choice(recipe, checkpointing.mode),
     }
+
+
+def _kernels_choice(settings: Settings) -> str:
+    if settings.engine == "unsloth":
+        return "Unsloth's"
+    if models.uses_liger(settings):
+        return "Liger's for norms, rotary embeddings and the MLP's activation, where it knows the model"
+    return "PyTorch's: fused ones need CUDA" if settings.recipe.fused_kernels else "PyTorch's: asked for"
 
 
 def _graphs_choice(recipe: Recipe, checkpointing: str) -> str:
@@ -413,8 +431,11 @@ def _graphs_choice(recipe: Recipe, checkpointing: str) -> str:
     return "off: they need CUDA, and no gradient checkpointing"
 
 
-# Ours for a torchao optimiser with an option.
-_OPTIMIZERS = {"adamw_8bit_stochastic": {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}}
+# Ours for torchao's optimisers with an option.
+_OPTIMIZERS = {
+    f"adamw_{bits}bit_stochastic": {"optim": f"adamw_torch_{bits}bit", "optim_args": "bf16_stochastic_round=True"}
+    for bits in (8, 4)
+}
 
 
 def _arguments(settings: Settings, checkpointing: str) -> SFTConfig:

@@ -107,6 +107,23 @@ def test_loss_on_all_tokens_is_that_of_the_articles_one_by_one(backbone):
     torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("shapes", [None, FixedShapes(multiple=16, longest=9, supervised=4)])
+def test_an_articles_own_tokens_weigh_what_they_are_given(backbone, shapes):
+    batch = RowCollator(3, shapes, article_weight=0.25)(EXAMPLES)
+    logits = backbone.head(backbone(batch["row"]).index_select(0, batch["predicts"]))
+    losses = torch.nn.functional.cross_entropy(logits, batch["targets"], reduction="none")
+    articles = [{**one, "labels": [IGNORED] * 4 + one["input_ids"][4:-2] + [IGNORED] * 2} for one in EXAMPLES]
+    expected = by_hand(backbone, EXAMPLES)[0] + 0.25 * by_hand(backbone, articles)[0]
+    assert (losses * batch["weights"]).sum().item() == pytest.approx(expected, rel=1e-5)
+    assert (batch["labels"] != IGNORED).sum() == 6
+
+
+def test_embeddings_may_be_computed_beforehand(backbone):
+    row = RowCollator(3)(EXAMPLES)["row"]
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(row, backbone.embed(row)), backbone(row))
+
+
 def test_a_row_computes_what_is_shared_once():
     alone, together = (RowCollator(shared)(EXAMPLES)["input_ids"].numel() for shared in (0, 3))
     assert alone - together == 3 * (len(EXAMPLES) - 1)

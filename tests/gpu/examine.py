@@ -1,7 +1,8 @@
 """Trains on a GPU and prints what came out, for test_gpu.py: each engine needs a process of its own, because Unsloth
 changes transformers for the whole process.
 
-    python tests/gpu/examine.py MODEL CSV_FOLDER ENGINE RUN [RUN ...]    # a line of JSON per run
+    python tests/gpu/examine.py MODEL CSV_FOLDER ENGINE RUN [RUN ...]           # a line of JSON per run
+    python tests/gpu/examine.py MODEL CSV_FOLDER ENGINE --load RUN [RUN ...]    # what these left, by plain libraries
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import gc
 import json
 import sys
 
-from finetune import plan_training
+from finetune import plan, plan_training
 
 ROWS = 32
 OVERRIDES = {
@@ -28,9 +29,13 @@ OVERRIDES = {
 
 def main() -> None:
     model, csv, engine, *runs = sys.argv[1:]
-    for run in runs:
-        settings = plan_training(run, "gpu", OVERRIDES | {"model": model, "data_path": csv, "engine": engine})
-        print("RESULT " + json.dumps({"run": run, "engine": engine, **_examine(settings)}), flush=True)
+    load = runs[0] == "--load"
+    for run in runs[load:]:
+        # Loading must not import Unsloth, which plan_training would.
+        planned = plan if load else plan_training
+        settings = planned(run, "gpu", OVERRIDES | {"model": model, "data_path": csv, "engine": engine})
+        result = _load(settings) if load else _examine(settings)
+        print("RESULT " + json.dumps({"run": run, "engine": engine, **result}), flush=True)
         _release()
 
 
@@ -57,12 +62,18 @@ def _gradients(session) -> dict:
     loss, packed = _step(session, [pack(rows)], _packed_loss)
     padded_loss, padded = _step(session, [pad(rows)], _padded_loss)
     small_loss, small = _step(session, [pack([row]) for row in rows], _packed_loss)
+    halves = [pack(rows[:16]), pack(rows[:16])]
+    halves_loss, apart = _step(session, halves, _packed_loss)
+    graphed_loss, graphed = _step(session, halves, _graphed_loss)
     return {
         "loss": loss,
         "padded_loss": padded_loss,
         "small_loss": small_loss,
+        "halves_loss": halves_loss,
+        "graphed_loss": graphed_loss,
         "padded": _compared(packed, padded),
         "small": _compared(packed, small),
+        "graphed": _compared(graphed, apart),
     }
 
 
@@ -87,6 +98,10 @@ def _packed_loss(session, batch, count) -> float:
         loss = session.trainer.compute_loss(session.model, batch, num_items_in_batch=count)
         loss.backward()
     return loss.item()
+
+
+def _graphed_loss(session, batch, count) -> float:
+    return session.trainer._passes({**batch, "tokens": count}).item()
 
 
 def _padded_loss(session, batch, count) -> float:
@@ -126,17 +141,48 @@ def _resumption(settings, data) -> dict[str, float]:
     except KeyboardInterrupt:
         del interrupted
         _release()
-    resumed = _trained(prepare_training(settings, data))
+    last = prepare_training(settings, data)
+    resumed = _trained(last)
     way = (ends[0] - start).norm()
     return {
         "again": ((ends[1] - ends[0]).norm() / way).item(),
         "resumed": ((resumed - ends[0]).norm() / way).item(),
+        "probabilities": _probabilities(last, data),
     }
 
 
 def _trained(session):
     session.run()
     return _weights(session)
+
+
+def _probabilities(session, data) -> list[list[float]]:
+    """Of the test rows' labels, by the model as it was trained."""
+    import torch
+
+    from finetune import chat, evaluation
+
+    prompts = [row.prompt for row in chat.encode(session.tokenizer, data.test, 1024)]
+    session.model.eval()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        return evaluation.LabelScorer(session.backbone, session.tokenizer, 64).score(prompts).tolist()
+
+
+def _load(settings) -> dict:
+    """The artefact by plain transformers and peft, and merged where it is an adapter: the same probabilities?"""
+    from finetune import records
+    from finetune.data import prepare_data
+    from finetune.merging import merge
+    from finetune.performance import evaluate
+
+    data = prepare_data(settings)
+    record = evaluate(settings, data, "examine.py")
+    rows = records.read_predictions(record, settings.run_folder)
+    merged = merge(settings, data) if settings.recipe.adapter else None
+    return {
+        "probabilities": [list(row.probabilities.values()) for row in rows],
+        "merged": merged and {"agreement": merged.agreement, "largest_difference": merged.largest_difference},
+    }
 
 
 def _weights(session):

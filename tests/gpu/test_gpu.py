@@ -11,6 +11,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,18 +33,25 @@ CASES = [
 
 @cache
 def examined(engine: str) -> dict[str, dict]:
-    """What tests/gpu/examine.py found for each run of an engine, in a process of its own."""
+    """What tests/gpu/examine.py found for each run of an engine; `loaded`: what plain libraries then found."""
     if not CSV.is_dir():
         pytest.skip(f"no AG News rows in {CSV}")
-    from finetune import embedded
-
     runs = [run for name, run in CASES if name == engine]
-    command = [sys.executable, "tests/gpu/examine.py", str(embedded.ensure().resolve()), str(CSV), engine, *runs]
-    search = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
     # In a folder of its own: the user's models and records stay as they are.
     with tempfile.TemporaryDirectory() as home:
-        environment = os.environ | {"PYTHONPATH": search, "FINETUNE_HOME": home}
-        done = subprocess.run(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        results = results_of(home, engine, *runs)
+        loaded = results_of(home, engine, "--load", *runs)
+    return {run: result | {"loaded": loaded[run]} for run, result in results.items()}
+
+
+def results_of(home: str, *arguments: str) -> dict[str, dict]:
+    """A process of its own: Unsloth changes transformers for the whole process."""
+    from finetune import embedded
+
+    command = [sys.executable, "tests/gpu/examine.py", str(embedded.ensure().resolve()), str(CSV), *arguments]
+    search = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": search, "FINETUNE_HOME": home}
+    done = subprocess.run(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     return {result["run"]: result for result in map(json.loads, lines)}
 
@@ -71,6 +79,15 @@ def test_one_batch_of_32_equals_32_of_one(engine, run):
 
 
 @pytest.mark.parametrize(("engine", "run"), CASES)
+def test_a_pass_as_cuda_graph_equals_the_pass_itself(engine, run):
+    """Added up over two batches of one shape, so that a replay is among them."""
+    result = examined(engine)[run]
+    assert result["graphed_loss"] == pytest.approx(result["halves_loss"], rel=1e-2)
+    assert result["graphed"]["cosine"] == pytest.approx(1, abs=5e-3)
+    assert result["graphed"]["norms"] == pytest.approx(1, abs=2e-2)
+
+
+@pytest.mark.parametrize(("engine", "run"), CASES)
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(engine, run):
     """Gradients of attention are added up in no fixed order: two uninterrupted trainings may differ by rounding."""
     result = examined(engine)[run]
@@ -81,6 +98,22 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(engine, run):
 def test_unsloth_and_transformers_begin_with_the_same_loss(ours, theirs):
     first, second = examined("unsloth")[ours]["loss"], examined("transformers")[theirs]["loss"]
     assert first == pytest.approx(second, rel=1e-2)
+
+
+@pytest.mark.parametrize(("engine", "run"), CASES)
+def test_plain_libraries_load_what_was_trained(engine, run):
+    """transformers and peft, without Unsloth, give the probabilities that the model had when its training ended."""
+    result = examined(engine)[run]
+    trained, loaded = np.array(result["probabilities"]), np.array(result["loaded"]["probabilities"])
+    assert np.abs(trained - loaded).max() < 0.1
+    assert (trained.argmax(axis=1) == loaded.argmax(axis=1)).mean() > 0.95
+
+
+@pytest.mark.parametrize(("engine", "run"), [case for case in CASES if case[1] in ("lora", "qlora")])
+def test_a_merged_adapter_answers_as_apart(engine, run):
+    merged = examined(engine)[run]["loaded"]["merged"]
+    assert merged["largest_difference"] < 0.1
+    assert merged["agreement"] > 0.95
 
 
 def test_flash_and_loop_attend_alike():
