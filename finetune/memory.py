@@ -58,7 +58,7 @@ def choose_checkpointing(settings: Settings, configuration, lengths: Sequence[in
 
 def model_bytes(recipe: Recipe, configuration) -> int:
     """Weights, gradients and optimiser of a training, from the model's configuration alone."""
-    shape = _shape(configuration)
+    shape = shape_of(configuration)
     adapter = shape.adapter_parameters(recipe) if recipe.adapter else 0
     trainable = adapter or shape.parameters
     if recipe.load_in_4bit:
@@ -76,13 +76,13 @@ def activation_bytes(configuration, tokens: int, engine: str) -> int:
     output (6 hidden), keys and values, and three of the MLP's width. Measured for a 7B model on an H100: 4.0 MB a
     token with Unsloth (this formula: 4.5) and 5.8 with PEFT, whose adapters keep copies in fp32.
     """
-    shape = _shape(configuration)
+    shape = shape_of(configuration)
     elements = shape.layers * (6 * shape.hidden + 2 * shape.keys + 3 * shape.intermediate)
     return round(tokens * elements * 2 * (1.0 if engine == "unsloth" else 1.4))
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """A Llama-like model's sizes."""
 
     hidden: int
@@ -109,8 +109,9 @@ class _Shape:
         return self.layers * recipe.lora_rank * sum(sides[name] for name in recipe.target_modules)
 
 
-def _shape(configuration) -> _Shape:
-    return _Shape(
+def shape_of(configuration) -> Shape:
+    """The sizes of a Llama-like model, from its configuration."""
+    return Shape(
         hidden=configuration.hidden_size,
         intermediate=configuration.intermediate_size,
         keys=configuration.hidden_size // configuration.num_attention_heads * configuration.num_key_value_heads,

@@ -12,9 +12,9 @@ import pandas as pd
 
 from data_prep import DataError, UserError
 from data_prep.store import replacing
-from finetune import comparison, errors, paths, records, report
+from finetune import comparison, errors, paths, records, report, speed
 from finetune.comparison import Comparison
-from finetune.wording import NAMES
+from finetune.wording import NAMES, markdown
 
 README = paths.PROJECT / "README.md"
 FOLDER = paths.PROJECT / "results" / "reference"
@@ -59,6 +59,7 @@ def regenerate() -> list[Path]:
         report.write_report(compared, page, errors.publishable_articles(compared.any_record.data))
         if page.read_bytes() != old:
             changed.append(page)
+    changed += speed.draw_ladders(FOLDER / "throughput")
     after = with_results(before)
     if after != before:
         with replacing(README) as file:
@@ -115,7 +116,7 @@ def with_results(readme: str) -> str:
         compared = comparison.load_folder(FOLDER / match["name"], match["name"])
         return match[1] + results_text(compared) + match[3]
 
-    return BLOCK.sub(block, readme)
+    return speed.with_blocks(BLOCK.sub(block, readme), FOLDER / "throughput")
 
 
 def results_text(compared: Comparison) -> str:
@@ -148,8 +149,3 @@ def results_text(compared: Comparison) -> str:
         f"{data.train_rows:,} training and {data.test_rows:,} test rows); {hardware}; commit "
         f"`{(where.commit or '')[:10]}`; `{where.command}`; records in `results/reference/{compared.profile}/`.\n"
     )
-
-
-def markdown(table: pd.DataFrame) -> str:
-    lines = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).values.tolist()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

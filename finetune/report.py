@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
@@ -190,7 +188,4 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
 
 def _embedded(figure: Figure) -> str:
     """The figure as a data address, so that the report is one file."""
-    content = BytesIO()
-    figure.savefig(content, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+    return "data:image/svg+xml;base64," + base64.b64encode(plots.as_svg(figure)).decode()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pandas as pd
+
 # In the order of the tables.
 NAMES = {
     "majority": "majority class",
@@ -42,3 +44,9 @@ def listed(parts: Sequence[str]) -> str:
 
 def format_p(p_value: float) -> str:
     return "< 0.001" if p_value < 0.001 else f"= {p_value:.3f}"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table in Markdown, without its index."""
+    lines = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).values.tolist()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
