@@ -65,7 +65,8 @@ def model_bytes(recipe: Recipe, configuration) -> int:
         # Half a byte and the block constants (Dettmers et al. 2023: 0.127 bit a parameter with double quantisation).
         weights = shape.in_layers * (4.127 / 8) + (shape.parameters - shape.in_layers) * 2
     else:
-        weights = shape.parameters * BYTES[recipe.weights]
+        # Of fp32 weights, autocast holds copies in bf16 until the backward pass is over.
+        weights = shape.parameters * (BYTES[recipe.weights] + (2 if recipe.weights == "float32" else 0))
     return round(weights + adapter * 4 + still_needed_bytes(recipe, trainable))
 
 

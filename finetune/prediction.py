@@ -14,7 +14,6 @@ from finetune.roofline import (
     Machine,
     bandwidth,
     configuration,
-    head,
     machine_of,
     micro_batch,
     recipe_of,
@@ -114,7 +113,7 @@ def text(found: Throughput, name: str) -> str:
     about = (
         "**A prediction, not a measurement: no run on a GB10 was made for this repository.** One epoch of AG News "
         f"({ARTICLES:,} articles) of Qwen2.5-7B on a DGX Spark, validation and start-up left out, with the recipes of "
-        "the `spark` profile and, below each, with larger micro-batches:"
+        "the `spark` profile, whose update of 32 articles is one micro-batch, and with smaller and larger ones:"
     )
     missing = [f"`{key}`: {found.lacking(key)}" for key in LENGTH_ROWS if not found.measured(key)]
     if missing:
@@ -185,9 +184,7 @@ def needed_bytes(recipe: Recipe, tokens: float) -> float:
     if recomputes(recipe):
         # Each layer's input, and all of one layer.
         activations = activations / shape().layers + 2 * tokens * shape().hidden * shape().layers
-    # Autocast keeps its bf16 copies of fp32 weights until the backward pass is through.
-    copies = 2 * (shape().parameters - head()) if recipe.weights == "float32" else 0
-    return memory.model_bytes(recipe, configuration()) + copies + activations
+    return memory.model_bytes(recipe, configuration()) + activations
 
 
 def settled(recipe: Recipe, tokens: float) -> Recipe:
@@ -200,21 +197,23 @@ def settled(recipe: Recipe, tokens: float) -> Recipe:
 
 
 def hours_table(found: Throughput) -> pd.DataFrame:
-    """Predicted hours of each method, for the profile's micro-batches and for larger ones."""
+    """Predicted hours of each method, for the profile's update in micro-batches of several sizes."""
     lines = []
     for method in METHODS:
         values = PROFILES["spark"].values_for(RUNS[method.run].method) | method.changes
-        for recipe in _larger(recipe_of(method.run, values)):
+        for recipe in _sizes(recipe_of(method.run, values)):
             batch = f"{recipe.batch_size} x {recipe.gradient_accumulation_steps}"
             lines.append({"": method.name, "articles": batch, **_hours_line(found, method, recipe)})
     return pd.DataFrame(lines).fillna("-")
 
 
-def _larger(recipe: Recipe) -> list[Recipe]:
-    """The recipe, the same update in one micro-batch, and twice that."""
+def _sizes(recipe: Recipe) -> list[Recipe]:
+    """The update in micro-batches of 8, as in the first experiment, at once, and twice as many articles at once."""
     update = recipe.batch_size * recipe.gradient_accumulation_steps
-    at_once = [replace(recipe, batch_size=count, gradient_accumulation_steps=1) for count in (update, 2 * update)]
-    return [recipe, *at_once]
+    return [
+        replace(recipe, batch_size=count, gradient_accumulation_steps=max(1, update // count))
+        for count in (8, update, 2 * update)
+    ]
 
 
 def _hours_line(found: Throughput, method: Method, asked: Recipe) -> dict[str, str]:

@@ -454,6 +454,8 @@ def _arguments(settings: Settings, checkpointing: str) -> SFTConfig:
         max_grad_norm=recipe.max_grad_norm,
         **_OPTIMIZERS.get(recipe.optimizer, {"optim": recipe.optimizer}),
         max_length=recipe.max_length,
+        # Rows are encoded, and no longer than max_length.
+        dataset_kwargs={"skip_prepare_dataset": True},
         # Packing is ours (RowTrainer). Unsloth would turn its own on.
         packing=False,
         padding_free=False,
