@@ -21,6 +21,8 @@ from finetune.metrics import accuracy_interval
 from finetune.wording import NAMES, format_p
 
 DECIMALS = {
+    "articles/s": "{:,.1f}",
+    "real tokens/s": "{:,.1f}",
     "trained parameters": "{:,.0f}",
     "seeds": "{:.0f}",
     "mean accuracy %": "{:.2f}",
@@ -100,7 +102,7 @@ def provenance(comparison: Comparison) -> list[Source]:
     for name in comparison.predictions:
         if name in comparison.baselines:
             where = comparison.baselines[name].environment
-            found.append(Source(name, f"baselines/{name}/record.json", name, "-", "-", _commit(where), [where]))
+            found.append(Source(name, f"baselines/{name}/record.json", name, "-", "-", where.short_commit, [where]))
             continue
         found.append(_source(comparison.records[name], name))
         variants = [*comparison.seeds.get(name, []), *comparison.curve.get(name, [])]
@@ -115,14 +117,10 @@ def _source(record: records.RunRecord, anchor: str | None) -> Source:
         "/".join(filter(None, (record.run, record.variant, records.RECORD))),
         anchor,
         str(record.seed) if record.training else "-",
-        _commit(record.training.environment) if record.training else "-",
-        _commit(where),
-        [part.environment for part in (record.training, record.evaluation) if part],
+        record.training.environment.short_commit if record.training else "-",
+        where.short_commit,
+        record.environments,
     )
-
-
-def _commit(environment: records.Environment) -> str:
-    return (environment.commit or "unknown")[:10] + (" with changes" if environment.dirty else "")
 
 
 def _share_interval(share: float, rows: int) -> str:
@@ -153,6 +151,7 @@ def _pictures(comparison: Comparison) -> dict[str, str]:
     """The pictures as data addresses, by the names that the page knows."""
     drawings = {
         "accuracy": plots.accuracy_bars,
+        "tuned": plots.tuned_accuracy,
         "classes": plots.f1_by_class,
         "pareto": plots.pareto,
         "curve": plots.learning_curve,

@@ -37,7 +37,7 @@ class TestReport:
         assert "http://" not in html and "https://" not in html
         assert "<link" not in html and "@import" not in html and "<script" not in html
         pictures = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', html)
-        assert len(pictures) == html.count("<img") == 6
+        assert len(pictures) == html.count("<img") == 7
         for picture in pictures:
             assert b"<svg" in base64.b64decode(picture, validate=True)
 
