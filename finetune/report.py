@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +17,7 @@ from data_prep import LABELS
 from data_prep.store import replacing
 from finetune import costs, errors, plots, records
 from finetune.comparison import Comparison, percent_interval
+from finetune.contrasts import Contrast
 from finetune.metrics import accuracy_interval
 from finetune.wording import NAMES, format_p
 
@@ -54,8 +55,20 @@ def write_report(comparison: Comparison, path: Path, articles: Mapping[str, str]
     return path
 
 
-def render(comparison: Comparison, articles: Mapping[str, str]) -> str:
-    """The report as HTML."""
+def render(
+    comparison: Comparison,
+    articles: Mapping[str, str],
+    contrasts: Sequence[Contrast] = (),
+    refused: Mapping[str, str] | None = None,
+) -> str:
+    """The report as HTML.
+
+    Args:
+        comparison: The runs.
+        articles: Texts of the test rows by id; may be empty.
+        contrasts: Other folders of records that differ from this one in one thing.
+        refused: Those that might, by name, and why they do not.
+    """
     environment = Environment(
         loader=PackageLoader("finetune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -74,6 +87,8 @@ def render(comparison: Comparison, articles: Mapping[str, str]) -> str:
         provenance=provenance(comparison),
         share_interval=_share_interval,
         pictures=_pictures(comparison),
+        contrasts=contrasts,
+        refused=refused or {},
         **_tables(comparison),
     )
 
