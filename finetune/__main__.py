@@ -1,12 +1,13 @@
 """The command line.
 
-python -m finetune run     [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--seeds N]
-python -m finetune curve   [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--rows N ...]
-python -m finetune plan    RUN [--profile P] [--set NAME=VALUE ...]
-python -m finetune data    [--profile P] [--set NAME=VALUE ...]
-python -m finetune merge   RUN [--profile P] [--set NAME=VALUE ...]
-python -m finetune report  FOLDER
-python -m finetune publish [--profile P] [--name NAME]
+python -m finetune run      [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--seeds N]
+python -m finetune curve    [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--rows N ...]
+python -m finetune plan     RUN [--profile P] [--set NAME=VALUE ...]
+python -m finetune data     [--profile P] [--set NAME=VALUE ...]
+python -m finetune merge    RUN [--profile P] [--set NAME=VALUE ...]
+python -m finetune report   FOLDER
+python -m finetune contrast FOLDER OTHER
+python -m finetune publish  [--profile P] [--name NAME]
 python -m finetune results
 """
 
@@ -70,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write FOLDER/report.html anew from the records in FOLDER")
     report.add_argument("folder", type=Path, metavar="FOLDER")
     report.set_defaults(command=_report)
+
+    contrast = commands.add_parser("contrast", help="what the one setting costs in which two folders of records differ")
+    contrast.add_argument("folder", type=Path, metavar="FOLDER")
+    contrast.add_argument("other", type=Path, metavar="OTHER", help="the folder that FOLDER is held against")
+    contrast.set_defaults(command=_contrast)
 
     publish = commands.add_parser("publish", parents=[common], help="copy a profile's records to results/reference")
     publish.add_argument("--name", metavar="NAME", help="folder in results/reference; the profile's name if not given")
@@ -153,11 +159,21 @@ def _merge(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from finetune import comparison, errors, reference, report
 
-    compared = comparison.load_folder(options.folder, options.folder.name)
     # What lies among the reference results is committed.
-    is_public = reference.FOLDER in options.folder.resolve().parents
-    texts = errors.publishable_articles if is_public else errors.articles
-    print(report.write_report(compared, options.folder / "report.html", texts(compared.any_record.data)))
+    if reference.FOLDER in options.folder.resolve().parents:
+        print(reference.write_report(options.folder.resolve().name, reference.References()))
+        return 0
+    compared = comparison.load_folder(options.folder, options.folder.name)
+    print(report.write_report(compared, options.folder / "report.html", errors.articles(compared.any_record.data)))
+    return 0
+
+
+def _contrast(options: argparse.Namespace) -> int:
+    from finetune import contrasts
+
+    found = contrasts.load(options.folder, options.other)
+    print(f"{found.title}\n({found.change.name}: {found.meaning})\n")
+    print(f"{found.table().T.to_string()}\n\n{found.answer()}\n\n{found.provenance()}")
     return 0
 
 

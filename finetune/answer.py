@@ -21,7 +21,7 @@ def paragraph(comparison: Comparison) -> str:
     if among and all(pair.is_tie for pair in among):
         sentences.append("Between the tuned models, cost decides.")
     if comparison.pairs:
-        sentences.append(_test(comparison.pairs))
+        sentences.append(test(comparison.pairs))
     if len(tuned) > 1:
         sentences.append(sentence(_costs(tuned)))
     return " ".join(sentences)
@@ -62,14 +62,15 @@ def _verdicts(pairs: list[Pair]) -> list[str]:
 
 def _ties(ties: list[Pair]) -> str:
     """What cannot be told apart, and for each the difference that could have been shown."""
-    parts = [f"{pair.tie()}, {_detectable(pair)}" for pair in ties]
+    parts = [f"{pair.tie()}, {detectable(pair)}" for pair in ties]
     return (
         "Cannot be told apart, each with the true difference that would have been found four times in five: "
         f"{'; '.join(parts)}."
     )
 
 
-def _detectable(pair: Pair) -> str:
+def detectable(pair: Pair) -> str:
+    """The true difference that the test would have found four times in five."""
     return "none could have been" if pair.detectable is None else f"{pair.detectable:.1f} points"
 
 
@@ -79,7 +80,7 @@ def _beaten(pairs: list[Pair]) -> str:
     return listed([str(first), *(f"{spoken(pair.winner)} by {pair.lead()}" for pair in others)])
 
 
-def _test(pairs: list[Pair]) -> str:
+def test(pairs: list[Pair]) -> str:
     """How the verdicts were reached, in parentheses."""
     corrected = f", corrected for {len(pairs)} pairs by Holm's method" if len(pairs) > 1 else ""
     seeds = ", on the first seed; the interval over seeds must agree" if any(pair.over_seeds for pair in pairs) else ""

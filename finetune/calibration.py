@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import softmax
-from scipy.stats import bootstrap
 from sklearn.metrics import brier_score_loss
 
 from data_prep import LABELS
 from finetune.metrics import accuracy_interval, log_loss
 from finetune.records import Prediction
-from finetune.resampling import CONFIDENCE
+from finetune.resampling import interval
 
 # As in Guo et al. 2017.
 BINS = 15
@@ -105,11 +105,10 @@ def score(labels: Sequence[str], probabilities: np.ndarray) -> Scores:
     error = reliability(confidence, right).error
     brier = brier_score_loss(labels, probabilities[:, order], labels=[LABELS[i] for i in order], scale_by_half=False)
     truth = probabilities[np.arange(len(labels)), _codes(labels)]
-    return Scores(
-        Figure(error, *_interval(_error, right - confidence, _bins(confidence))),
-        Figure(float(brier), *_interval(np.mean, _squared_distances(labels, probabilities))),
-        Figure(log_loss(labels, probabilities), *_interval(np.mean, -np.log(np.maximum(truth, SMALLEST)))),
-    )
+    losses = -np.log(np.maximum(truth, SMALLEST))
+    observed = (error, float(brier), log_loss(labels, probabilities))
+    of_rows = (right - confidence, _bins(confidence), _squared_distances(labels, probabilities), losses)
+    return Scores(*(Figure(value, *ends) for value, ends in zip(observed, _intervals(*of_rows), strict=True)))
 
 
 def confidences(labels: Sequence[str], probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -168,24 +167,27 @@ def _squared_distances(labels: Sequence[str], probabilities: np.ndarray) -> np.n
     return ((probabilities - np.eye(len(LABELS))[_codes(labels)]) ** 2).sum(axis=1)
 
 
-def _error(gaps: np.ndarray, bins: np.ndarray, axis: int) -> np.ndarray:
-    """Expected calibration error of rows that are right by `gaps` more than they were sure."""
-    return sum(np.abs((gaps * (bins == index)).mean(axis=axis)) for index in range(BINS))
+def _intervals(gaps: np.ndarray, bins: np.ndarray, *averaged: np.ndarray) -> list[tuple[float, float]]:
+    """95 % percentile intervals over the rows: of the expected calibration error, and of the mean of each `averaged`.
+
+    Args:
+        gaps: By how much each row is right more than it was sure, shape (rows,).
+        bins: Each row's bin of confidence.
+        averaged: Figures of each row.
+    """
+    rows = len(gaps)
+    if rows < 2:
+        return [(float("nan"), float("nan"))] * (1 + len(averaged))
+    # A sum over drawn rows is a product with how often each was drawn: all sums at once, in a matrix product.
+    gaps_by_bin = np.where(bins[:, None] == np.arange(BINS), gaps[:, None], 0)
+    means = np.concatenate([of @ np.column_stack([gaps_by_bin, *averaged]) for of in _drawn(rows)]) / rows
+    errors = np.abs(means[:, :BINS]).sum(axis=1)
+    return [interval(of) for of in (errors, *means[:, BINS:].T)]
 
 
-def _interval(statistic, *rows: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval over the rows."""
-    if len(rows[0]) < 2:
-        return float("nan"), float("nan")
-    found = bootstrap(
-        rows,
-        statistic,
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        batch=100,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+@functools.lru_cache(maxsize=1)
+def _drawn(rows: int) -> list[np.ndarray]:
+    """How often each row is in each resample, in batches of shape (100, rows); the same resamples for all runs."""
+    generator = np.random.default_rng(0)
+    batches = [generator.integers(rows, size=(100, rows)) for _ in range(RESAMPLES // 100)]
+    return [np.stack([np.bincount(of, minlength=rows) for of in batch]).astype(np.float32) for batch in batches]

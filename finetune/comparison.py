@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 
 from data_prep import LABELS, DataError
-from finetune import answer, baselines, calibration, costs, metrics, pairs, paths, records, resampling, variants
+from finetune import answer, baselines, calibration, costs, metrics, pairs, paths, records, variants
 from finetune.baselines import Baseline
 from finetune.calibration import COVERAGES, Calibration, Figure, Scores
 from finetune.metrics import Metrics
-from finetune.pairs import OverSeeds, Pair
+from finetune.pairs import MeanOverSeeds, OverSeeds, Pair
 from finetune.records import Prediction, RunRecord
 from finetune.settings import RUNS
 from finetune.variants import Variant
@@ -83,8 +83,19 @@ class Comparison:
 
     def right(self, name: str) -> np.ndarray:
         """Whether a run or baseline is right, shape (seeds, rows); the training that all tables show comes first."""
-        trainings = [self.predictions[name], *(variant.predictions for variant in self.seeds.get(name, []))]
-        return np.array([[row.prediction == row.label for row in rows] for rows in trainings])
+        return self._right[name]
+
+    @cached_property
+    def _right(self) -> dict[str, np.ndarray]:
+        return {
+            name: np.stack([variants.outcomes(rows), *(variant.right for variant in self.seeds.get(name, []))])
+            for name, rows in self.predictions.items()
+        }
+
+    @cached_property
+    def over_seeds(self) -> dict[str, MeanOverSeeds]:
+        """Of each run that was trained with several seeds."""
+        return {run: pairs.mean_over_seeds(self.labels, self.right(run)) for run in self.tuned() if self.seeds[run]}
 
     def _over_seeds(self, first: str, second: str) -> OverSeeds | None:
         """None where one of the two could have been trained with several seeds, and was not."""
@@ -94,19 +105,17 @@ class Comparison:
 
     def seeds_table(self) -> pd.DataFrame:
         """Mean and spread over the seeds of each run that has several, and the interval over seeds and rows."""
-        rows = {}
-        for run in (run for run in self.tuned() if self.seeds[run]):
-            right = self.right(run)
-            accuracies = 100 * right.mean(axis=1)
-            low, high = resampling.interval(resampling.over_seeds(self.labels, [right])[0])
-            rows[NAMES[run]] = {
-                "seeds": len(right),
-                "mean accuracy %": accuracies.mean(),
-                "95 % interval": percent_interval(low, high),
-                "standard deviation": accuracies.std(ddof=1),
-                "lowest %": accuracies.min(),
-                "highest %": accuracies.max(),
+        rows = {
+            NAMES[run]: {
+                "seeds": len(of.accuracies),
+                "mean accuracy %": 100 * of.mean,
+                "95 % interval": percent_interval(of.low, of.high),
+                "standard deviation": 100 * of.accuracies.std(ddof=1),
+                "lowest %": 100 * of.accuracies.min(),
+                "highest %": 100 * of.accuracies.max(),
             }
+            for run, of in self.over_seeds.items()
+        }
         return pd.DataFrame(rows).T.infer_objects()
 
     @cached_property
@@ -234,11 +243,9 @@ def load_folder(folder: Path, profile: str) -> Comparison:
     _require_other_answers(evaluated, predictions, folder)
     predictions |= rows_beside
     validation = {run: records.read_validation(record, found[run]) for run, record in evaluated.items()}
-    trained = {
-        run: Variant(record, predictions[run]) for run, record in evaluated.items() if record.training is not None
-    }
-    seeds = {run: variants.read(found[run], main, "seed") for run, main in trained.items()}
-    curve = {run: variants.read(found[run], main, "rows") for run, main in trained.items()}
+    trained = {run: record for run, record in evaluated.items() if record.training}
+    seeds = {run: variants.read(found[run], main, predictions[run], "seed") for run, main in trained.items()}
+    curve = {run: variants.read(found[run], main, predictions[run], "rows") for run, main in trained.items()}
     ordered = {name: predictions[name] for name in NAMES if name in predictions}
     return Comparison(profile, evaluated, beside, ordered, validation, seeds, curve)
 

@@ -19,6 +19,19 @@ POWER = 0.8
 
 
 @dataclass(frozen=True)
+class MeanOverSeeds:
+    """Accuracies of one run's seeds, shape (seeds,), and the 95 % interval of their mean over seeds and rows."""
+
+    accuracies: np.ndarray
+    low: float
+    high: float
+
+    @property
+    def mean(self) -> float:
+        return float(self.accuracies.mean())
+
+
+@dataclass(frozen=True)
 class OverSeeds:
     """Difference of two runs' mean accuracies over their seeds, in points, with its interval over seeds and rows."""
 
@@ -87,7 +100,7 @@ class Pair:
 
     def tie(self) -> str:
         """A tie in short: `LoRA and QLoRA (+0.2 points, -0.3 to +0.7, p = 0.510)`."""
-        return f"{spoken(self.first)} and {spoken(self.second)} ({self._difference()})"
+        return f"{spoken(self.first)} and {spoken(self.second)} ({self.difference()})"
 
     def power(self) -> str:
         """What the test could have shown, as a clause."""
@@ -100,10 +113,11 @@ class Pair:
     def __str__(self) -> str:
         if self.is_tie:
             both = f"{spoken(self.first)} and {spoken(self.second)}"
-            return f"{both} cannot be told apart ({self._difference()}; {self.power()})"
+            return f"{both} cannot be told apart ({self.difference()}; {self.power()})"
         return f"{spoken(self.winner)} beats {spoken(self.loser)} by {self.lead()}"
 
-    def _difference(self) -> str:
+    def difference(self) -> str:
+        """`+0.2 points, -0.3 to +0.7, p = 0.510`; over the seeds, if there are several."""
         shown = self.over_seeds or self
         interval = f"{shown.low:+.1f} to {shown.high:+.1f}{self._of_seeds()}"
         return f"{shown.points:+.1f} points, {interval}, p {format_p(self.corrected_p)}"
@@ -145,6 +159,12 @@ def compare(first: str, second: str, labels: Sequence[str], answers: Sequence[st
         corrected_p=p_value,
         detectable=detectable(only_first + only_second, len(labels), SIGNIFICANT),
     )
+
+
+def mean_over_seeds(labels: Sequence[str], right: np.ndarray) -> MeanOverSeeds:
+    """The mean accuracy of a run that is right on the rows that `right`, of shape (seeds, rows), says."""
+    (drawn,) = resampling.over_seeds(labels, [right])
+    return MeanOverSeeds(right.mean(axis=1), *resampling.interval(drawn))
 
 
 def over_seeds(labels: Sequence[str], first: np.ndarray, second: np.ndarray) -> OverSeeds:

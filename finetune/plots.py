@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data_prep import LABELS
@@ -28,7 +29,7 @@ COLOURS = {
     "lora": "#E69F00",
     "qlora": "#009E73",
 }
-LINES = {"base": ":", "full": "-", "full_unsloth": (0, (5, 1, 1, 1)), "lora": "--", "qlora": "-."}
+LINES = {"base": ":", "full": "-", "full_unsloth": (0, (4, 1, 1, 1, 1, 1)), "lora": "--", "qlora": "-."}
 MARKERS = {
     "majority": "x",
     "svm": "P",
@@ -39,6 +40,9 @@ MARKERS = {
     "lora": "o",
     "qlora": "^",
 }
+
+# Panels in a row: with more, their text is too small to read on a page.
+COLUMNS = 3
 
 plt.rcParams.update(
     {
@@ -87,11 +91,10 @@ def confusion(metrics: Metrics, title: str) -> Figure:
 
 
 def confusion_grid(comparison: Comparison) -> Figure:
-    """The confusion matrices of all runs, side by side."""
-    count = len(comparison.records)
-    figure, axes = plt.subplots(1, count, figsize=(3.1 * count, 3.3), layout="constrained", squeeze=False)
-    for axis, (run, record) in zip(axes[0], comparison.records.items(), strict=True):
-        _draw_confusion(axis, record.evaluation.scoring, NAMES[run])
+    """The confusion matrices of all runs."""
+    figure, panels = _grid(len(comparison.records), height=3.3)
+    for axes, (run, record) in zip(panels, comparison.records.items(), strict=True):
+        _draw_confusion(axes, record.evaluation.scoring, NAMES[run])
     return figure
 
 
@@ -109,24 +112,37 @@ def accuracy_bars(comparison: Comparison) -> Figure:
     return figure
 
 
+def tuned_accuracy(comparison: Comparison) -> Figure:
+    """The tuned models close up: accuracy with its 95 % interval; of several seeds the mean, each a stroke below."""
+    tuned = list(comparison.tuned())
+    if not tuned:
+        return _nothing("No model was trained yet.")
+    figure, axes = plt.subplots(figsize=(5.6, 0.5 * len(tuned) + 0.9), layout="constrained")
+    for position, run in enumerate(tuned):
+        several, scoring = comparison.over_seeds.get(run), comparison.scoring[run]
+        shown = several.mean if several else scoring.accuracy
+        ends = (several.low, several.high) if several else (scoring.accuracy_low, scoring.accuracy_high)
+        error = [[100 * (shown - ends[0])], [100 * (ends[1] - shown)]]
+        look = {"color": COLOURS[run], "marker": MARKERS[run], "markeredgecolor": "black", "markersize": 8}
+        axes.errorbar(100 * shown, position, xerr=error, capsize=4, **look)
+        if several:
+            seeds = 100 * several.accuracies
+            axes.plot(seeds, np.full(len(seeds), position + 0.32), "|", color="black", markersize=7)
+        axes.text(1.01, position, f"{100 * shown:.1f}", va="center", transform=axes.get_yaxis_transform())
+    axes.set_yticks(range(len(tuned)), [NAMES[run] for run in tuned])
+    axes.set(ylim=(len(tuned) - 0.4, -0.6), xlabel="accuracy on the test rows (%), with its 95 % interval")
+    axes.grid(axis="x", linewidth=0.4)
+    return figure
+
+
 def f1_by_class(comparison: Comparison) -> Figure:
-    """F1 of each class with its 95 % interval, a group of points per class."""
-    figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
-    width = 0.8 / len(comparison.scoring)
-    centres = np.arange(len(LABELS))
-    for position, (run, scoring) in enumerate(comparison.scoring.items()):
-        classes = [scoring.classes[label] for label in LABELS]
-        heights = 100 * np.array([of.f1 for of in classes])
-        # A percentile interval may end short of what was observed where next to nothing was wrong.
-        below = np.maximum(0, heights - 100 * np.array([of.f1_low for of in classes]))
-        above = np.maximum(0, 100 * np.array([of.f1_high for of in classes]) - heights)
-        places = centres + (position + 0.5) * width - 0.4
-        look = {"color": COLOURS[run], "marker": MARKERS[run], "markeredgecolor": "black", "markersize": 5}
-        axes.errorbar(places, heights, yerr=[below, above], linestyle="none", capsize=2, label=NAMES[run], **look)
-    axes.set_xticks(centres, LABELS)
-    axes.set(ylabel="F1 (%)", ylim=(0, 103))
-    axes.grid(axis="y", linewidth=0.4)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    """F1 of each class with its 95 % interval, a group of points per class; the tuned models again, close up."""
+    figure, panels = _with_close_up(list(comparison.scoring), list(comparison.tuned()))
+    for axes, runs in panels:
+        _draw_f1(axes, {run: comparison.scoring[run] for run in runs})
+    whole = panels[0][0]
+    whole.set_ylim(0, 103)
+    figure.legend(*whole.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
@@ -174,38 +190,34 @@ def learning_curve(comparison: Comparison) -> Figure:
 
 def reliability(comparison: Comparison) -> Figure:
     """Accuracy against confidence, a panel a run; the bars' distance to the diagonal is the calibration error."""
-    count = len(comparison.records)
-    figure, axes = plt.subplots(1, count, figsize=(2.9 * count, 3.1), layout="constrained", squeeze=False, sharey=True)
-    for axis, (run, of) in zip(axes[0], comparison.calibration.items(), strict=True):
+    figure, panels = _grid(len(comparison.records), height=3.1, sharey=True)
+    for number, (axes, (run, of)) in enumerate(zip(panels, comparison.calibration.items(), strict=True)):
         found = of.reliability
-        axis.plot([0, 100], [0, 100], color="black", linewidth=0.8, linestyle=":")
+        axes.plot([0, 100], [0, 100], color="black", linewidth=0.8, linestyle=":")
         sizes = 12 + 240 * found.rows / found.rows.sum()
-        axis.scatter(100 * found.confidence, 100 * found.accuracy, s=sizes, color=COLOURS[run], edgecolor="black")
-        axis.set(
+        axes.scatter(100 * found.confidence, 100 * found.accuracy, s=sizes, color=COLOURS[run], edgecolor="black")
+        axes.set(
             xlabel="confidence (%)",
             xlim=(0, 103),
             ylim=(0, 103),
             title=f"{NAMES[run]}: ECE {of.scores.error.value:.1%}",
         )
-    axes[0][0].set_ylabel("accuracy (%)")
+        if number % COLUMNS == 0:
+            axes.set_ylabel("accuracy (%)")
     return figure
 
 
 def accuracy_against_coverage(comparison: Comparison) -> Figure:
     """Accuracy if a model abstains where it is least sure, against the share of rows that it answers."""
-    figure, axes = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
-    for run, of in comparison.calibration.items():
-        axes.plot(
-            100 * of.coverage,
-            100 * of.selective_accuracy,
-            color=COLOURS[run],
-            linestyle=LINES[run],
-            linewidth=1.8,
-            label=NAMES[run],
-        )
-    # With a handful of rows the curve says nothing yet.
-    axes.set(xlabel="rows answered, the surest first (%)", ylabel="accuracy on them (%)", xlim=(10, 100))
-    axes.legend(frameon=False)
+    figure, panels = _with_close_up(list(comparison.calibration), list(comparison.tuned()))
+    for axes, runs in panels:
+        for run in runs:
+            of, look = comparison.calibration[run], {"color": COLOURS[run], "linestyle": LINES[run], "linewidth": 1.8}
+            axes.plot(100 * of.coverage, 100 * of.selective_accuracy, label=NAMES[run], **look)
+        # With a handful of rows the curve says nothing yet.
+        axes.set(ylabel="accuracy on them (%)", xlim=(10, 100))
+    axes.set_xlabel("rows answered, the surest first (%)")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
@@ -230,6 +242,44 @@ def ladder(found: Throughput, rungs: tuple[str, ...], peers: tuple[str, ...]) ->
     unique = dict(zip(labels, handles, strict=True))
     axes.legend(unique.values(), unique.keys(), frameon=False, loc="upper right")
     return figure
+
+
+def _grid(count: int, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, `height` inches each, in rows of COLUMNS."""
+    columns = min(COLUMNS, count)
+    lines = -(-count // columns)
+    size = (3.1 * columns, height * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False, **shared)
+    figure.get_layout_engine().set(h_pad=0.12)
+    for unused in axes.flat[count:]:
+        unused.remove()
+    return figure, list(axes.flat[:count])
+
+
+def _with_close_up(runs: list[str], tuned: list[str]) -> tuple[Figure, list[tuple[Axes, list[str]]]]:
+    """A panel for all runs, and one below for the tuned ones, whose differences are small beside that to the others."""
+    shown = [runs, tuned] if tuned and tuned != runs else [runs]
+    figure, axes = plt.subplots(
+        len(shown), 1, figsize=(5.6, 0.6 + 2.6 * len(shown)), layout="constrained", squeeze=False, sharex=True
+    )
+    return figure, list(zip(axes.flat, shown, strict=True))
+
+
+def _draw_f1(axes: Axes, scorings: dict[str, Metrics]) -> None:
+    width = 0.8 / len(scorings)
+    centres = np.arange(len(LABELS))
+    for position, (run, scoring) in enumerate(scorings.items()):
+        classes = [scoring.classes[label] for label in LABELS]
+        heights = 100 * np.array([of.f1 for of in classes])
+        # A percentile interval may end short of what was observed where next to nothing was wrong.
+        below = np.maximum(0, heights - 100 * np.array([of.f1_low for of in classes]))
+        above = np.maximum(0, 100 * np.array([of.f1_high for of in classes]) - heights)
+        places = centres + (position + 0.5) * width - 0.4
+        look = {"color": COLOURS[run], "marker": MARKERS[run], "markeredgecolor": "black", "markersize": 5}
+        axes.errorbar(places, heights, yerr=[below, above], linestyle="none", capsize=2, label=NAMES[run], **look)
+    axes.set_xticks(centres, LABELS)
+    axes.set_ylabel("F1 (%)")
+    axes.grid(axis="y", linewidth=0.4)
 
 
 def _nothing(text: str) -> Figure:
@@ -260,9 +310,10 @@ def _draw_points(axis, run: str, points: list[tuple[float, Metrics]], line: Any)
         yerr=[below, above],
         color=COLOURS[run],
         marker=MARKERS[run],
-        markersize=8,
+        markersize=6,
         markeredgecolor="black",
-        capsize=4,
+        elinewidth=1,
+        capsize=3,
         linestyle=line,
         label=NAMES[run],
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import os
 import subprocess
 import zlib
@@ -44,6 +43,15 @@ class Environment(Part):
     dirty: bool | None
     packages: dict[str, str | None]
     hardware: dict[str, str | int | None]
+
+    @property
+    def short_commit(self) -> str:
+        return (self.commit or "unknown")[:10] + (" with changes" if self.dirty else "")
+
+    @property
+    def machine(self) -> str:
+        """The GPU; without one, the processor and its cores."""
+        return self.hardware["gpu"] or f"{self.hardware['cpu']}, {self.hardware['cores']} cores, no GPU"
 
 
 class LogPoint(Part):
@@ -148,6 +156,11 @@ class RunRecord(Part):
     def variant(self) -> str:
         """Which variant of its run this is; older records are all of the run itself."""
         return self.settings.get("variant", "")
+
+    @property
+    def environments(self) -> list[Environment]:
+        """Of the training and of the evaluation, those that there were."""
+        return [part.environment for part in (self.training, self.evaluation) if part]
 
 
 class Prediction(Part):
@@ -264,7 +277,7 @@ def read_rows(path: Path, digest: str) -> list[Prediction]:
         raise DataError(packed, f"cannot be unpacked ({error}); is the file cut short?") from error
     if hashlib.sha256(content).hexdigest() != digest:
         raise DataError(path, "not the predictions of record.json beside it (cut short, changed, or another run's)")
-    return [Prediction.model_validate(json.loads(line)) for line in content.splitlines()]
+    return [Prediction.model_validate_json(line) for line in content.splitlines()]
 
 
 def require_artefact(settings: Settings, data: DataReference, notebook: str) -> tuple[Training, Path]:

@@ -12,15 +12,64 @@ import pandas as pd
 
 from data_prep import DataError, UserError
 from data_prep.store import replacing
-from finetune import comparison, errors, paths, records, report, speed
+from finetune import comparison, contrasts, errors, paths, records, report, speed
 from finetune.comparison import Comparison
+from finetune.contrasts import Contrast, NoContrast
 from finetune.wording import NAMES, markdown
 
 README = paths.PROJECT / "README.md"
 FOLDER = paths.PROJECT / "results" / "reference"
-BLOCK = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+RESULTS = re.compile(r"(?P<head><!-- results:(?P<name>[\w-]+) -->\n).*?(?P<tail><!-- /results -->)", re.DOTALL)
+CONTRAST = re.compile(
+    r"(?P<head><!-- contrast:(?P<name>[\w-]+):(?P<other>[\w-]+) -->\n).*?(?P<tail><!-- /contrast -->)", re.DOTALL
+)
 # The sample's predictions stay readable; those of 7,600 rows would weigh 1.7 MB a run.
 PACKED_FROM = 256 * 1024
+
+
+class References:
+    """The folders of reference results, each read when it is first asked for, and their contrasts."""
+
+    def __init__(self):
+        self._read: dict[str, Comparison] = {}
+        self._contrasts: dict[tuple[str, str], Contrast] = {}
+
+    def __getitem__(self, name: str) -> Comparison:
+        """A folder's records.
+
+        Raises:
+            DataError: There is no such folder, or its records are broken.
+        """
+        if name not in self._read:
+            if not (FOLDER / name).is_dir():
+                raise DataError(FOLDER / name, "no such folder of reference results; publish it, or correct the name")
+            self._read[name] = comparison.load_folder(FOLDER / name, name)
+        return self._read[name]
+
+    def contrast(self, name: str, other: str) -> Contrast:
+        """One folder against another.
+
+        Raises:
+            NoContrast: They do not differ in exactly one thing.
+        """
+        if (name, other) not in self._contrasts:
+            self._contrasts[name, other] = contrasts.between(self[name], self[other])
+        return self._contrasts[name, other]
+
+    def beside(self, name: str) -> tuple[list[Contrast], dict[str, str]]:
+        """Contrasts of the folders that are called as this one with a suffix, and why the others of these are none."""
+        found, refused = [], {}
+        for sibling in (folder for folder in published() if folder.startswith(f"{name}-")):
+            try:
+                found.append(self.contrast(sibling, name))
+            except NoContrast as error:
+                refused[sibling] = str(error)
+        return found, refused
+
+
+def published() -> list[str]:
+    """The names of the folders of reference results."""
+    return sorted(path.parent.name for path in FOLDER.glob("*/base"))
 
 
 def publish(profile: str, name: str) -> Path:
@@ -48,24 +97,40 @@ def regenerate() -> list[Path]:
 
     Raises:
         DataError: A record's figures are not those of its predictions.
+        NoContrast: The README declares a contrast of two folders that do not differ in exactly one thing.
     """
-    before = README.read_text(encoding="utf-8")
+    references = References()
     changed = []
-    for folder in sorted(path.parent for path in FOLDER.glob("*/base")):
-        compared = comparison.load_folder(folder, folder.name)
-        require_own_figures(compared, folder)
-        page = folder / "report.html"
+    for name in published():
+        require_own_figures(references[name], FOLDER / name)
+        page = FOLDER / name / "report.html"
         old = page.read_bytes() if page.is_file() else b""
-        report.write_report(compared, page, errors.publishable_articles(compared.any_record.data))
+        write_report(name, references)
         if page.read_bytes() != old:
             changed.append(page)
     changed += speed.draw_ladders(FOLDER / "throughput")
-    after = with_results(before)
+    before = README.read_text(encoding="utf-8")
+    after = with_results(before, references)
     if after != before:
         with replacing(README) as file:
             file.write(after)
         changed.append(README)
     return changed
+
+
+def write_report(name: str, references: References) -> Path:
+    """Write the report of a folder of reference results, with the contrasts beside it; returns its path."""
+    path = FOLDER / name / "report.html"
+    with replacing(path) as file:
+        file.write(render(name, references))
+    return path
+
+
+def render(name: str, references: References) -> str:
+    """That report as HTML. Article texts are in it only where they may be published."""
+    compared = references[name]
+    texts = errors.publishable_articles(compared.any_record.data)
+    return report.render(compared, texts, *references.beside(name))
 
 
 def require_own_figures(compared: Comparison, folder: Path) -> None:
@@ -109,14 +174,21 @@ def _copy_or_pack(source: Path, target: Path) -> None:
         target.with_name(target.name + ".gz").write_bytes(gzip.compress(content, mtime=0))
 
 
-def with_results(readme: str) -> str:
-    """The README with every results block made anew from the reference records."""
+def with_results(readme: str, references: References | None = None) -> str:
+    """The README with every block of results and every contrast made anew from the reference records.
 
-    def block(match: re.Match) -> str:
-        compared = comparison.load_folder(FOLDER / match["name"], match["name"])
-        return match[1] + results_text(compared) + match[3]
+    Raises:
+        NoContrast: A contrast is declared of two folders that do not differ in exactly one thing.
+    """
+    references = References() if references is None else references
 
-    return speed.with_blocks(BLOCK.sub(block, readme), FOLDER / "throughput")
+    def results(match: re.Match) -> str:
+        return match["head"] + results_text(references[match["name"]]) + match["tail"]
+
+    def contrast(match: re.Match) -> str:
+        return match["head"] + contrast_text(references.contrast(match["name"], match["other"])) + match["tail"]
+
+    return speed.with_blocks(CONTRAST.sub(contrast, RESULTS.sub(results, readme)), FOLDER / "throughput")
 
 
 def results_text(compared: Comparison) -> str:
@@ -125,14 +197,12 @@ def results_text(compared: Comparison) -> str:
     for run, scoring in compared.scoring.items():
         record = compared.records.get(run)
         training = record.training if record else None
-        interval = f"{scoring.accuracy_low:.1%} to {scoring.accuracy_high:.1%}"
         rows.append(
             {
                 "": NAMES[run],
-                "accuracy (95 % interval)": f"{scoring.accuracy:.1%} ({interval})",
-                "macro-F1 (95 % interval)": (
-                    f"{scoring.macro_f1:.1%} ({scoring.macro_f1_low:.1%} to {scoring.macro_f1_high:.1%})"
-                ),
+                "accuracy (95 % interval)": _share(scoring.accuracy, scoring.accuracy_low, scoring.accuracy_high),
+                **_mean_over_seeds(compared, run),
+                "macro-F1 (95 % interval)": _share(scoring.macro_f1, scoring.macro_f1_low, scoring.macro_f1_high),
                 "training": f"{training.seconds:.0f} s" if training else "-",
                 "real tokens/s": f"{training.tokens_per_second:.0f}" if training else "-",
                 "peak memory": f"{training.peak_memory_bytes / 1e9:.1f} GB" if training else "-",
@@ -141,11 +211,32 @@ def results_text(compared: Comparison) -> str:
             }
         )
     where = compared.records["base"].evaluation.environment
-    hardware = where.hardware["gpu"] or f"{where.hardware['cpu']}, {where.hardware['cores']} cores, no GPU"
     data = compared.any_record.data
     return (
         f"{markdown(pd.DataFrame(rows))}\n\n{compared.answer()}\n\n"
         f"{compared.any_record.model} on {data.title} (fingerprint `{data.fingerprint}`, prompt `{data.prompt}`, "
-        f"{data.train_rows:,} training and {data.test_rows:,} test rows); {hardware}; commit "
+        f"{data.train_rows:,} training and {data.test_rows:,} test rows); {where.machine}; commit "
         f"`{(where.commit or '')[:10]}`; `{where.command}`; records in `results/reference/{compared.profile}/`.\n"
+    )
+
+
+def _mean_over_seeds(compared: Comparison, run: str) -> dict[str, str]:
+    """A column more where any run was trained with several seeds."""
+    if not compared.over_seeds:
+        return {}
+    of = compared.over_seeds.get(run)
+    cell = f"{_share(of.mean, of.low, of.high)}, {len(of.accuracies)} seeds" if of else "-"
+    return {"mean over seeds (95 % interval)": cell}
+
+
+def _share(value: float, low: float, high: float) -> str:
+    return f"{value:.1%} ({low:.1%} to {high:.1%})"
+
+
+def contrast_text(contrast: Contrast) -> str:
+    """Title, table, answer and provenance of a contrast in Markdown."""
+    table = contrast.table().T.rename_axis("").reset_index()
+    return (
+        f"**{contrast.title}**\n\n{markdown(table)}\n\n{contrast.answer()}\n\n"
+        f"`{contrast.change.name}`: {contrast.meaning} Records in `results/reference/`: {contrast.provenance()}.\n"
     )

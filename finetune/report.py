@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,13 @@ from data_prep import LABELS
 from data_prep.store import replacing
 from finetune import costs, errors, plots, records
 from finetune.comparison import Comparison, percent_interval
+from finetune.contrasts import Contrast
 from finetune.metrics import accuracy_interval
 from finetune.wording import NAMES, format_p
 
 DECIMALS = {
+    "articles/s": "{:,.1f}",
+    "real tokens/s": "{:,.1f}",
     "trained parameters": "{:,.0f}",
     "seeds": "{:.0f}",
     "mean accuracy %": "{:.2f}",
@@ -50,8 +53,20 @@ def write_report(comparison: Comparison, path: Path, articles: Mapping[str, str]
     return path
 
 
-def render(comparison: Comparison, articles: Mapping[str, str]) -> str:
-    """The report as HTML."""
+def render(
+    comparison: Comparison,
+    articles: Mapping[str, str],
+    contrasts: Sequence[Contrast] = (),
+    refused: Mapping[str, str] | None = None,
+) -> str:
+    """The report as HTML.
+
+    Args:
+        comparison: The runs.
+        articles: Texts of the test rows by id; may be empty.
+        contrasts: Other folders of records that differ from this one in one thing.
+        refused: Those that might, by name, and why they do not.
+    """
     environment = Environment(
         loader=PackageLoader("finetune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -70,6 +85,8 @@ def render(comparison: Comparison, articles: Mapping[str, str]) -> str:
         provenance=provenance(comparison),
         share_interval=_share_interval,
         pictures=_pictures(comparison),
+        contrasts=contrasts,
+        refused=refused or {},
         **_tables(comparison),
     )
 
@@ -98,7 +115,7 @@ def provenance(comparison: Comparison) -> list[Source]:
     for name in comparison.predictions:
         if name in comparison.baselines:
             where = comparison.baselines[name].environment
-            found.append(Source(name, f"baselines/{name}/record.json", name, "-", "-", _commit(where), [where]))
+            found.append(Source(name, f"baselines/{name}/record.json", name, "-", "-", where.short_commit, [where]))
             continue
         found.append(_source(comparison.records[name], name))
         variants = [*comparison.seeds.get(name, []), *comparison.curve.get(name, [])]
@@ -113,14 +130,10 @@ def _source(record: records.RunRecord, anchor: str | None) -> Source:
         "/".join(filter(None, (record.run, record.variant, records.RECORD))),
         anchor,
         str(record.seed) if record.training else "-",
-        _commit(record.training.environment) if record.training else "-",
-        _commit(where),
-        [part.environment for part in (record.training, record.evaluation) if part],
+        record.training.environment.short_commit if record.training else "-",
+        where.short_commit,
+        record.environments,
     )
-
-
-def _commit(environment: records.Environment) -> str:
-    return (environment.commit or "unknown")[:10] + (" with changes" if environment.dirty else "")
 
 
 def _share_interval(share: float, rows: int) -> str:
@@ -151,6 +164,7 @@ def _pictures(comparison: Comparison) -> dict[str, str]:
     """The pictures as data addresses, by the names that the page knows."""
     drawings = {
         "accuracy": plots.accuracy_bars,
+        "tuned": plots.tuned_accuracy,
         "classes": plots.f1_by_class,
         "pareto": plots.pareto,
         "curve": plots.learning_curve,

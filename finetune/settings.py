@@ -120,8 +120,7 @@ class Settings:
 
     def table(self) -> pd.DataFrame:
         """Parameter, value, origin and meaning, one row a parameter."""
-        documentation = {name: text for part in (Experiment, Recipe) for name, text in _documentation(part).items()}
-        rows = [(name, str(value), self.origins[name], documentation[name]) for name, value in self.values.items()]
+        rows = [(name, str(value), self.origins[name], meaning(name)) for name, value in self.values.items()]
         return pd.DataFrame(rows, columns=["parameter", "value", "from", "meaning"]).set_index("parameter")
 
     def _repr_html_(self) -> str:
@@ -193,6 +192,11 @@ def _choose_engine(wanted: str) -> tuple[Literal["transformers", "unsloth"], str
             )
         return "transformers", "no CUDA on this machine, so transformers + TRL + PEFT instead of Unsloth"
     return "unsloth", "CUDA is present"
+
+
+def meaning(parameter: str) -> str:
+    """What a parameter is, in a sentence; records may hold some that are none any more."""
+    return (_documentation(Experiment) | _documentation(Recipe)).get(parameter, "A parameter of an earlier version.")
 
 
 class UnavailableHere(UserError):

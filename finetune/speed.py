@@ -43,7 +43,7 @@ METHODS = {
         "qlora_checkpointing",
         "qlora_unsloth_checkpointing",
     ),
-    "full": ("full", "full_checkpointing", "full_4bit_checkpointing", "full_unsloth"),
+    "full": ("full_plain", "full", "full_checkpointing", "full_4bit_checkpointing", "full_unsloth"),
 }
 SCORING = ("scoring_lean_128", "scoring_lean_256", "scoring_verbose_128")
 GENERATION = ("generation_lean_128", "generation_verbose_128")

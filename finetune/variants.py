@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from data_prep import DataError
 from finetune import records
@@ -17,16 +20,20 @@ HARMLESS = {"evaluation_batch_size", "generation_rows"}
 
 @dataclass(frozen=True)
 class Variant:
+    """A variant's record, and whether it is right on each test row, shape (rows,)."""
+
     record: RunRecord
-    predictions: list[Prediction]
-
-    @property
-    def accuracy(self) -> float:
-        return self.record.evaluation.scoring.accuracy
+    right: np.ndarray
 
 
-def read(folder: Path, main: Variant, kind: Literal["seed", "rows"]) -> list[Variant]:
+def read(folder: Path, main: RunRecord, rows: Sequence[Prediction], kind: Literal["seed", "rows"]) -> list[Variant]:
     """The evaluated variants in a run's folder, by seed or by number of rows, the run itself not among them.
+
+    Args:
+        folder: The run's.
+        main: The run's record.
+        rows: The run's predictions of the test rows.
+        kind: What the variants vary.
 
     Raises:
         DataError: One differs from its run in more than its kind says, was made on other data, or judged on other rows.
@@ -35,12 +42,17 @@ def read(folder: Path, main: Variant, kind: Literal["seed", "rows"]) -> list[Var
     for path in sorted(folder.glob(f"{kind}-*/{records.RECORD}")):
         record = records.read(path.parent)
         if record.evaluation:
-            _require_same_but(record, main.record, VARIED[kind] | HARMLESS, path)
-            variant = Variant(record, records.read_predictions(record, path.parent))
-            if [row.id for row in variant.predictions] != [row.id for row in main.predictions]:
-                raise DataError(path, f"was evaluated on other test rows than {main.record.run}")
-            found.append(variant)
+            _require_same_but(record, main, VARIED[kind] | HARMLESS, path)
+            predictions = records.read_predictions(record, path.parent)
+            if [row.id for row in predictions] != [row.id for row in rows]:
+                raise DataError(path, f"was evaluated on other test rows than {main.run}")
+            found.append(Variant(record, outcomes(predictions)))
     return sorted(found, key=lambda variant: (variant.record.data.train_rows, variant.record.seed))
+
+
+def outcomes(predictions: Sequence[Prediction]) -> np.ndarray:
+    """Whether each row's prediction is right, shape (rows,)."""
+    return np.array([row.prediction == row.label for row in predictions])
 
 
 def _require_same_but(record: RunRecord, main: RunRecord, varied: set[str], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -25,6 +26,17 @@ _SPOKEN = {
     "full": "full fine-tuning",
     "full_unsloth": "full fine-tuning with Unsloth",
 }
+# What a parameter's value means, where name and value say little.
+IN_WORDS = {
+    "cuda_graphs": {True: "steps as CUDA graphs", False: "steps without CUDA graphs"},
+    "engine": {"transformers": "training with transformers", "unsloth": "training with Unsloth"},
+    "lora_targets": {"attention": "adapters on attention alone", "all-linear": "adapters on attention and MLP"},
+    "normalise": {True: "repaired texts", False: "texts as they came"},
+    "packing": {True: "packed rows", False: "padded batches"},
+    "prompt": {"lean": "the lean prompt", "verbose": "the verbose prompt"},
+    "supervise": {"answer": "loss on the answer alone", "all": "loss on all tokens"},
+    "weights": {"bfloat16": "weights held in bfloat16", "float32": "weights held in float32"},
+}
 
 
 def spoken(run: str) -> str:
@@ -32,8 +44,17 @@ def spoken(run: str) -> str:
     return _SPOKEN.get(run, NAMES[run])
 
 
+def value_in_words(parameter: str, value: Any) -> str | None:
+    """A parameter's value within a title; None where there are no plainer words than name and value."""
+    return IN_WORDS.get(parameter, {}).get(value)
+
+
+def capitalised(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
 def sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."
+    return capitalised(text) + "."
 
 
 def listed(parts: Sequence[str]) -> str:

@@ -68,12 +68,47 @@ def test_accuracy_bars_have_the_records_lengths(comparison):
 
 
 def test_f1_points_have_the_records_heights(comparison):
-    (axes,) = plots.f1_by_class(comparison).axes
-    for container, scoring in zip(axes.containers, comparison.scoring.values(), strict=True):
-        heights = container.lines[0].get_ydata()
-        np.testing.assert_allclose(heights, [100 * scoring.classes[label].f1 for label in LABELS])
-    places = sorted(x for container in axes.containers for x in container.lines[0].get_xdata())
-    assert min(np.diff(places)) > 0.1, "points overlap"
+    panels = plots.f1_by_class(comparison).axes
+    tuned = {run: comparison.scoring[run] for run in comparison.tuned()}
+    for axes, scorings in zip(panels, (comparison.scoring, tuned), strict=True):
+        for container, scoring in zip(axes.containers, scorings.values(), strict=True):
+            heights = container.lines[0].get_ydata()
+            np.testing.assert_allclose(heights, [100 * scoring.classes[label].f1 for label in LABELS])
+        places = sorted(x for container in axes.containers for x in container.lines[0].get_xdata())
+        assert min(np.diff(places)) > 0.1, "points overlap"
+
+
+def test_the_close_up_shows_a_difference_of_a_point(home):
+    """Two models, 0.75 points apart, beside a base at half their accuracy: 3 % of the axis or more lies between."""
+    results = paths.results_folder("cpu")
+    for run, right in (("base", 200), ("lora", 376), ("qlora", 373)):
+        write_run(results, run, right_on(right, 400), confidence=0.5 + right / 1000)
+    compared = load("cpu")
+    for figure in (plots.tuned_accuracy(compared), plots.accuracy_against_coverage(compared)):
+        axes = figure.axes[-1]
+        low, high = axes.get_xlim() if len(figure.axes) == 1 else axes.get_ylim()
+        assert 0.75 / (high - low) > 0.03
+
+
+def test_the_close_up_of_one_seed_has_wilson_s_interval(comparison):
+    (axes,) = plots.tuned_accuracy(comparison).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["full", "full (Unsloth)", "LoRA", "QLoRA"]
+    for position, (container, run) in enumerate(zip(axes.containers, comparison.tuned(), strict=True)):
+        scoring = comparison.scoring[run]
+        np.testing.assert_allclose(container.lines[0].get_xydata(), [(100 * scoring.accuracy, position)])
+        ((left, _), (right, _)) = container.lines[2][0].get_segments()[0]
+        np.testing.assert_allclose((left, right), (100 * scoring.accuracy_low, 100 * scoring.accuracy_high))
+    assert len(axes.lines) == sum(len(container.lines[1]) + 1 for container in axes.containers), "no strokes"
+
+
+def test_the_close_up_of_several_seeds_has_their_mean_and_a_stroke_each(home):
+    results = paths.results_folder("cpu")
+    write_run(results, "base", right_on(20, 40))
+    write_run(results, "lora", right_on(36, 40), settings=SETTINGS)
+    write_variant(results, "lora", "seed-43", right_on(30, 40))
+    (axes,) = plots.tuned_accuracy(load("cpu")).axes
+    np.testing.assert_allclose(axes.containers[0].lines[0].get_xydata(), [(82.5, 0)])
+    np.testing.assert_allclose(axes.lines[-1].get_xydata()[:, 0], [90, 75])
 
 
 def test_pareto_has_a_point_per_training_in_each_panel(comparison):
@@ -103,6 +138,8 @@ def test_without_trainings_the_pictures_say_so(home):
     write_run(paths.results_folder("cpu"), "base", right_on(20, 40))
     compared = load("cpu")
     assert "No model was trained" in plots.pareto(compared).axes[0].texts[0].get_text()
+    assert "No model was trained" in plots.tuned_accuracy(compared).axes[0].texts[0].get_text()
+    assert len(plots.f1_by_class(compared).axes) == len(plots.accuracy_against_coverage(compared).axes) == 1
     assert "No model was trained on fewer rows" in plots.learning_curve(compared).axes[0].texts[0].get_text()
 
 
@@ -114,8 +151,10 @@ def test_a_confusion_matrix_shows_its_counts(comparison):
     assert [label.get_text() for label in axes.get_xticklabels()] == list(LABELS)
 
 
-def test_the_grid_has_a_matrix_per_run(comparison):
-    assert len(plots.confusion_grid(comparison).axes) == len(RUNS)
+def test_the_grid_has_a_matrix_per_run_and_three_in_a_row(comparison):
+    panels = plots.confusion_grid(comparison).axes
+    assert len(panels) == len(RUNS)
+    assert [axes.get_subplotspec().rowspan.start for axes in panels] == [0, 0, 0, 1, 1]
 
 
 def test_reliability_has_a_panel_per_run_with_its_bins(comparison):
@@ -127,6 +166,7 @@ def test_reliability_has_a_panel_per_run_with_its_bins(comparison):
 
 
 def test_coverage_ends_at_the_accuracy_on_all_rows(comparison):
-    (axes,) = plots.accuracy_against_coverage(comparison).axes
-    assert [line.get_ydata()[-1] for line in axes.lines] == pytest.approx([50, 60, 70, 80, 90])
-    assert len({str(line.get_linestyle()) + line.get_color() for line in axes.lines}) == len(RUNS)
+    every, tuned = plots.accuracy_against_coverage(comparison).axes
+    assert [line.get_ydata()[-1] for line in every.lines] == pytest.approx([50, 60, 70, 80, 90])
+    assert [line.get_ydata()[-1] for line in tuned.lines] == pytest.approx([60, 70, 80, 90])
+    assert len({str(line.get_linestyle()) + line.get_color() for line in every.lines}) == len(RUNS)

@@ -10,8 +10,8 @@ from factories import right_on, write_run
 from test_baselines import write_baseline
 from test_variants import SETTINGS, write_variant
 
-from finetune import paths, report
-from finetune.comparison import load
+from finetune import contrasts, paths, report
+from finetune.comparison import load, load_folder
 
 HOSTILE = "<script>alert('x')</script>&\"{{ 7 * 7 }}"
 RUNS = ("base", "full", "full_unsloth", "lora", "qlora")
@@ -37,7 +37,7 @@ class TestReport:
         assert "http://" not in html and "https://" not in html
         assert "<link" not in html and "@import" not in html and "<script" not in html
         pictures = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', html)
-        assert len(pictures) == html.count("<img") == 6
+        assert len(pictures) == html.count("<img") == 7
         for picture in pictures:
             assert b"<svg" in base64.b64decode(picture, validate=True)
 
@@ -64,6 +64,16 @@ class TestReport:
         html = write_report(articles={"test-30": HOSTILE})
         assert "<script" not in html
         assert HOSTILE in unescape(html)
+
+    def test_a_hostile_folder_and_setting_are_shown_and_not_obeyed(self):
+        results = paths.results_folder("cpu")
+        for name, loss in (("mine", "answer"), ("other", HOSTILE)):
+            write_run(results / name, "base", right_on(20, 40))
+            write_run(results / name, "lora", right_on(30, 40), settings=SETTINGS | {"supervise": loss})
+        sides = [load_folder(results / name, HOSTILE) for name in ("other", "mine")]
+        html = report.render(sides[1], {}, [contrasts.between(*sides)], {HOSTILE: HOSTILE})
+        assert "<script" not in html
+        assert unescape(html).count(f"supervise={HOSTILE}") == 2, "title and answer"
 
     def test_wrong_rows_can_be_filtered_by_run_and_label(self):
         """LoRA is right on rows 0 to 23: the other 16 are listed, with the classes that the filters go by."""
