@@ -38,7 +38,7 @@ from data_prep import LABELS
 from data_prep.store import write_json
 from finetune import paths
 
-WARM_STEPS, TIMED_STEPS = 2, 6
+WARM_STEPS, TIMED_STEPS = 2, 4
 SEED_BATCH = {"batch_size": 8, "gradient_accumulation_steps": 4}
 LARGE_BATCH = {"batch_size": 64, "gradient_accumulation_steps": 1}
 ALL_LINEAR = {"lora_targets": "all-linear"}
@@ -218,7 +218,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=1, help="GPUs to share the parts out to")
     parser.add_argument("--scratch", default="/dev/shm")
     parser.add_argument("--out", default="results/throughput.json")
-    parser.add_argument("--profile", action="store_true", help="print each rung's slowest kernels")
+    parser.add_argument("--profile", nargs="*", default=[], metavar="KEY", help="rungs whose slowest kernels to record")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -227,7 +227,7 @@ def _options() -> argparse.Namespace:
 def _in_process(part: str, options: argparse.Namespace, model: Path, free_gpus: Queue[int]) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "benchmarks.throughput", options.csv, "--part", part, "--model", str(model)]
     command += ["--rungs", *options.rungs] if options.rungs else []
-    command += ["--profile"] if options.profile else []
+    command += ["--profile", *options.profile] if options.profile else []
     gpu = free_gpus.get()
     with tempfile.TemporaryDirectory() as home:
         # A home of its own: parts prepare their data with other prompts at the same time. It begins with what a second
@@ -332,7 +332,7 @@ def _training(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
     torch.cuda.empty_cache()
     torch.backends.cudnn.benchmark = plan.recipe.cudnn_benchmark
     trainer = _suite_trainer(rung, plan, data) if rung.trainer == "suite" else _trl_trainer(rung, plan, data)
-    timing = _timed(trainer, options.profile)
+    timing = _timed(trainer, rung.key in options.profile)
     parameters = models.parameter_count(trainer.model)
     flops = (4 if plan.recipe.adapter else 6) * parameters * timing["computed_per_second"]
     return {
