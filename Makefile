@@ -42,7 +42,7 @@ lock: ## resolve requirements/base.txt anew (needs uv)
 	grep -vE '^(torch|triton|nvidia-[^m]|cuda-)' $(VENV)/lock.txt > requirements/base.txt
 
 clean: ## remove what runs made (data, models, results), but neither .venv nor reference results
-	rm -rf datasets/*/ checkpoints/*/ checkpoints/.[!.]*/ adapters/*/ adapters/.[!.]*/
+	rm -rf datasets/*/ checkpoints/*/ checkpoints/.[!.]*/ adapters/*/ adapters/.[!.]*/ datasets/.*.lock checkpoints/.*.lock
 	find results -mindepth 1 -maxdepth 1 -type d ! -name reference -exec rm -rf {} +
 
 $(READY): requirements/base.txt requirements/torch.txt pyproject.toml

@@ -580,7 +580,7 @@ for session in json.load(server.getresponse()):
     if session["kernel"]["execution_state"] == "busy":
         print(json.dumps({"notebook": session["path"]}))
 
-for progress in sorted(pathlib.Path("/workspace/results").glob("*/*/progress.json")):
+for progress in sorted(pathlib.Path("/workspace/results").rglob("progress.json")):
     record = progress.with_name("record.json")
     if record.exists() and record.stat().st_mtime >= progress.stat().st_mtime:
         continue

@@ -1,7 +1,7 @@
 """The command line.
 
-python -m finetune run      [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--seeds N]
-python -m finetune curve    [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--rows N ...]
+python -m finetune run      [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--jobs N] [--seeds N]
+python -m finetune curve    [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--jobs N] [--rows N ...]
 python -m finetune plan     RUN [--profile P] [--set NAME=VALUE ...]
 python -m finetune data     [--profile P] [--set NAME=VALUE ...]
 python -m finetune merge    RUN [--profile P] [--set NAME=VALUE ...]
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import UserError
-from finetune import paths, settings
+from finetune import paths, settings, wording
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     suite = argparse.ArgumentParser(add_help=False)
     suite.add_argument("--only", action="append", default=[], metavar="RUN", help="base, full, lora, ..., compare")
     suite.add_argument("--fresh", action="store_true", help="run every step again, whatever could be reused")
+    jobs = "execute up to N steps at once, each on one GPU; by default 1"
+    suite.add_argument("--jobs", type=_positive, default=1, metavar="N", help=jobs)
 
     run = commands.add_parser("run", parents=[common, suite], help="execute the notebooks headless, in their order")
     run.add_argument("--seeds", type=_positive, default=1, metavar="N", help="train each method with N seeds")
@@ -108,14 +110,14 @@ def _execute(options: argparse.Namespace, **trainings: Any) -> int:
     # pyzmq's advice about event loops on Windows, and nbclient's about cell ids, are not for our users.
     warnings.filterwarnings("ignore", module="(zmq|nbformat|nbclient|papermill)")
     overrides = settings.parse_assignments(options.assignments)
-    suite = Suite(options.profile, overrides, tuple(options.only), options.fresh, **trainings)
+    suite = Suite(options.profile, overrides, tuple(options.only), options.fresh, jobs=options.jobs, **trainings)
     reason = settings.plan("base", options.profile, suite.overrides_for("base")).profile_reason
     print(f"Profile {suite.profile} ({reason}); the executed notebooks go to {suite.folder}")
     outcomes = suite.execute()
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if failed:
-        left = len(suite.steps) - len(outcomes)
-        print(f"{failed[0].step.name} failed and {left} later steps did not run; see {suite.folder}", file=sys.stderr)
+        left, names = len(suite.steps) - len(outcomes), wording.listed([outcome.step.name for outcome in failed])
+        print(f"{names} failed and {left} later steps did not run; see {suite.folder}", file=sys.stderr)
         return 1
     if any(outcome.step.run is None for outcome in outcomes):
         _print_comparison(suite.profile)

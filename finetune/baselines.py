@@ -20,7 +20,7 @@ from sklearn.svm import LinearSVC
 from data_prep import DataError, Example
 from data_prep.schema import Message
 from data_prep.store import replacing
-from finetune import chat, evaluation, metrics, models, paths, records, segments
+from finetune import chat, evaluation, metrics, models, paths, records, segments, turns
 from finetune.data import PreparedData, evenly
 from finetune.metrics import Metrics
 from finetune.records import DataReference, Environment, Part, Prediction
@@ -102,10 +102,12 @@ def _svm() -> Pipeline:
 
 def _classifier(name: Name, description: str, classifier, settings: Settings, data: PreparedData) -> Baseline:
     """Fit a classifier on the articles of the training rows, and judge it."""
-    start = time.perf_counter()
-    classifier.fit(*_articles_and_labels(data.train))
+    with turns.alone():
+        start = time.perf_counter()
+        classifier.fit(*_articles_and_labels(data.train))
+        seconds = time.perf_counter() - start
     fitted = {
-        "fit_seconds": time.perf_counter() - start,
+        "fit_seconds": seconds,
         "validation_accuracy": classifier.score(*_articles_and_labels(data.validation)),
     }
     predicted = classifier.predict([row.article for row in data.test]).tolist()
@@ -119,7 +121,9 @@ def _few_shot(settings: Settings, data: PreparedData) -> Baseline:
     shots = evenly(data.train, SHOTS, settings.experiment.data_seed)
     prompts = chat.encode_prompts(tokenizer, [few_shot_prompt(shots, row) for row in data.test])
     scorer = evaluation.LabelScorer(segments.Backbone(model), tokenizer, settings.experiment.evaluation_batch_size)
-    predicted = evaluation.predicted_labels(scorer.score(prompts, progress="scoring with examples"))
+    # Not timed, but it would keep the device from what is.
+    with turns.alone():
+        predicted = evaluation.predicted_labels(scorer.score(prompts, progress="scoring with examples"))
     description = f"the untuned model with {len(shots)} training rows and their answers in the prompt"
     model_name = models.model_name(settings)
     unfitted = {"fit_seconds": None, "validation_accuracy": None}

@@ -228,14 +228,8 @@ def load(profile: str) -> Comparison:
 
 
 def load_folder(folder: Path, profile: str) -> Comparison:
-    found = {run: folder / run for run in RUNS if (folder / run / records.RECORD).is_file()}
-    read = {run: records.read(path) for run, path in found.items()}
-    for run, record in read.items():
-        if record.run != run:
-            raise DataError(found[run] / records.RECORD, f"is the record of {record.run}; was the folder copied?")
-    evaluated = {run: record for run, record in read.items() if record.evaluation}
-    if "base" not in evaluated:
-        raise DataError(folder, "the base model was not evaluated; run base_model_performance.ipynb first")
+    found = {run: folder / run for run in RUNS}
+    evaluated = _read_evaluated(found, folder)
     beside, rows_beside = baselines.read_all(folder)
     _require_same_question(evaluated, beside, folder)
     predictions = {run: records.read_predictions(record, found[run]) for run, record in evaluated.items()}
@@ -248,6 +242,36 @@ def load_folder(folder: Path, profile: str) -> Comparison:
     curve = {run: variants.read(found[run], main, predictions[run], "rows") for run, main in trained.items()}
     ordered = {name: predictions[name] for name in NAMES if name in predictions}
     return Comparison(profile, evaluated, beside, ordered, validation, seeds, curve)
+
+
+def against_base(record: RunRecord) -> Pair:
+    """A run against the base model of its profile. Reads nothing of the other runs, which may be under way.
+
+    Raises:
+        DataError: As `load` does, of these two.
+    """
+    folder = paths.results_folder(record.profile)
+    places = {"base": folder / "base", record.run: paths.run_folder(record.profile, record.run, record.variant)}
+    evaluated = _read_evaluated(places, folder)
+    _require_same_question(evaluated, {}, folder)
+    predictions = {run: records.read_predictions(evaluated[run], place) for run, place in places.items()}
+    _require_same_rows(predictions, folder)
+    _require_other_answers(evaluated, predictions, folder)
+    labels = [row.label for row in predictions["base"]]
+    answers = {run: [row.prediction for row in rows] for run, rows in predictions.items()}
+    return pairs.compare(record.run, "base", labels, answers[record.run], answers["base"])
+
+
+def _read_evaluated(places: dict[str, Path], folder: Path) -> dict[str, RunRecord]:
+    """The records in these folders, of those runs that were evaluated; the base must be among them."""
+    read = {run: records.read(place) for run, place in places.items() if (place / records.RECORD).is_file()}
+    for run, record in read.items():
+        if record.run != run:
+            raise DataError(places[run] / records.RECORD, f"is the record of {record.run}; was the folder copied?")
+    evaluated = {run: record for run, record in read.items() if record.evaluation}
+    if "base" not in evaluated:
+        raise DataError(folder, "the base model was not evaluated; run base_model_performance.ipynb first")
+    return evaluated
 
 
 def _require_same_question(evaluated: dict[str, RunRecord], beside: dict[str, Baseline], folder: Path) -> None:

@@ -13,6 +13,7 @@ from data_prep import LABELS, PROMPTS, Example, Manifest, UserError, prepare, re
 from data_prep.schema import SPLITS, Split
 from data_prep.sources import open_source
 from finetune import chat, models, paths
+from finetune.files import locked
 from finetune.records import DataReference
 from finetune.settings import Settings
 
@@ -54,7 +55,7 @@ class PreparedData:
 
 
 def prepare_data(settings: Settings) -> PreparedData:
-    """Prepare the experiment's data, or reuse what is there, and say which.
+    """Prepare the experiment's data, or reuse what is there, and say which; one process at a time.
 
     Raises:
         UserError: The source is wrong or out of reach, or fewer rows exist than are asked for.
@@ -62,15 +63,17 @@ def prepare_data(settings: Settings) -> PreparedData:
     experiment = settings.experiment
     source = open_source(experiment.source, experiment.data_path)
     folder = paths.dataset_folder(experiment.source)
-    manifest, reused = prepare(
-        source,
-        folder,
-        prompt=PROMPTS[experiment.prompt],
-        seed=experiment.data_seed,
-        validation_rows=experiment.validation_rows,
-        clean=experiment.normalise,
-        count_tokens=partial(chat.count_tokens, models.load_tokenizer(settings)),
-    )
+    count_tokens = partial(chat.count_tokens, models.load_tokenizer(settings))
+    with locked(folder, f"Waiting for {folder}: another process prepares it"):
+        manifest, reused = prepare(
+            source,
+            folder,
+            prompt=PROMPTS[experiment.prompt],
+            seed=experiment.data_seed,
+            validation_rows=experiment.validation_rows,
+            clean=experiment.normalise,
+            count_tokens=count_tokens,
+        )
     print(f"{'Reused' if reused else 'Prepared'} {folder}: fingerprint {manifest.fingerprint}, {_sizes(manifest)}")
     select = partial(_select, folder, seed=experiment.data_seed)
     return PreparedData(

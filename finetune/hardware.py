@@ -41,6 +41,20 @@ def gpu_name() -> str | None:
     return torch.cuda.get_device_name() if has_cuda() else None
 
 
+def visible_gpus() -> tuple[str, ...]:
+    """The GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it.
+
+    PyTorch asks NVML for their number, and makes no CUDA context, which would hold memory on a GPU.
+    """
+    if not has_cuda():
+        return ()
+    count = torch.cuda.device_count()
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = map(str, range(count)) if chosen is None else map(str.strip, chosen.split(","))
+    # A name that is no GPU ends the list.
+    return tuple(names)[:count]
+
+
 def is_unified() -> bool:
     """Whether GPU and CPU share one memory, as on a DGX Spark."""
     return has_cuda() and bool(torch.cuda.get_device_properties(0).is_integrated)

@@ -1,5 +1,9 @@
 """Whether a training will fit, asked before it starts: on a machine whose GPU shares the host's memory, one that does
-not fit freezes the host rather than fail."""
+not fit freezes the host rather than fail.
+
+With `--jobs`, models of other steps lie in the same memory: free is what they leave, and one that waits for its turn
+has yet to take its gradients and optimiser.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from data_prep import LABELS, Example
-from finetune import chat, comparison, evaluation, hardware, metrics, models, pairs, paths, records, segments
+from finetune import chat, comparison, evaluation, hardware, metrics, models, paths, records, segments, turns
 from finetune.data import PreparedData
 from finetune.settings import Settings
 
@@ -94,9 +94,7 @@ def confident_errors(record: records.RunRecord, data: PreparedData, rows: int = 
 
 def against_base(record: records.RunRecord) -> str:
     """The run against the base model in words, by a paired test on the same rows."""
-    compared = comparison.load(record.profile)
-    answers = [row.prediction for row in _read_predictions(record)]
-    return str(pairs.compare(record.run, "base", compared.labels, answers, compared.answers("base")))
+    return str(comparison.against_base(record))
 
 
 def _read_predictions(record: records.RunRecord) -> list[records.Prediction]:
@@ -113,11 +111,13 @@ def _evaluate_model(
     experiment, examples, folder = settings.experiment, data.test, folder_of(settings)
     prompts = _prompts(tokenizer, examples)
     scorer = evaluation.LabelScorer(segments.Backbone(model), tokenizer, experiment.evaluation_batch_size)
-    probabilities, seconds = evaluation.timed(scorer.score, prompts, progress="scoring")
-    labels, predicted = [example.label for example in examples], evaluation.predicted_labels(probabilities)
-    generation, answers = _generate(model, tokenizer, settings, prompts, labels, predicted)
+    with turns.alone():
+        probabilities, seconds = evaluation.timed(scorer.score, prompts, progress="scoring")
+        labels, predicted = [example.label for example in examples], evaluation.predicted_labels(probabilities)
+        generation, answers = _generate(model, tokenizer, settings, prompts, labels, predicted)
+        # Not timed, but it would keep the device from what is.
+        validation = scorer.score(_prompts(tokenizer, data.validation), progress="scoring validation rows")
     digest = records.write_predictions(_predictions(examples, probabilities, answers), folder)
-    validation = scorer.score(_prompts(tokenizer, data.validation), progress="scoring validation rows")
     alone = [row for row, example in enumerate(examples) if not example.has_twin]
     return records.Evaluation(
         environment=records.environment(),

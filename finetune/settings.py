@@ -27,7 +27,7 @@ from finetune.recipes import FULL, FULL_UNSLOTH, LORA, QLORA, STRICT, Count, Rec
 ENVIRONMENT_PREFIX = "FINETUNE_"
 EVALUATION_ONLY = {"test_rows", "generation_rows", "evaluation_batch_size", "evaluation_dtype"}
 # Settings of the process, not parameters of an experiment.
-NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND"}
+NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND", "FINETUNE_TURNS"}
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,4 +1,4 @@
-"""Run the notebooks headless, in their order, as a user would with Run All.
+"""Run the notebooks headless, in their order, as a user would with Run All; with `--jobs`, several at once.
 
 A step is reused when nothing that it depends on has changed since it last succeeded: its notebook, the engine's
 sources, its settings, the data, and the steps before it. A step that this machine cannot run is skipped, with the
@@ -16,15 +16,14 @@ import shlex
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import nbformat
-from jupyter_core.utils import run_sync
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
@@ -33,12 +32,14 @@ from tqdm import tqdm
 from data_prep import UserError
 from data_prep.store import MANIFEST, replacing, write_json
 from finetune import paths, settings
+from finetune.kernels import Kernels
 
 NOTEBOOKS = paths.PROJECT / "notebooks"
 # finetune.records knows this name too, but imports transformers, which the runner does without.
 RECORD = "record.json"
 # A killed training leaves its progress behind; a step of a 7B model on a DGX Spark takes about 20 seconds.
 STALE_SECONDS = 300
+SECONDS_BETWEEN_INTERRUPTS = 10
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -92,6 +93,9 @@ STEPS = (
     Step("compare_methods", None, ("base_model_performance",)),
 )
 
+# Evaluations end with a comparison with it.
+BASE = STEPS[0].name
+
 # Of a learning curve, before all rows.
 CURVE_ROWS = (250, 1000, 4000)
 
@@ -122,6 +126,7 @@ class Suite:
         fresh: Run every step, whatever can be reused.
         seeds: Trainings of each method, with the seed that is planned and those after it.
         curve: Numbers of training rows to train and evaluate each method on, instead of all.
+        jobs: Steps to execute at once, where none needs another.
 
     Raises:
         UserError: An unknown profile, parameter, value or run, before anything is executed.
@@ -135,12 +140,14 @@ class Suite:
         fresh: bool = False,
         seeds: int = 1,
         curve: tuple[int, ...] = (),
+        jobs: int = 1,
     ):
         self.overrides = dict(overrides or {})
         base = settings.plan("base", profile, self.overrides_for("base"))
         self.profile = base.profile
         self.steps = _curve(_selected(only), curve) if curve else _seeded(_selected(only), base.experiment.seed, seeds)
         self.fresh = fresh
+        self.jobs = jobs
         self._keys: dict[str, str] = {}
 
     @property
@@ -153,20 +160,65 @@ class Suite:
         return settings.applicable(self.overrides, run or "base") | dict(variant or {})
 
     def execute(self) -> list[Outcome]:
-        """Run the steps, reusing and skipping what can be; stops at the first that fails."""
-        os.environ.setdefault("FINETUNE_COMMAND", shlex.join(["python", "-m", "finetune", *sys.argv[1:]]))
-        outcomes: list[Outcome] = []
-        cells = {step.name: _code_cells(_notebook(step)) for step in self.steps}
-        with _Progress(sum(cells.values()), self.profile) as progress:
-            for step in self.steps:
-                outcome = self._one(step, outcomes, progress)
-                outcomes.append(outcome)
-                progress.finish(outcome, cells[step.name])
-                if outcome.status == "failed":
-                    break
-        return outcomes
+        """Run the steps, reusing and skipping what can be; after one that fails none begins, and those that run end.
 
-    def _one(self, step: Step, before: list[Outcome], progress: _Progress) -> Outcome:
+        Returns:
+            What became of each step that began, in the order in which they ended.
+        """
+        os.environ.setdefault("FINETUNE_COMMAND", shlex.join(["python", "-m", "finetune", *sys.argv[1:]]))
+        cells = {step.name: _code_cells(_notebook(step)) for step in self.steps}
+        with (
+            _Progress(cells, self.profile, self.jobs) as progress,
+            Kernels(self.jobs) as kernels,
+            # In threads even where there is one: in the main one nbclient 0.11 takes SIGINT for itself, shuts the
+            # kernel down twice and ends in an AssertionError.
+            ThreadPoolExecutor(self.jobs) as pool,
+        ):
+            if self.jobs > 1:
+                progress.write(str(kernels))
+            running: set[Future[Outcome]] = set()
+            with _interruptible(running, kernels):
+                return self._execute_all(running, kernels, pool, progress)
+
+    def _execute_all(
+        self, running: set[Future[Outcome]], kernels: Kernels, pool: ThreadPoolExecutor, progress: _Progress
+    ) -> list[Outcome]:
+        """Begin with each step as soon as it can be; `running` holds those that are being executed."""
+        outcomes: list[Outcome] = []
+        waiting = list(self.steps)
+
+        def end(outcome: Outcome) -> None:
+            outcomes.append(outcome)
+            progress.finish(outcome)
+
+        while True:
+            while len(running) < self.jobs and (step := self._next(waiting, outcomes)):
+                waiting.remove(step)
+                if outcome := self._without_executing(step, outcomes):
+                    end(outcome)
+                else:
+                    running.add(pool.submit(self._execute, step, kernels, progress))
+            if not running:
+                return outcomes
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                running.remove(future)
+                end(future.result())
+
+    def _next(self, waiting: list[Step], outcomes: list[Outcome]) -> Step | None:
+        """The first of the steps in waiting that all it reads of have ended for; None after one has failed."""
+        if any(outcome.status == "failed" for outcome in outcomes):
+            return None
+        unfinished = {step.name for step in self.steps} - {outcome.step.name for outcome in outcomes}
+        return next((step for step in waiting if not self._awaited(step) & unfinished), None)
+
+    def _awaited(self, step: Step) -> set[str]:
+        """The steps that must have ended, if they are to run at all, before one begins."""
+        if step.run is None:
+            return {other.name for other in self.steps if other.run}
+        return {*step.needs, BASE} if step.needs else set()
+
+    def _without_executing(self, step: Step, before: list[Outcome]) -> Outcome | None:
+        """What becomes of a step that need not or cannot be executed."""
         skipped = {outcome.step.name for outcome in before if outcome.status == "skipped"}
         missing = [name for name in step.needs if name in skipped]
         if missing:
@@ -177,9 +229,9 @@ class Suite:
             return Outcome(step, "skipped", reason=str(error))
         if not self.fresh and self._is_done(step, key):
             return Outcome(step, "reused", reason="nothing that it depends on has changed")
-        return self._execute(step, key, progress)
+        return None
 
-    def _execute(self, step: Step, key: str, progress: _Progress) -> Outcome:
+    def _execute(self, step: Step, kernels: Kernels, progress: _Progress) -> Outcome:
         notebook = parameterize_notebook(
             _notebook(step),
             {"PROFILE": self.profile, "OVERRIDES": self.overrides_for(step.run, step.variant), **step.parameters},
@@ -187,20 +239,13 @@ class Suite:
         stamp = self._stamp(step)
         stamp.unlink(missing_ok=True)
         start = time.perf_counter()
-        client = NotebookClient(
-            notebook,
-            timeout=None,
-            # Ten seconds on an idle machine; minutes on one that swaps.
-            startup_timeout=300,
-            kernel_name="python3",
-            resources={"metadata": {"path": str(NOTEBOOKS)}},
-            # Or each kernel warns that its loopback connection is signed but not encrypted.
-            extra_arguments=["--log-level=ERROR"],
-            on_cell_start=lambda cell, cell_index: progress.cell(step, cell_index + 1, len(notebook.cells)),
-            on_cell_executed=lambda cell, cell_index, execute_reply: progress.advance(),
-        )
         try:
-            _execute_interruptibly(client)
+            kernels.execute(
+                notebook,
+                NOTEBOOKS,
+                on_cell_start=lambda number: progress.cell(step, number + 1, len(notebook.cells)),
+                on_cell_executed=lambda: progress.advance(step),
+            )
         except CellExecutionError as error:
             return Outcome(step, "failed", reason=f"{error.ename}: {ANSI.sub('', error.evalue)}")
         except DeadKernelError:
@@ -260,14 +305,26 @@ class Suite:
 
 
 class _Progress:
-    """A bar over all cells: notebook, cell, elapsed, and how far a training is. Silent without a terminal."""
+    """A bar over all cells: what runs, elapsed, and how far a training is. Silent without a terminal.
 
-    def __init__(self, cells: int, profile: str):
-        self._bar = tqdm(total=cells, unit="cell", disable=None, bar_format="{l_bar}{bar:20}| {elapsed}{postfix}")
+    Args:
+        cells: Cells of code of each step, by its name.
+        profile: Whose trainings are looked for.
+        jobs: With one, the bar tells the cell of the step that runs; with several, the names of those that do.
+    """
+
+    def __init__(self, cells: Mapping[str, int], profile: str, jobs: int):
+        several = "{bar:20}| {n_fmt}/{total_fmt} cells, {elapsed}{postfix}, {desc}"
+        shown = "{l_bar}{bar:20}| {elapsed}{postfix}" if jobs == 1 else several
+        self._bar = tqdm(total=sum(cells.values()), unit="cell", disable=None, bar_format=shown)
+        self._cells = cells
         self._profile = profile
+        self._jobs = jobs
         self._stop = threading.Event()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
-        self._done_in_step = 0
+        # Cells done of each step that runs; each step tells of its own from a thread of its own.
+        self._done: Counter[str] = Counter()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> _Progress:
         self._ticker.start()
@@ -278,18 +335,28 @@ class _Progress:
         self._ticker.join()
         self._bar.close()
 
-    def cell(self, step: Step, number: int, count: int) -> None:
-        self._bar.set_description(f"{step.name}, cell {number}/{count}")
-
-    def advance(self) -> None:
-        self._done_in_step += 1
-        self._bar.update()
-
-    def finish(self, outcome: Outcome, cells: int) -> None:
-        self._bar.update(cells - self._done_in_step)
-        self._done_in_step = 0
-        self._bar.write(str(outcome), file=sys.stdout)
+    def write(self, text: str) -> None:
+        self._bar.write(text, file=sys.stdout)
         sys.stdout.flush()
+
+    def cell(self, step: Step, number: int, count: int) -> None:
+        with self._lock:
+            self._done.setdefault(step.name, 0)
+            names = ", ".join(self._done)
+            self._bar.set_description_str(f"{names}, cell {number}/{count}" if self._jobs == 1 else names)
+
+    def advance(self, step: Step) -> None:
+        with self._lock:
+            self._done[step.name] += 1
+            self._bar.update()
+
+    def finish(self, outcome: Outcome) -> None:
+        with self._lock:
+            name = outcome.step.name
+            self._bar.update(self._cells[name] - self._done.pop(name, 0))
+            if self._done:
+                self._bar.set_description_str(", ".join(self._done))
+            self.write(str(outcome))
 
     def _tick(self) -> None:
         """Keep the elapsed time moving through long cells."""
@@ -297,25 +364,27 @@ class _Progress:
             self._bar.set_postfix_str(_training_progress(self._profile))
 
 
-def _execute_interruptibly(client: NotebookClient) -> None:
-    """Execute a notebook; Ctrl-C interrupts the cell that runs, and ends the kernel, before it goes on up.
-
-    In a thread, because in the main one nbclient 0.11 takes SIGINT for itself, shuts the kernel down twice and ends in
-    an AssertionError.
-    """
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        execution = pool.submit(client.execute)
+@contextlib.contextmanager
+def _interruptible(running: set[Future[Outcome]], kernels: Kernels) -> Iterator[None]:
+    """Before it goes up, Ctrl-C interrupts the cells that run and ends their kernels; another error waits for them."""
+    try:
         try:
-            execution.result()
-        except KeyboardInterrupt:
-            if client.km is not None:
-                run_sync(client.km.interrupt_kernel)()
+            yield
+        except Exception:
+            wait(running)
             raise
+    except KeyboardInterrupt:
+        kernels.interrupt()
+        # Again and again: one gets lost in a kernel that has not begun with the cell that it was sent, or in a library
+        # that swallows it while it is imported.
+        while wait(running, timeout=SECONDS_BETWEEN_INTERRUPTS).not_done:
+            kernels.interrupt()
+        raise
 
 
 def _training_progress(profile: str) -> str:
     """How far the training that runs now is, empty if none does."""
-    for path in paths.results_folder(profile).glob("*/progress.json"):
+    for path in paths.results_folder(profile).rglob("progress.json"):
         # The file is replaced at every step and removed at the end, perhaps between glob and read.
         with contextlib.suppress(FileNotFoundError):
             state = json.loads(path.read_text())

@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from data_prep import Example, UserError
 from data_prep.store import write_json
-from finetune import cards, chat, energy, evaluation, hardware, memory, metrics, models, paths, records, segments
+from finetune import cards, chat, energy, evaluation, hardware, memory, metrics, models, paths, records, segments, turns
 from finetune.data import PreparedData
 from finetune.files import folder_bytes, folder_digest, replacing_folder
 from finetune.recipes import Recipe
@@ -83,7 +83,8 @@ class Session:
         if checkpoint:
             print(f"Resuming from {checkpoint.name}: an earlier run of these settings was interrupted there")
         hardware.reset_peak_memory()
-        self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with turns.alone():
+            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         peak_bytes, peak_kind = hardware.peak_memory()
         folder = save_artefact(self)
         record = self._record(folder, peak_bytes, peak_kind)
@@ -293,8 +294,9 @@ class Clock(TrainerCallback):
         self._resumed_at = 0
         self._before = 0.0
         self._reported = 0.0
-        self._run = settings.run
-        self._progress = paths.run_folder(settings.profile, settings.run) / "progress.json"
+        # A variant's too: `lora/seed-43`.
+        self._run = str(settings.run_folder.relative_to(paths.results_folder(settings.profile)))
+        self._progress = settings.run_folder / "progress.json"
 
     def pause(self) -> None:
         # What was launched is not done yet; it must not count as validation.
@@ -442,7 +444,7 @@ def _arguments(settings: Settings, checkpointing: str) -> SFTConfig:
     recipe, seed = settings.recipe, settings.experiment.seed
     # transformers 5 takes the folder of TensorBoard's logs from the environment alone.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(settings.run_folder / "tensorboard")
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(_fresh_state(settings)),
         learning_rate=recipe.learning_rate,
         num_train_epochs=recipe.epochs,
@@ -471,6 +473,9 @@ def _arguments(settings: Settings, checkpointing: str) -> SFTConfig:
         save_total_limit=2,
         report_to=["tensorboard"],
     )
+    # Where several GPUs are visible the trainer would split each batch (DataParallel), and no row can be split.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def _set_pace(trainer: SFTTrainer, settings: Settings) -> None:

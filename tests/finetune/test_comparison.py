@@ -225,6 +225,31 @@ class TestAnswer:
         )
 
 
+class TestAgainstBase:
+    def test_is_the_pair_of_the_comparison(self, results):
+        compared = compare(results, base=right_on(20, 40), lora=right_on(30, 40))
+        assert comparison.against_base(compared.records["lora"]) == compared.pair("lora", "base")
+
+    def test_does_not_mind_a_run_that_is_being_written_anew(self, results):
+        """Its predictions are replaced before its record; and it may still be the record of other data."""
+        compared = compare(results, base=right_on(20, 40), lora=right_on(30, 40))
+        write_run(results, "full", right_on(10, 40), data={"fingerprint": "ffffffffffff"})
+        (results / "full" / "predictions.jsonl").write_text("")
+        assert comparison.against_base(compared.records["lora"]).points == 25
+
+    def test_without_a_base(self, results):
+        record = compare(results, base=right_on(20, 40), lora=right_on(30, 40)).records["lora"]
+        (results / "base" / "record.json").unlink()
+        with pytest.raises(DataError, match="the base model was not evaluated; run base_model_performance"):
+            comparison.against_base(record)
+
+    def test_of_another_question(self, results):
+        record = compare(results, base=right_on(20, 40), lora=right_on(30, 40)).records["lora"]
+        write_run(results, "base", right_on(20, 40), data={"prompt": "verbose-1"})
+        with pytest.raises(DataError, match="cpu/lora: prompt is lean-1, and verbose-1 in the base's record"):
+            comparison.against_base(record)
+
+
 class TestRefusals:
     def test_no_run_at_all(self, results):
         with pytest.raises(DataError, match="the base model was not evaluated; run base_model_performance"):

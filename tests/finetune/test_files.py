@@ -1,10 +1,11 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, and what one process at a time may do."""
 
 import shutil
+import threading
 
 import pytest
 
-from finetune.files import folder_bytes, folder_digest, replacing_folder
+from finetune.files import folder_bytes, folder_digest, locked, replacing_folder
 
 
 @pytest.fixture
@@ -85,3 +86,27 @@ def test_the_digest_changes_with_any_file(target, change):
 
 def test_bytes_are_those_of_all_files(target):
     assert folder_bytes(target) == len("old") + len("older")
+
+
+def test_a_second_one_waits_for_the_first_and_says_so(tmp_path, capsys):
+    log = []
+
+    def second() -> None:
+        with locked(tmp_path / "target", "waiting for the first"):
+            log.append("second")
+
+    thread = threading.Thread(target=second)
+    with locked(tmp_path / "target", "never printed"):
+        thread.start()
+        while not (printed := capsys.readouterr().out):
+            assert thread.is_alive()
+        log.append("first")
+    thread.join()
+    assert printed == "waiting for the first\n" and log == ["first", "second"]
+
+
+def test_a_lock_is_free_after_an_error(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path / "target", "waiting"):
+        raise KeyboardInterrupt
+    with locked(tmp_path / "target", "waiting"):
+        assert capsys.readouterr().out == ""

@@ -170,6 +170,7 @@ class TestRefusals:
     def test_variables_of_the_process_are_no_parameters(self, monkeypatch, tmp_path):
         monkeypatch.setenv("FINETUNE_HOME", str(tmp_path))
         monkeypatch.setenv("FINETUNE_COMMAND", "make demo")
+        monkeypatch.setenv("FINETUNE_TURNS", str(tmp_path / "GPU 0"))
         assert plan("base", "cpu").digest
 
     @pytest.mark.parametrize(

@@ -196,8 +196,11 @@ def test_a_learning_curve_trains_on_fewer_rows_alone():
     assert suite._result(suite.steps[3]) == paths.run_folder("cpu", "lora", "rows-1000") / "predictions.jsonl"
 
 
-@pytest.mark.parametrize("arguments", [["run", "--seeds", "0"], ["run", "--seeds", "x"], ["curve", "--rows", "-1"]])
-def test_numbers_of_trainings_are_checked(arguments, capsys):
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "--seeds", "0"], ["run", "--seeds", "x"], ["curve", "--rows", "-1"], ["run", "--jobs", "0"]],
+)
+def test_numbers_of_trainings_and_jobs_are_checked(arguments, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert "is not a whole number from 1" in capsys.readouterr().err

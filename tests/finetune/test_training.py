@@ -13,15 +13,16 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerState
 
-from data_prep import UserError
+from data_prep import UserError, prepare
 from finetune import chat, evaluation, models, paths, plan, records
 from finetune.data import prepare_data
 from finetune.merging import merge
 from finetune.performance import evaluate
 from finetune.segments import Backbone
-from finetune.training import Session, check_supervision, newest_whole_checkpoint, prepare_training
+from finetune.suite import _training_progress
+from finetune.training import Clock, Session, check_supervision, newest_whole_checkpoint, prepare_training
 
 RUNS = ["full", "lora", "qlora"]
 TRAIN_SCRIPT = """
@@ -31,6 +32,14 @@ settings = plan_training(sys.argv[1], "cpu", json.loads(sys.argv[2]))
 from finetune.data import prepare_data
 from finetune.training import prepare_training
 prepare_training(settings, prepare_data(settings)).run()
+"""
+
+
+PREPARE_SCRIPT = """
+import json, sys
+from finetune import plan
+from finetune.data import prepare_data
+prepare_data(plan("lora", "cpu", json.loads(sys.argv[1])))
 """
 
 
@@ -329,3 +338,37 @@ def test_what_prompts_share_is_computed_once_only_where_it_changes_nothing(tiny,
     rows = [session.trainer.train_dataset[row] for row in range(4)]
     computed = session.trainer.data_collator(rows)["input_ids"].numel()
     assert (computed < sum(len(row["input_ids"]) for row in rows)) == is_shared
+
+
+def test_variants_of_a_run_report_their_progress_apart(home):
+    for variant in ({}, {"variant": "seed-43", "seed": 43}):
+        settings = plan("lora", "cpu", variant)
+        clock = Clock(settings)
+        clock.go_on()
+        clock.on_step_end(None, TrainerState(global_step=3, max_steps=10), None)
+        progress = json.loads((settings.run_folder / "progress.json").read_text())
+        assert (progress["run"], progress["step"]) == ("lora/seed-43" if variant else "lora", 3)
+    assert _training_progress("cpu").startswith("step 3/10, ")
+    paths.run_folder("cpu", "lora").joinpath("progress.json").unlink()
+    assert _training_progress("cpu").startswith("step 3/10, "), "the variant's"
+
+
+def test_two_processes_that_start_together_prepare_the_data_once(tiny, monkeypatch, capfd):
+    """The second starts while the first is at it; it must wait, and reuse what the first made."""
+    others = []
+
+    def prepare_slowly(*arguments, **named):
+        other = subprocess.Popen(
+            [sys.executable, "-c", PREPARE_SCRIPT, json.dumps(tiny)], stdout=subprocess.PIPE, text=True
+        )
+        others.append((other, other.stdout.readline()))
+        return prepare(*arguments, **named)
+
+    monkeypatch.setattr("finetune.data.prepare", prepare_slowly)
+    prepare_data(plan("lora", "cpu", tiny))
+    [(other, waiting)] = others
+    said = other.communicate(timeout=60)[0]
+    folder = paths.dataset_folder("sample")
+    assert other.returncode == 0
+    assert waiting == f"Waiting for {folder}: another process prepares it\n"
+    assert capfd.readouterr().out.startswith(f"Prepared {folder}: ") and said.startswith(f"Reused {folder}: ")

@@ -1,0 +1,30 @@
+"""Turns: what is measured has its device for itself while the suite runs several steps at once (`--jobs`).
+
+A training takes a turn for the time that its clock counts, an evaluation for scoring and generation, a baseline for
+fitting and scoring. Importing, reading data, loading a model, saving it and drawing go on beside another's turn: that
+is what several at once gain. On a GPU this should cost the one that is measured little; on a CPU it takes cores from
+it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from finetune.files import locked
+
+# Set by the suite for each step: a path whose name is the device's, the same for all steps on that device.
+VARIABLE = "FINETUNE_TURNS"
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Have the device alone among the steps that share it, waiting for the one that does; nothing without the suite."""
+    device = os.environ.get(VARIABLE)
+    if device is None:
+        yield
+        return
+    with locked(Path(device), f"Waiting for {Path(device).name}: another step is measured there"):
+        yield
