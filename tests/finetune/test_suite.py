@@ -155,7 +155,7 @@ def test_an_unknown_run_is_refused_before_anything_is_executed(tiny):
     ("arguments", "message"),
     [
         (["run", "--profile", "laptop"], "unknown profile 'laptop'; the profiles are: auto, spark, gpu, cpu"),
-        (["run", "--set", "lr=1"], "unknown parameter 'lr' (override); the parameters are: adapter, batch_size"),
+        (["run", "--set", "lr=1"], "unknown parameter 'lr' (override); the parameters are: adapter, article_loss"),
         (["run", "--set", "learning_rate"], "--set learning_rate: write it as name=value"),
         (["plan", "lora", "--set", "epochs=-1"], "epochs='-1' is not possible: Input should be greater than 0"),
         (["plan", "dora"], "unknown run 'dora'; the runs are: base, full, full_unsloth, lora, qlora"),
