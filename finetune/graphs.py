@@ -45,7 +45,7 @@ class GraphedPasses:
             static.copy_(tensor, non_blocking=True)
         recording.graph.replay()
         self._add(recording.gradients)
-        return recording.loss.detach().clone()
+        return recording.loss.clone()
 
     def _add(self, gradients: list[torch.Tensor]) -> None:
         """Add a pass's gradients to the update's: the next replay overwrites them."""
@@ -74,7 +74,9 @@ class GraphedPasses:
             loss = self._loss_of(batch)
             loss.backward()
         self._pool = graph.pool()
-        recording = _Recording(graph, _tensors(batch), loss, [parameter.grad for parameter in self._parameters])
+        gradients = [parameter.grad for parameter in self._parameters]
+        # Detached, or the recorded pass would be kept alive, its nodes on another stream than the next recording's.
+        recording = _Recording(graph, _tensors(batch), loss.detach(), gradients)
         for parameter, gradient in zip(self._parameters, kept, strict=True):
             parameter.grad = gradient
         return recording

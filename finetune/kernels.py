@@ -119,7 +119,7 @@ class Kernels:
         with self._device() as device:
             name = f"GPU {device.replace('/', '-')}" if self.gpus else device
             own: dict[str, Any] = {
-                turns.VARIABLE: str(scratch / name),
+                turns.VARIABLE: str(turns.folder() / name),
                 # Unsloth checks what it wrote there, and gives up on the folder when another's settings wrote the same
                 # files anew. It writes them at each start anyway: a folder of its own costs nothing.
                 "UNSLOTH_COMPILE_LOCATION": tempfile.mkdtemp(prefix="unsloth-", dir=scratch),

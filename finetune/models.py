@@ -23,6 +23,8 @@ from finetune.settings import Settings
 
 # It recommends a package that would fetch a faster 4-bit kernel from the hub; we run without either.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# Liger, for its part, warns of each kernel that it has for other accelerators.
+logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

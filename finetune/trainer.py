@@ -89,10 +89,8 @@ class RowCollator:
         }
 
     def _missing(self, supervised: int, tokens: int, articles: int) -> int:
-        """Predictions to add so that batches are alike."""
-        if not self._shapes:
-            return 0
-        return (tokens if self._article_weight else self._shapes.supervised * articles) - supervised
+        """Predictions to add so that batches are alike; there are never more than tokens."""
+        return min(self._shapes.supervised * articles, tokens) - supervised if self._shapes else 0
 
 
 class RowTrainer(SFTTrainer):

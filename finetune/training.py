@@ -194,7 +194,8 @@ def use_graphs(recipe: Recipe, checkpointing: str) -> bool:
 
 
 def _fixed_shapes(recipe: Recipe, encoded: Sequence[chat.Encoded], shared: int) -> FixedShapes:
-    supervised = max(len(row.answer) if recipe.supervise == "answer" else len(row) for row in encoded)
+    answers_alone = recipe.supervise == "answer" and not recipe.article_loss
+    supervised = max(len(row.answer) if answers_alone else len(row) for row in encoded)
     # Few shapes, each of which is recorded once, against little padding: an eighth of a batch, as a power of two.
     batch = recipe.batch_size * (sum(map(len, encoded)) / len(encoded) - shared)
     multiple = max(64, 2 ** round(math.log2(batch / 8)))

@@ -9,6 +9,7 @@ it.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,13 @@ from finetune.files import locked
 
 # Set by the suite for each step: a path whose name is the device's, the same for all steps on that device.
 VARIABLE = "FINETUNE_TURNS"
+
+
+def folder() -> Path:
+    """Where the devices' locks lie: the same for every suite that a user runs on this machine."""
+    folder = Path(tempfile.gettempdir()) / f"finetune-turns-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def test_loss_on_all_tokens_is_that_of_the_articles_one_by_one(backbone):
     torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("shapes", [None, FixedShapes(multiple=16, longest=9, supervised=4)])
+@pytest.mark.parametrize("shapes", [None, FixedShapes(multiple=16, longest=9, supervised=9)])
 def test_an_articles_own_tokens_weigh_what_they_are_given(backbone, shapes):
     batch = RowCollator(3, shapes, article_weight=0.25)(EXAMPLES)
     logits = backbone.head(backbone(batch["row"]).index_select(0, batch["predicts"]))

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -32,10 +33,20 @@ CASES = [
 
 
 @cache
+def examinations() -> dict[str, Future]:
+    """Both engines', side by side: a training waits for Python more than for the GPU here."""
+    pool = ThreadPoolExecutor()
+    return {engine: pool.submit(examine, engine) for engine in dict.fromkeys(engine for engine, _ in CASES)}
+
+
 def examined(engine: str) -> dict[str, dict]:
     """What tests/gpu/examine.py found for each run of an engine; `loaded`: what plain libraries then found."""
     if not CSV.is_dir():
         pytest.skip(f"no AG News rows in {CSV}")
+    return examinations()[engine].result()
+
+
+def examine(engine: str) -> dict[str, dict]:
     runs = [run for name, run in CASES if name == engine]
     # In a folder of its own: the user's models and records stay as they are.
     with tempfile.TemporaryDirectory() as home:
