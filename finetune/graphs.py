@@ -31,6 +31,7 @@ class GraphedPasses:
         self._loss_of = loss_of
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._recorded: dict[tuple, _Recording] = {}
+        self._longest = 0
         self._sums: list[torch.Tensor] = []
         self._pool = None
 
@@ -39,6 +40,7 @@ class GraphedPasses:
         tensors = _tensors(batch)
         key = tuple(tuple(tensor.shape) for tensor in tensors)
         if key not in self._recorded:
+            self._forget_shorter(batch["row"].input_ids.numel())
             self._recorded[key] = self._record(batch)
         recording = self._recorded[key]
         for static, tensor in zip(recording.inputs, tensors, strict=True):
@@ -46,6 +48,13 @@ class GraphedPasses:
         recording.graph.replay()
         self._add(recording.gradients)
         return recording.loss.clone()
+
+    def _forget_shorter(self, tokens: int) -> None:
+        """Forget all recordings if a longer row comes: it may make the model replace what they read (Unsloth's tables of
+        rotary embeddings)."""
+        if tokens > self._longest:
+            self._recorded.clear()
+            self._longest = tokens
 
     def _add(self, gradients: list[torch.Tensor]) -> None:
         """Add a pass's gradients to the update's: the next replay overwrites them."""

@@ -15,6 +15,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
@@ -368,21 +369,29 @@ class ValidationWatch(TrainerCallback):
         self._prompts = [row.prompt for row in encoded]
         self._times = settings.recipe.evaluations
 
+    def on_train_begin(self, args, state, control, model=None, **_) -> None:
+        """The model as it begins: where the curve starts. It also is the longest row that the model will see, so that
+        what grows with rows (Unsloth's tables of rotary embeddings) has its size and place before a CUDA graph reads
+        it: replaced later, it left graphs with freed memory, and losses of NaN."""
+        self._validate(model, control)
+
     def on_step_end(self, args, state, control, model=None, **_) -> None:
-        if state.global_step not in _spread(state.max_steps, self._times):
-            return
+        if state.global_step in _spread(state.max_steps, self._times):
+            self._validate(model, control)
+
+    def _validate(self, model, control) -> None:
         self.clock.pause()
         models.evaluating(model)
         # The same products in bf16 as in training; the labels' probabilities are formed in fp32.
         with torch.autocast(model.device.type, dtype=torch.bfloat16):
             probabilities = self._scorer.score(self._prompts)
         model.train()
-        result = metrics.compute(self._labels, evaluation.predicted_labels(probabilities))
+        predicted = evaluation.predicted_labels(probabilities)
         # Logging clears the flag that this step's loss is due to be logged too.
         due = control.should_log
         self.trainer.log(
             {
-                "validation_accuracy": result.accuracy,
+                "validation_accuracy": float(np.mean(np.equal(predicted, self._labels))),
                 "validation_log_loss": metrics.log_loss(self._labels, probabilities),
                 "training_seconds": self.clock.seconds,
             }

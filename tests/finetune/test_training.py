@@ -179,7 +179,7 @@ def test_the_record_counts_what_was_trained(tiny):
     assert training.steps == 8
     assert training.tokens_per_second == pytest.approx(training.tokens / training.seconds)
     accuracies = [point.step for point in training.history if point.validation_accuracy is not None]
-    assert accuracies == [4, 8]
+    assert accuracies == [0, 4, 8]
     losses = [point.loss for point in training.history if point.loss is not None]
     assert len(losses) == 8 and losses[-1] < losses[0]
 
