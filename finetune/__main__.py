@@ -116,8 +116,8 @@ def _execute(options: argparse.Namespace, **trainings: Any) -> int:
     outcomes = suite.execute()
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if failed:
-        left, names = len(suite.steps) - len(outcomes), wording.listed([outcome.step.name for outcome in failed])
-        print(f"{names} failed and {left} later steps did not run; see {suite.folder}", file=sys.stderr)
+        names = wording.listed([outcome.step.name for outcome in failed])
+        print(f"{names} failed, and what needs it was skipped; see {suite.folder}", file=sys.stderr)
         return 1
     if any(outcome.step.run is None for outcome in outcomes):
         _print_comparison(suite.profile)

@@ -50,8 +50,8 @@ class GraphedPasses:
         return recording.loss.clone()
 
     def _forget_shorter(self, tokens: int) -> None:
-        """Forget all recordings if a longer row comes: it may make the model replace what they read (Unsloth's tables of
-        rotary embeddings)."""
+        """Forget all recordings if a longer row comes: it may make the model replace what they read, such as Unsloth's
+        tables of rotary embeddings."""
         if tokens > self._longest:
             self._recorded.clear()
             self._longest = tokens

@@ -160,10 +160,10 @@ class Suite:
         return settings.applicable(self.overrides, run or "base") | dict(variant or {})
 
     def execute(self) -> list[Outcome]:
-        """Run the steps, reusing and skipping what can be; after one that fails none begins, and those that run end.
+        """Run the steps, reusing and skipping what can be; after one that fails, what needs it is skipped.
 
         Returns:
-            What became of each step that began, in the order in which they ended.
+            What became of each step, in the order in which they ended.
         """
         os.environ.setdefault("FINETUNE_COMMAND", shlex.join(["python", "-m", "finetune", *sys.argv[1:]]))
         cells = {step.name: _code_cells(_notebook(step)) for step in self.steps}
@@ -205,9 +205,7 @@ class Suite:
                 end(future.result())
 
     def _next(self, waiting: list[Step], outcomes: list[Outcome]) -> Step | None:
-        """The first of the steps in waiting that all it reads of have ended for; None after one has failed."""
-        if any(outcome.status == "failed" for outcome in outcomes):
-            return None
+        """The first of the steps in waiting that all it reads of have ended for."""
         unfinished = {step.name for step in self.steps} - {outcome.step.name for outcome in outcomes}
         return next((step for step in waiting if not self._awaited(step) & unfinished), None)
 
@@ -219,10 +217,12 @@ class Suite:
 
     def _without_executing(self, step: Step, before: list[Outcome]) -> Outcome | None:
         """What becomes of a step that need not or cannot be executed."""
-        skipped = {outcome.step.name for outcome in before if outcome.status == "skipped"}
-        missing = [name for name in step.needs if name in skipped]
-        if missing:
-            return Outcome(step, "skipped", reason=f"{missing[0]} was skipped")
+        status = {outcome.step.name: outcome.status for outcome in before}
+        # The comparison does without what this machine cannot run, but not without what went wrong.
+        failed = [name for name in status if name in self._awaited(step) and status[name] == "failed"]
+        skipped = [name for name in step.needs if status.get(name) == "skipped"]
+        if failed or skipped:
+            return Outcome(step, "skipped", reason=f"{failed[0]} failed" if failed else f"{skipped[0]} was skipped")
         try:
             key = self._key(step)
         except settings.UnavailableHere as error:

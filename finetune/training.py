@@ -84,7 +84,7 @@ class Session:
         if checkpoint:
             print(f"Resuming from {checkpoint.name}: an earlier run of these settings was interrupted there")
         hardware.reset_peak_memory()
-        with turns.alone():
+        with turns.alone(is_long=True):
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         peak_bytes, peak_kind = hardware.peak_memory()
         folder = save_artefact(self)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from finetune.files import locked
@@ -28,11 +28,16 @@ def folder() -> Path:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Have the device alone among the steps that share it, waiting for the one that does; nothing without the suite."""
+def alone(is_long: bool = False) -> Iterator[None]:
+    """Have the device alone among the steps that share it, waiting for the one that does; nothing without the suite.
+
+    Args:
+        is_long: Of those who say so one at a time waits, so that short measurements do not wait for all of them.
+    """
     device = os.environ.get(VARIABLE)
     if device is None:
         yield
         return
-    with locked(Path(device), f"Waiting for {Path(device).name}: another step is measured there"):
+    waiting = f"Waiting for {Path(device).name}: another step is measured there"
+    with locked(Path(f"{device} long"), waiting) if is_long else nullcontext(), locked(Path(device), waiting):
         yield

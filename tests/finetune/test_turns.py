@@ -75,6 +75,13 @@ def test_devices_do_not_wait_for_each_other(device, monkeypatch, capsys):
     assert not is_taken(device) and capsys.readouterr().out == ""
 
 
+def test_of_the_long_turns_one_at_a_time_waits_for_the_device(device):
+    with turns.alone(is_long=True):
+        assert is_taken(device) and is_taken(device.with_name("GPU 0 long"))
+    with turns.alone():
+        assert is_taken(device) and not is_taken(device.with_name("GPU 0 long"))
+
+
 def test_without_the_suite_nothing_is_locked(tmp_path, monkeypatch):
     monkeypatch.delenv(turns.VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -104,7 +111,7 @@ def test_all_that_is_timed_or_keeps_the_device_busy_is_a_turn(tiny, device, monk
     session.run()
     evaluate(settings, data, "fine_tuning_lora.ipynb")
     baselines.evaluate(plan("base", "cpu", {name: tiny[name] for name in ("model", "train_rows", "test_rows")}), data)
-    # Two validations of the training, the test and the validation rows, and the test rows behind examples.
-    assert {name: len(times) for name, times in taken.items()} == {"train": 1, "score": 5, "generate": 1, "fit": 1}
+    # Three validations of the training, the test and the validation rows, and the test rows behind examples.
+    assert {name: len(times) for name, times in taken.items()} == {"train": 1, "score": 6, "generate": 1, "fit": 1}
     assert all(all(times) for times in taken.values()), taken
     assert not is_taken(device)
