@@ -16,7 +16,7 @@ from finetune.baselines import Baseline
 from finetune.calibration import COVERAGES, Calibration, Figure, Scores
 from finetune.metrics import Metrics
 from finetune.pairs import MeanOverSeeds, OverSeeds, Pair
-from finetune.records import Prediction, RunRecord
+from finetune.records import Merged, Prediction, RunRecord
 from finetune.settings import RUNS
 from finetune.variants import Variant
 from finetune.wording import NAMES
@@ -33,6 +33,7 @@ class Comparison:
         validation: The runs' predictions of validation rows; None in records that are older than these.
         seeds: The trained runs' variants with other seeds; may be empty lists.
         curve: Those on fewer training rows.
+        merged: What came of merging the runs' adapters, of those that were merged.
     """
 
     profile: str
@@ -42,6 +43,7 @@ class Comparison:
     validation: dict[str, list[Prediction] | None]
     seeds: dict[str, list[Variant]]
     curve: dict[str, list[Variant]]
+    merged: dict[str, Merged]
 
     @property
     def any_record(self) -> RunRecord:
@@ -179,6 +181,22 @@ class Comparison:
         judged = [NAMES[run] for run in self.tuned()] or list(table)
         return table.loc[table[judged].sum(axis=1).sort_values(ascending=False, kind="stable").index]
 
+    def merged_table(self) -> pd.DataFrame:
+        """Accuracy of merged models beside those of their adapters apart, and how far the two agree."""
+        rows = {
+            NAMES[run]: {
+                "merged into": of.base,
+                "adapter apart %": 100 * of.adapter_accuracy,
+                "merged %": 100 * of.scoring.accuracy,
+                "95 % interval": percent_interval(of.scoring.accuracy_low, of.scoring.accuracy_high),
+                "labelled alike %": 100 * of.agreement,
+                "largest difference of a probability": f"{of.largest_difference:.3f}",
+                "merged model MB": of.artefact_bytes / 1e6,
+            }
+            for run, of in self.merged.items()
+        }
+        return pd.DataFrame(rows).T.infer_objects()
+
     def cost_table(self) -> pd.DataFrame:
         """What each training cost, and what its artefact weighs."""
         return pd.concat([costs.table(record) for record in self.tuned().values()]) if self.tuned() else pd.DataFrame()
@@ -240,8 +258,9 @@ def load_folder(folder: Path, profile: str) -> Comparison:
     trained = {run: record for run, record in evaluated.items() if record.training}
     seeds = {run: variants.read(found[run], main, predictions[run], "seed") for run, main in trained.items()}
     curve = {run: variants.read(found[run], main, predictions[run], "rows") for run, main in trained.items()}
+    merged = {run: of for run in trained if (of := records.read_merged(evaluated[run], found[run]))}
     ordered = {name: predictions[name] for name in NAMES if name in predictions}
-    return Comparison(profile, evaluated, beside, ordered, validation, seeds, curve)
+    return Comparison(profile, evaluated, beside, ordered, validation, seeds, curve, merged)
 
 
 def against_base(record: RunRecord) -> Pair:

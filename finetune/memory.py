@@ -22,6 +22,8 @@ MOMENTS = 2
 MOMENT_BYTES = {"adamw_8bit": 1, "adamw_8bit_stochastic": 1, "adamw_4bit_stochastic": 0.5}
 
 
+# Tokens of an answer.
+ANSWER = 10
 # Memory that nothing here foresees: the allocator's fragments, kernels' workspaces, the CUDA context.
 RESERVE = 0.1
 
@@ -51,6 +53,7 @@ def choose_checkpointing(settings: Settings, configuration, lengths: Sequence[in
     longest = sum(sorted(lengths)[-recipe.batch_size :])
     held = model_bytes(recipe, configuration)
     activations = activation_bytes(configuration, longest, settings.engine)
+    activations += logit_bytes(configuration, longest if _predicts_articles(recipe) else ANSWER * recipe.batch_size)
     available = hardware.available_memory_bytes()
     fits = (held + activations) * (1 + RESERVE) < available
     return Checkpointing(
@@ -84,6 +87,15 @@ def activation_bytes(configuration, tokens: int, engine: str) -> int:
     shape = shape_of(configuration)
     elements = shape.layers * (6 * shape.hidden + 2 * shape.keys + 3 * shape.intermediate)
     return round(tokens * elements * 2 * (1.0 if engine == "unsloth" else 1.4))
+
+
+def logit_bytes(configuration, positions: int) -> int:
+    """What the loss at `positions` tokens holds: logits in bf16 and fp32, and their gradients in fp32."""
+    return positions * configuration.vocab_size * (2 + 4 + 4)
+
+
+def _predicts_articles(recipe: Recipe) -> bool:
+    return recipe.supervise == "all" or recipe.article_loss > 0
 
 
 @dataclass(frozen=True)

@@ -11,42 +11,13 @@ from finetune.files import folder_bytes, folder_digest, replacing_folder
 from finetune.performance import MAX_LENGTH
 from finetune.settings import Settings
 
-MERGED = "merged.json"
 BASES = {
     "lora": "the base model's bf16 weights",
     "qlora": "the base model's 4-bit weights, dequantised to bf16: those that the adapter was trained on",
 }
 
 
-class Merged(records.Part):
-    """A merged model, and how its predictions compare with those of base and adapter apart.
-
-    Attributes:
-        base: Which weights the adapter was merged into.
-        agreement: Share of the test rows with the same label.
-        largest_difference: Of a label's probability, over all rows.
-    """
-
-    environment: records.Environment
-    run: str
-    base: str
-    artefact: str
-    artefact_bytes: int
-    artefact_digest: str
-    scoring: metrics.Metrics
-    adapter_accuracy: float
-    agreement: float
-    largest_difference: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.artefact} ({self.artefact_bytes / 1e6:.0f} MB), merged into {self.base}: accuracy "
-            f"{self.scoring.accuracy:.2%} against {self.adapter_accuracy:.2%} with the adapter apart, "
-            f"{self.agreement:.2%} of the rows labelled alike, probabilities within {self.largest_difference:.3f}"
-        )
-
-
-def merge(settings: Settings, data: PreparedData) -> Merged:
+def merge(settings: Settings, data: PreparedData) -> records.Merged:
     """Merge the adapter of an evaluated run, save the model and score the test rows with it.
 
     Raises:
@@ -54,7 +25,7 @@ def merge(settings: Settings, data: PreparedData) -> Merged:
     """
     if settings.recipe is None or not settings.recipe.adapter:
         raise UserError(f"{settings.run} trains no adapter: there is nothing to merge; choose lora or qlora")
-    _, adapter = records.require_artefact(settings, data.reference, f"fine_tuning_{settings.run}.ipynb")
+    training, adapter = records.require_artefact(settings, data.reference, f"fine_tuning_{settings.run}.ipynb")
     run_folder = settings.run_folder
     record = records.read(run_folder)
     before = records.read_predictions(record, run_folder)
@@ -72,10 +43,11 @@ def merge(settings: Settings, data: PreparedData) -> Merged:
     probabilities = scorer.score(prompts, progress="scoring")
     predicted = evaluation.predicted_labels(probabilities)
     known = np.array([[row.probabilities[label] for label in LABELS] for row in before])
-    result = Merged(
+    result = records.Merged(
         environment=records.environment(),
         run=settings.run,
         base=BASES[settings.run],
+        adapter_digest=training.artefact_digest,
         artefact=str(folder.relative_to(paths.home())),
         artefact_bytes=folder_bytes(folder),
         artefact_digest=folder_digest(folder),
@@ -84,6 +56,6 @@ def merge(settings: Settings, data: PreparedData) -> Merged:
         agreement=float(np.mean([row.prediction == label for row, label in zip(before, predicted, strict=True)])),
         largest_difference=float(np.abs(probabilities - known).max()),
     )
-    with records.replacing(run_folder / MERGED) as file:
+    with records.replacing(run_folder / records.MERGED) as file:
         file.write(result.model_dump_json(indent=2) + "\n")
     return result

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -27,6 +27,7 @@ from finetune.settings import EVALUATION_ONLY, Settings
 RECORD = "record.json"
 PREDICTIONS = "predictions.jsonl"
 VALIDATION = "validation.jsonl"
+MERGED = "merged.json"
 
 
 class Part(BaseModel):
@@ -177,6 +178,39 @@ class Prediction(Part):
     has_twin: bool
 
 
+class Merged(Part):
+    """A merged model, and how its predictions compare with those of base and adapter apart.
+
+    Attributes:
+        base: Which weights the adapter was merged into.
+        adapter_digest: Of the adapter that was merged.
+        agreement: Share of the test rows with the same label.
+        largest_difference: Of a label's probability, over all rows.
+    """
+
+    environment: Environment
+    run: str
+    base: str
+    adapter_digest: str
+    artefact: str
+    artefact_bytes: int
+    artefact_digest: str
+    scoring: Metrics
+    adapter_accuracy: float
+    agreement: float
+    largest_difference: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.artefact} ({self.artefact_bytes / 1e6:.0f} MB), merged into {self.base}: accuracy "
+            f"{self.scoring.accuracy:.2%} against {self.adapter_accuracy:.2%} with the adapter apart, "
+            f"{self.agreement:.2%} of the rows labelled alike, probabilities within {self.largest_difference:.3f}"
+        )
+
+
+Kind = TypeVar("Kind", bound=Part)
+
+
 def new_record(settings: Settings, data: DataReference, **parts: Any) -> RunRecord:
     """A record of `settings` on `data`, with a training or an evaluation part."""
     return RunRecord(
@@ -220,9 +254,12 @@ def read(folder: Path) -> RunRecord:
     Raises:
         DataError: It is missing, or does not match the schema.
     """
-    path = folder / RECORD
+    return _parsed(RunRecord, folder / RECORD)
+
+
+def _parsed(kind: type[Kind], path: Path) -> Kind:
     try:
-        return RunRecord.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise DataError(path, "no such file; run the notebook that makes it first") from error
     except ValidationError as error:
@@ -231,6 +268,19 @@ def read(folder: Path) -> RunRecord:
         raise DataError(
             path, f"not a record of this version ({where}: {first['msg']}); run its notebook again"
         ) from error
+
+
+def read_merged(record: RunRecord, folder: Path) -> Merged | None:
+    """What came of merging a run's adapter; None if it was not merged, or trained again since.
+
+    Raises:
+        DataError: It does not match the schema.
+    """
+    path = folder / MERGED
+    if record.training is None or not path.is_file():
+        return None
+    merged = _parsed(Merged, path)
+    return merged if merged.adapter_digest == record.training.artefact_digest else None
 
 
 def write_predictions(predictions: Sequence[Prediction], folder: Path, name: str = PREDICTIONS) -> str:

@@ -57,14 +57,23 @@ class References:
         return self._contrasts[name, other]
 
     def beside(self, name: str) -> tuple[list[Contrast], dict[str, str]]:
-        """Contrasts of the folders that are called as this one with a suffix, and why the others of these are none."""
+        """Contrasts of the folders that are called as this one with a suffix, and why the others of these are none.
+
+        One whose name begins with a longer name's (`gpu-answer-all`, where there is `gpu-answer`) belongs to that.
+        """
         found, refused = [], {}
-        for sibling in (folder for folder in published() if folder.startswith(f"{name}-")):
+        for sibling in (folder for folder in published() if _parent(folder) == name):
             try:
                 found.append(self.contrast(sibling, name))
             except NoContrast as error:
                 refused[sibling] = str(error)
         return found, refused
+
+
+def _parent(name: str) -> str | None:
+    """The published folder whose name is the longest that this one's begins with."""
+    beginnings = [folder for folder in published() if name.startswith(f"{folder}-")]
+    return max(beginnings, key=len, default=None)
 
 
 def published() -> list[str]:
@@ -78,14 +87,28 @@ def publish(profile: str, name: str) -> Path:
     Raises:
         UserError: A record was made from a tree with uncommitted changes: nobody could reproduce it.
     """
-    compared = comparison.load(profile)
-    for source in report.provenance(compared):
-        if any(part.dirty or part.commit is None for part in source.environments):
-            raise UserError(
-                f"{source.record} was measured on a tree with uncommitted changes: commit, then run it again"
-            )
-    _copy(paths.results_folder(profile), [Path(source.record) for source in report.provenance(compared)], FOLDER / name)
+    folder = copy(paths.results_folder(profile), name)
     regenerate()
+    return folder
+
+
+def copy(results: Path, name: str) -> Path:
+    """Copy the records and predictions in a folder of results to `results/reference/<name>`.
+
+    Raises:
+        UserError: A record was made from a tree with uncommitted changes: nobody could reproduce it.
+    """
+    compared = comparison.load_folder(results, results.name)
+    sources = report.provenance(compared)
+    merged = [(f"{run}/{records.MERGED}", [of.environment]) for run, of in compared.merged.items()]
+    for name_of_record, environments in [(source.record, source.environments) for source in sources] + merged:
+        if any(part.dirty or part.commit is None for part in environments):
+            raise UserError(
+                f"{name_of_record} was measured on a tree with uncommitted changes: commit, then run it again"
+            )
+    _copy(results, [Path(source.record) for source in sources], FOLDER / name)
+    for file, _ in merged:
+        shutil.copyfile(results / file, FOLDER / name / file)
     return FOLDER / name
 
 
@@ -152,7 +175,7 @@ def require_own_figures(compared: Comparison, folder: Path) -> None:
 
 def _copy(results: Path, found: list[Path], target: Path) -> None:
     """Replace what is published with these records and their predictions, at the same places in the folder."""
-    for name in (records.RECORD, records.PREDICTIONS, records.VALIDATION):
+    for name in (records.RECORD, records.PREDICTIONS, records.VALIDATION, records.MERGED):
         for old in target.rglob(f"{name}*"):
             old.unlink()
     for record in found:

@@ -154,6 +154,7 @@ def _tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
         "confused": comparison.confusion_table(),
         "cost": comparison.cost_table(),
         "seeds": comparison.seeds_table(),
+        "merged": comparison.merged_table(),
         "curve": costs.curve_table(comparison),
         "time_to_accuracy": costs.time_to_accuracy(comparison),
     }

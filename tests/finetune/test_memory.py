@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import pytest
+from transformers import Qwen2Config
 
 from data_prep import UserError
-from finetune import hardware, memory
+from finetune import hardware, memory, plan
 from finetune.recipes import FULL, LORA
 
 SEVEN_BILLION = 7_615_616_512
@@ -34,3 +35,28 @@ def test_a_training_that_cannot_fit_is_refused_with_the_figures():
 
 def test_one_that_fits_says_what_is_free():
     assert memory.require_room(LORA, 1_000_000).startswith("0.0 GB for gradients and optimiser, activations on top; ")
+
+
+@pytest.mark.parametrize(
+    ("change", "free", "mode"),
+    [
+        # 32 articles of 100 tokens in the 7B shape: 19.9 GB of activations beside 15.9 for the model, and 0.5 GB for the
+        # loss on answers, or 4.9 on all tokens.
+        ({}, 40.5e9, "off"),
+        ({}, 37.5e9, "plain"),
+        ({"supervise": "all"}, 40.5e9, "plain"),
+        ({"article_loss": 0.5}, 40.5e9, "plain"),
+        ({"supervise": "all"}, 46e9, "off"),
+        ({"batch_size": 8, "gradient_accumulation_steps": 4}, 24e9, "off"),
+        ({"gradient_checkpointing": "off"}, 1e9, "off"),
+    ],
+)
+def test_activations_are_kept_where_they_fit(monkeypatch, change, free, mode):
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: free)
+    shape = Qwen2Config(
+        vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    settings = plan("lora", "spark", {"lora_targets": "all-linear"} | change)
+    chosen = memory.choose_checkpointing(settings, shape, [100] * 64)
+    assert chosen.mode == mode, chosen.reason

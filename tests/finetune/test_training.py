@@ -284,6 +284,11 @@ def test_a_merged_model_predicts_what_base_and_adapter_do(tiny, run):
     result = merge(settings, data)
     assert result.agreement > 0.9
     assert ("4-bit" in result.base) == (run == "qlora")
+    record = records.read(settings.run_folder)
+    assert records.read_merged(record, settings.run_folder) == result
+    again = record.training.model_copy(update={"artefact_digest": "another"})
+    stale = record.model_copy(update={"training": again})
+    assert records.read_merged(stale, settings.run_folder) is None, "the adapter was trained again since"
     folder = paths.home() / result.artefact
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert not any("lora" in name for name, _ in model.named_parameters())

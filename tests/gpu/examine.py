@@ -87,9 +87,9 @@ def _step(session, batches, loss_of):
     for batch in batches:
         batch = {name: value.to("cuda") for name, value in batch.items()}
         total += loss_of(session, batch, torch.tensor(count, device="cuda"))
-    gradients = [p.grad.double().flatten().cpu() for p in session.model.parameters() if p.grad is not None]
+    gradients = torch.cat([p.grad.float().flatten() for p in session.model.parameters() if p.grad is not None])
     session.model.zero_grad()
-    return total, torch.cat(gradients)
+    return total, gradients
 
 
 def _packed_loss(session, batch, count) -> float:
@@ -190,7 +190,7 @@ def _weights(session):
     import torch
 
     model = session.trainer.accelerator.unwrap_model(session.model)
-    weights = torch.cat([p.detach().float().flatten().cpu() for p in model.parameters() if p.requires_grad])
+    weights = torch.cat([p.detach().float().flatten() for p in model.parameters() if p.requires_grad])
     del session
     _release()
     return weights

@@ -1,0 +1,157 @@
+"""The experiment behind the reference results: every training, evaluation and merge of it, from one command.
+
+    python -m benchmarks.evidence --profile gpu --set source=csv --set data_path=FOLDER --seeds 3 --jobs 8 --publish
+
+Runs the suite once for each set of records, each in a folder of its own in `results/evidence/`: the profile as it is,
+with a learning curve; and beside it the same with one thing changed (the prompt, the loss, the engine), so that
+`python -m finetune contrast` can say what that costs. Sets of which the profile or the machine knows no difference are
+skipped, with the reason. Interrupted or failed, the same command goes on from there. `--publish` copies each whole set
+to results/reference/NAME.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep import UserError
+from finetune import embedded, paths, reference, settings
+
+METHODS = ("full", "lora", "qlora")
+# Before any set's own folder is made the home.
+HOME = paths.home().resolve() / "results" / "evidence"
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """Records that are compared in one report.
+
+    Attributes:
+        suffix: Of its name, behind the profile's; its parent is the set whose name is the longest beginning of it.
+        change: In the profile's parameters.
+        runs: What is trained, besides the base, which is evaluated in each set.
+        is_main: Whether it has a learning curve, and its adapters are merged.
+    """
+
+    suffix: str = ""
+    change: Mapping[str, Any] = field(default_factory=dict)
+    runs: tuple[str, ...] = METHODS
+    is_main: bool = False
+
+
+SETS = (
+    RecordSet(runs=("full", "full_unsloth", "lora", "qlora"), is_main=True),
+    RecordSet("-answer", {"article_loss": 0.0}),
+    RecordSet("-answer-all", {"article_loss": 0.0, "supervise": "all"}),
+    RecordSet("-verbose", {"prompt": "verbose"}),
+    RecordSet("-transformers", {"engine": "transformers"}, ("lora", "qlora")),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the sets, some at once; 0 if all are whole, 1 if a step of one failed, 2 if the command was wrong."""
+    options = _options(arguments)
+    try:
+        asked = settings.parse_assignments(options.assignments)
+        sets = [each for each in SETS if _is_wanted(each, options.profile, asked)]
+        embedded.ensure()
+        with ThreadPoolExecutor(options.at_once) as pool:
+            are_whole = list(pool.map(lambda each: _run(each, options), sets))
+        failed = [each for each, is_whole in zip(sets, are_whole, strict=True) if not is_whole]
+        if options.publish:
+            _publish([each for each in sets if each not in failed], options.profile)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for each in failed:
+        print(f"{options.profile}{each.suffix} is not whole: see {_home(options.profile, each)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", choices=("cpu", "gpu", "spark"), required=True)
+    parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", type=int, nargs="*", default=[250, 1000, 4000], help="of the learning curve")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks at once, of each set that runs")
+    parser.add_argument("--at-once", type=int, default=1, help="sets at once")
+    parser.add_argument("--publish", action="store_true", help="copy whole sets to results/reference")
+    return parser.parse_args(arguments)
+
+
+def _is_wanted(each: RecordSet, profile: str, asked: Mapping[str, str]) -> bool:
+    """Whether the change changes anything of what its parent does."""
+    parent = max(
+        (other for other in SETS if _is_behind(each, other)), key=lambda other: len(other.suffix), default=None
+    )
+    if parent is None or any(
+        _planned(run, profile, asked, each) != _planned(run, profile, asked, parent) for run in each.runs
+    ):
+        return True
+    print(f"skipped {profile}{each.suffix}: {each.change} is what {profile}{parent.suffix} does here", flush=True)
+    return False
+
+
+def _is_behind(each: RecordSet, other: RecordSet) -> bool:
+    return each is not other and f"{each.suffix}-".startswith(f"{other.suffix}-")
+
+
+def _planned(run: str, profile: str, asked: Mapping[str, str], each: RecordSet) -> tuple:
+    plan = settings.plan(run, profile, dict(asked) | dict(each.change))
+    # An engine that is asked for by name may be what would be chosen.
+    return plan.engine, {name: value for name, value in plan.values.items() if name != "engine"}
+
+
+def _run(each: RecordSet, options: argparse.Namespace) -> bool:
+    """Execute a set's commands; whether all went well."""
+    checkpoints = _home(options.profile, each) / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    model = checkpoints / embedded.NAME
+    if not model.exists():
+        model.symlink_to(embedded.folder().resolve())
+    # All of them, whatever becomes of one.
+    statuses = [_finetune(command, each, options.profile) for command in _commands(each, options)]
+    return not any(statuses)
+
+
+def _commands(each: RecordSet, options: argparse.Namespace) -> Iterator[list[str]]:
+    asked = [*options.assignments, *(f"{name}={value}" for name, value in each.change.items())]
+    common = ["--profile", options.profile, *(part for one in asked for part in ("--set", one))]
+    runs = [part for run in ("base", *each.runs) for part in ("--only", run)]
+    jobs = ["--jobs", str(options.jobs)]
+    yield ["run", *common, *runs, "--seeds", str(options.seeds), *jobs]
+    if each.is_main:
+        rows = [part for count in options.rows for part in ("--rows", str(count))]
+        yield ["curve", *common, *runs[2:], *rows, *jobs]
+        yield from (["merge", run, *common] for run in each.runs if run in ("lora", "qlora"))
+
+
+def _publish(sets: Sequence[RecordSet], profile: str) -> None:
+    """Copy whole sets to the reference results, then renew reports and README once."""
+    for each in sets:
+        print(reference.copy(_home(profile, each) / "results" / profile, profile + each.suffix))
+    reference.regenerate()
+
+
+def _finetune(command: list[str], each: RecordSet, profile: str) -> int:
+    line = ["python", "-m", "finetune", *command]
+    print(f"{profile}{each.suffix}: {shlex.join(line)}", flush=True)
+    environment = os.environ | {"FINETUNE_HOME": str(_home(profile, each)), "FINETUNE_COMMAND": shlex.join(line)}
+    return subprocess.run([sys.executable, *line[1:]], cwd=paths.PROJECT, env=environment, check=False).returncode
+
+
+def _home(profile: str, each: RecordSet) -> Path:
+    return HOME / f"{profile}{each.suffix}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
