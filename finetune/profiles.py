@@ -57,7 +57,7 @@ PROFILES = {
         by_method={
             "full": {"learning_rate": 0.0001},
             "lora": {"learning_rate": 0.002},
-            "qlora": {"learning_rate": 0.001},
+            "qlora": {"learning_rate": 0.002},
         },
     ),
     "cpu": Profile(

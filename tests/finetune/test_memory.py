@@ -40,7 +40,7 @@ def test_one_that_fits_says_what_is_free():
 @pytest.mark.parametrize(
     ("change", "free", "mode"),
     [
-        # 32 articles of 100 tokens in the 7B shape: 19.9 GB of activations beside 15.9 for the model, and 0.5 GB for the
+        # 32 articles of 100 tokens in the 7B shape: 19.9 GB of activations beside 15.9 for the model, 0.5 GB for the
         # loss on answers, or 4.9 on all tokens.
         ({}, 40.5e9, "off"),
         ({}, 37.5e9, "plain"),
