@@ -10,7 +10,7 @@ PROFILE ?= auto
 TORCH_INDEX := $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lab data results lock clean
+.PHONY: help setup demo test lint lab data evidence results lock clean
 
 help: ## print this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
@@ -33,6 +33,9 @@ lab: $(READY) ## open Jupyter Lab on 127.0.0.1:8888, with a token
 
 data: $(READY) ## prepare the data
 	@$(PY) -m finetune data --profile $(PROFILE)
+
+evidence: $(READY) ## the whole experiment: seeds, learning curve, prompts, losses, engines (options in ARGS)
+	@$(PY) -m benchmarks.evidence --profile $(PROFILE) $(ARGS)
 
 results: $(READY) ## make reports and README tables anew from results/reference, and check the records
 	@$(PY) -m finetune results

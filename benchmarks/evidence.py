@@ -1,6 +1,7 @@
 """The experiment behind the reference results: every training, evaluation and merge of it, from one command.
 
     python -m benchmarks.evidence --profile gpu --set source=csv --set data_path=FOLDER --seeds 3 --jobs 8 --publish
+    make evidence ARGS="--seeds 3"
 
 Runs the suite once for each set of records, each in a folder of its own in `results/evidence/`: the profile as it is,
 with a learning curve; and beside it the same with one thing changed (the prompt, the loss, the engine), so that
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     try:
         asked = settings.parse_assignments(options.assignments)
+        options.profile = settings.plan("base", options.profile).profile
         sets = [each for each in SETS if _is_wanted(each, options.profile, asked)]
         embedded.ensure()
         with ThreadPoolExecutor(options.at_once) as pool:
@@ -78,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", choices=("cpu", "gpu", "spark"), required=True)
+    parser.add_argument("--profile", default="auto")
     parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs="*", default=[250, 1000, 4000], help="of the learning curve")

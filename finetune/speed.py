@@ -26,11 +26,13 @@ LADDER = (
     "lean",
     "shared",
     "batch",
+    "batch_128",
 )
 PEERS = ("peer_checkpointing", "peer", "peer_liger")
 METHODS = {
     "LoRA": (
         "batch",
+        "batch_128",
         "lora_graphs_16x4",
         "lora_graphs_8x8",
         "lora_checkpointing",
@@ -38,6 +40,7 @@ METHODS = {
     ),
     "QLoRA": (
         "qlora",
+        "qlora_128",
         "qlora_graphs_16x4",
         "qlora_graphs_8x8",
         "qlora_checkpointing",
