@@ -443,7 +443,7 @@ def _timed(trainer, profile: bool) -> dict[str, Any]:
 
 
 def _kernels(trainer, count: int = 14) -> dict[str, Any]:
-    """The kernels that one step spends its time in, in milliseconds, and the step's own milliseconds."""
+    """The kernels that one step spends its time in, and its slowest matrix products by shape, in milliseconds."""
     import torch
     from torch.profiler import ProfilerActivity
 
@@ -451,7 +451,8 @@ def _kernels(trainer, count: int = 14) -> dict[str, Any]:
     batch = trainer.data_collator(examples)
     batch = {name: value.to("cuda") for name, value in batch.items()}
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+    activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         start = time.perf_counter()
         trainer.training_step(trainer.model, batch, torch.tensor(512, device="cuda"))
         torch.cuda.synchronize()
@@ -461,7 +462,14 @@ def _kernels(trainer, count: int = 14) -> dict[str, Any]:
     kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     shown = {event.key[:90]: [round(event.self_device_time_total / 1000, 2), event.count] for event in kernels[:count]}
     busy = sum(event.self_device_time_total for event in kernels) / 1000
-    return {"profile": {"step_ms": milliseconds, "busy_ms": busy, "kernels": shown}}
+    by_shape = sorted(profiler.key_averages(group_by_input_shape=True), key=lambda event: -event.device_time_total)
+    products = {
+        f"{event.key} {event.input_shapes}"[:120]: [round(event.device_time_total / 1000, 2), event.count]
+        for event in by_shape
+        if event.key in ("aten::mm", "aten::addmm", "aten::addmm_")
+    }
+    slowest = dict(list(products.items())[: 2 * count])
+    return {"profile": {"step_ms": milliseconds, "busy_ms": busy, "kernels": shown, "products": slowest}}
 
 
 def matrix_peak() -> float:

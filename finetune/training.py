@@ -383,7 +383,7 @@ class ValidationWatch(TrainerCallback):
         self.clock.pause()
         models.evaluating(model)
         # The same products in bf16 as in training; the labels' probabilities are formed in fp32.
-        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+        with torch.autocast(self._scorer.backbone.device.type, dtype=torch.bfloat16):
             probabilities = self._scorer.score(self._prompts)
         model.train()
         predicted = evaluation.predicted_labels(probabilities)
