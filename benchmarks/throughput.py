@@ -85,6 +85,7 @@ GRAPHS_16 = BEST | GRAPHS | {"batch_size": 16, "gradient_accumulation_steps": 4}
 GRAPHS_8 = BEST | GRAPHS | {"batch_size": 8, "gradient_accumulation_steps": 8}
 FULL = BEST | {"weights": "bfloat16", "optimizer": "adamw_8bit", "gradient_accumulation_steps": 2}
 FULL_LIGER = FULL | {"fused_kernels": True}
+IN_BACKWARD = FULL_LIGER | {"gradient_accumulation_steps": 1, "update_in_backward": True}
 FOUR_BIT = {"optimizer": "adamw_4bit_stochastic", "gradient_checkpointing": "plain"}
 
 PARTS: dict[str, tuple[Rung, ...]] = {
@@ -138,6 +139,20 @@ PARTS: dict[str, tuple[Rung, ...]] = {
             "full, + checkpointing",
             "full",
             FULL_LIGER | {"gradient_checkpointing": "plain"},
+            engine="transformers",
+        ),
+        Rung(
+            "full_in_backward",
+            "full, 64 x 1 articles, each weight updated in the backward pass",
+            "full",
+            IN_BACKWARD,
+            engine="transformers",
+        ),
+        Rung(
+            "full_in_backward_checkpointing",
+            "full, the same, + checkpointing",
+            "full",
+            IN_BACKWARD | {"gradient_checkpointing": "plain"},
             engine="transformers",
         ),
         Rung(

@@ -124,7 +124,13 @@ class Kernels:
                 # files anew. It writes them at each start anyway: a folder of its own costs nothing.
                 "UNSLOTH_COMPILE_LOCATION": tempfile.mkdtemp(prefix="unsloth-", dir=scratch),
             }
-            yield os.environ | own | ({"CUDA_VISIBLE_DEVICES": device} if self.gpus else {})
+            yield os.environ | own | (self._share_of_cores() | {"CUDA_VISIBLE_DEVICES": device} if self.gpus else {})
+
+    def _share_of_cores(self) -> dict[str, str]:
+        """Threads of one kernel among several: each takes all cores otherwise, and torch starts a compiler for every
+        core when Unsloth imports it."""
+        cores = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        return {"OMP_NUM_THREADS": cores, "TORCHINDUCTOR_COMPILE_THREADS": cores, "TORCH_WARM_POOL": "0"}
 
     @contextlib.contextmanager
     def _device(self) -> Iterator[str]:

@@ -144,8 +144,9 @@ def still_needed_bytes(recipe: Recipe, trainable_parameters: int) -> int:
     PEFT holds adapters in fp32 and TRL those of a 4-bit base in bf16; fp32 is the safe assumption for both.
     """
     weight = 4 if recipe.adapter else BYTES[recipe.weights]
+    gradient = 0 if recipe.update_in_backward else weight
     moment = MOMENT_BYTES.get(recipe.optimizer, weight)
-    return round(trainable_parameters * (weight + MOMENTS * moment))
+    return round(trainable_parameters * (gradient + MOMENTS * moment))
 
 
 def require_room(recipe: Recipe, trainable_parameters: int) -> str:

@@ -64,6 +64,9 @@ class Recipe:
     """Decoupled weight decay."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
+    update_in_backward: bool = False
+    """Update each weight as soon as the backward pass has its gradient, and free that (full fine-tuning, one pass per
+    update): saves the memory of all gradients, and leaves them unclipped."""
     gradient_checkpointing: Literal["auto", "unsloth", "plain", "off"] = "auto"
     """Recompute activations in the backward pass to save memory; `auto`: only where they would not fit."""
     cuda_graphs: bool = False
@@ -128,3 +131,14 @@ def check(recipe: Recipe, method: str) -> None:
         raise UserError("load_in_4bit=True contradicts weights=float32")
     if not recipe.packing and (recipe.article_loss or recipe.label_smoothing):
         raise UserError("article_loss and label_smoothing need packing=True: the loss of padded batches is TRL's own")
+    if recipe.update_in_backward:
+        _check_update_in_backward(recipe)
+
+
+def _check_update_in_backward(recipe: Recipe) -> None:
+    if recipe.adapter:
+        raise UserError("update_in_backward=True is for full fine-tuning: the gradients of an adapter are small")
+    if recipe.gradient_accumulation_steps > 1:
+        raise UserError("update_in_backward=True needs gradient_accumulation_steps=1: no gradient is kept to add to")
+    if recipe.cuda_graphs or not recipe.packing:
+        raise UserError("update_in_backward=True needs cuda_graphs=False and packing=True")

@@ -15,6 +15,7 @@ from trl import SFTTrainer
 from finetune import segments
 from finetune.chat import IGNORED
 from finetune.graphs import GraphedPasses
+from finetune.updates import update_in_backward
 
 
 @dataclass(frozen=True)
@@ -100,21 +101,34 @@ class RowTrainer(SFTTrainer):
         backbone: The model as `segments` runs it.
         graphed: Run the passes as CUDA graphs; the collator must give fixed shapes.
         label_smoothing: Share of a target that goes to the other tokens of the vocabulary.
+        updates_in_backward: Update each weight in the backward pass (`updates`).
         arguments: What SFTTrainer takes.
     """
 
     def __init__(
-        self, backbone: segments.Backbone, graphed: bool = False, label_smoothing: float = 0.0, **arguments: Any
+        self,
+        backbone: segments.Backbone,
+        graphed: bool = False,
+        label_smoothing: float = 0.0,
+        updates_in_backward: bool = False,
+        **arguments: Any,
     ):
         super().__init__(**arguments)
         self._backbone = backbone
         self._label_smoothing = label_smoothing
+        self._updates_in_backward = updates_in_backward
         self._trained = [parameter for parameter in backbone.model.parameters() if parameter.requires_grad]
         self._passes = GraphedPasses(self._loss, self._trained) if graphed else None
         # The trainer calls it at each step; see floating_point_ops.
         backbone.model.zero_grad = self._forget_gradients
         # The loss divides by the whole update's supervised tokens itself.
         self.model_accepts_loss_kwargs = True
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self._updates_in_backward:
+            update_in_backward(optimizer)
+        return optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward pass; the row is active in both, because checkpointed layers run again in the second."""

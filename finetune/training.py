@@ -179,7 +179,8 @@ def _trainer(
     shared = chat.shared_length([row.prompt for row in encoded]) if alike else 0
     shapes = _fixed_shapes(recipe, encoded, shared) if use_graphs(recipe, checkpointing) else None
     collator = RowCollator(shared, shapes, _article_weight(recipe, encoded, shared))
-    return RowTrainer(backbone, shapes is not None, recipe.label_smoothing, data_collator=collator, **arguments)
+    options = shapes is not None, recipe.label_smoothing, recipe.update_in_backward
+    return RowTrainer(backbone, *options, data_collator=collator, **arguments)
 
 
 def _article_weight(recipe: Recipe, encoded: Sequence[chat.Encoded], shared: int) -> float:
@@ -423,6 +424,7 @@ def _choices(settings: Settings, attention: models.Attention, checkpointing: mem
         "gradient checkpointing": f"{checkpointing.mode}: {checkpointing.reason}",
         "precision": f"{precision}, bfloat16 products",
         "kernels": _kernels_choice(settings),
+        "gradients": _gradients_choice(recipe),
         "CUDA graphs": _graphs_choice(recipe, checkpointing.mode),
     }
 
@@ -433,6 +435,12 @@ def _kernels_choice(settings: Settings) -> str:
     if models.uses_liger(settings):
         return "Liger's for norms, rotary embeddings and the MLP's activation, where it knows the model"
     return "PyTorch's: fused ones need CUDA" if settings.recipe.fused_kernels else "PyTorch's: asked for"
+
+
+def _gradients_choice(recipe: Recipe) -> str:
+    if recipe.update_in_backward:
+        return "used and freed one by one in the backward pass, not clipped: asked for"
+    return f"kept until the update, clipped to a norm of {recipe.max_grad_norm}"
 
 
 def _graphs_choice(recipe: Recipe, checkpointing: str) -> str:
@@ -463,7 +471,7 @@ def _arguments(settings: Settings, checkpointing: str) -> SFTConfig:
         lr_scheduler_type=recipe.lr_scheduler,
         warmup_steps=recipe.warmup_share,
         weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
+        max_grad_norm=0.0 if recipe.update_in_backward else recipe.max_grad_norm,
         **_OPTIMIZERS.get(recipe.optimizer, {"optim": recipe.optimizer}),
         max_length=recipe.max_length,
         # Rows are encoded, and no longer than max_length.

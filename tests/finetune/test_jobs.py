@@ -110,7 +110,9 @@ def test_what_needs_nothing_of_each_other_runs_at_once_and_the_rest_waits(stand_
 
 def test_each_kernel_has_a_gpu_a_lock_for_it_and_a_compile_folder_of_its_own(stand_ins, monkeypatch):
     monkeypatch.setattr("finetune.hardware.visible_gpus", lambda: ("3", "1"))
+    monkeypatch.setattr("os.cpu_count", lambda: 10)
     tell = """
+assert os.environ["OMP_NUM_THREADS"] == os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "3"
 assert Path(os.environ["UNSLOTH_COMPILE_LOCATION"]).is_dir()
 names = ("CUDA_VISIBLE_DEVICES", "FINETUNE_TURNS", "UNSLOTH_COMPILE_LOCATION")
 say("|".join(os.environ[name] for name in names) + "|")

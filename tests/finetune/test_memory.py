@@ -20,6 +20,7 @@ SEVEN_BILLION = 7_615_616_512
         # fp32 gradients and two moments of a byte: 6.
         (replace(FULL, optimizer="adamw_8bit"), SEVEN_BILLION, 45.7),
         (replace(FULL, weights="bfloat16"), SEVEN_BILLION, 45.7),
+        (replace(FULL, optimizer="adamw_8bit", update_in_backward=True), SEVEN_BILLION, 15.2),
         (LORA, 40_000_000, 0.48),
     ],
 )

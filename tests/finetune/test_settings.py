@@ -50,6 +50,7 @@ OTHER_VALUES = {
     "warmup_share": 0.5,
     "weight_decay": 0.5,
     "max_grad_norm": 0.5,
+    "update_in_backward": True,
     "gradient_checkpointing": "plain",
     "cuda_graphs": True,
     "fused_kernels": False,
@@ -214,6 +215,9 @@ class TestRefusals:
             ("full", {"adapter": True}, "make this a lora run, not full"),
             ("full", {"load_in_4bit": True}, "needs adapter=True"),
             ("qlora", {"weights": "float32"}, "contradicts weights=float32"),
+            ("lora", {"update_in_backward": True}, "is for full fine-tuning"),
+            ("full", {"update_in_backward": True, "gradient_accumulation_steps": 2}, "no gradient is kept to add to"),
+            ("full", {"update_in_backward": True, "packing": False}, "needs cuda_graphs=False and packing=True"),
         ],
     )
     def test_a_recipe_of_another_method(self, run, overrides, said):
@@ -252,9 +256,10 @@ class TestDigest:
 
     @pytest.mark.parametrize(("name", "value"), OTHER_VALUES.items())
     def test_it_changes_with_every_parameter(self, name, value):
-        before = plan("lora", "cpu")
+        run = "full" if name == "update_in_backward" else "lora"
+        before = plan(run, "cpu")
         assert before.values[name] != value, "this test needs a value that is not the present one"
-        after = plan("lora", "cpu", {name: value})
+        after = plan(run, "cpu", {name: value})
         assert after.digest != before.digest
         assert (after.training_digest == before.training_digest) == (name in EVALUATION_ONLY)
 

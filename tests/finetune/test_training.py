@@ -212,9 +212,24 @@ def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path):
     assert newest_whole_checkpoint(tmp_path).name == "checkpoint-10"
 
 
-@pytest.mark.parametrize("run", ["full", "lora"])
-def test_a_killed_run_resumes_to_the_uninterrupted_runs_weights(tiny, tmp_path, run):
-    overrides = tiny | {"epochs": 2, "train_rows": 96, "saves": 6}
+def test_weights_updated_in_the_backward_pass_end_where_they_end_after_it(tiny):
+    common = tiny | {"optimizer": "adamw_torch", "max_grad_norm": 1e9}
+    after = weights_of(session_of("full", common).run())
+    session = session_of("full", common | {"update_in_backward": True})
+    kept = []
+
+    def count(_):
+        kept.append(sum(parameter.grad is not None for parameter in session.model.parameters()))
+
+    # The last that gets its gradient: those of all others are gone.
+    session.model.get_input_embeddings().weight.register_post_accumulate_grad_hook(count)
+    assert same_weights(after, weights_of(session.run()))
+    assert kept == [1] * session.trainer.state.global_step
+
+
+@pytest.mark.parametrize(("run", "change"), [("full", {}), ("lora", {}), ("full", {"update_in_backward": True})])
+def test_a_killed_run_resumes_to_the_uninterrupted_runs_weights(tiny, tmp_path, run, change):
+    overrides = tiny | {"epochs": 2, "train_rows": 96, "saves": 6} | change
     homes = {name: tmp_path / name for name in ("whole", "killed")}
     assert _train(run, overrides, homes["whole"]).wait() == 0
     process = _train(run, overrides, homes["killed"])
