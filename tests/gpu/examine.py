@@ -1,8 +1,8 @@
-"""Trains on a GPU and prints what came out, for test_gpu.py: each engine needs a process of its own, because Unsloth
+"""Trains on a GPU and prints what came out as a line of JSON, for test_gpu.py: in a process of its own, because Unsloth
 changes transformers for the whole process.
 
-    python tests/gpu/examine.py MODEL CSV_FOLDER ENGINE RUN [RUN ...]           # a line of JSON per run
-    python tests/gpu/examine.py MODEL CSV_FOLDER ENGINE --load RUN [RUN ...]    # what these left, by plain libraries
+    python tests/gpu/examine.py MODEL CSV_FOLDER ENGINE RUN
+    python tests/gpu/examine.py MODEL CSV_FOLDER ENGINE --load RUN    # what that left, by plain libraries
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ OVERRIDES = {
     "evaluations": 3,
     "saves": 2,
     "warmup_share": 0.0,
+    # Small steps: large ones make of rounding another model.
+    "learning_rate": 1e-4,
+    "epochs": 1,
+    # The library's loss, which ours is compared to, is that of the answer alone.
+    "article_loss": 0.0,
 }
 
 
 def main() -> None:
-    model, csv, engine, *runs = sys.argv[1:]
-    load = runs[0] == "--load"
-    for run in runs[load:]:
-        # Loading must not import Unsloth, which plan_training would.
-        planned = plan if load else plan_training
-        settings = planned(run, "gpu", OVERRIDES | {"model": model, "data_path": csv, "engine": engine})
-        result = _load(settings) if load else _examine(settings)
-        print("RESULT " + json.dumps({"run": run, "engine": engine, **result}), flush=True)
-        _release()
+    model, csv, engine, *load, run = sys.argv[1:]
+    # Loading must not import Unsloth, which plan_training would.
+    planned = plan if load else plan_training
+    settings = planned(run, "gpu", OVERRIDES | {"model": model, "data_path": csv, "engine": engine})
+    result = _load(settings) if load else _examine(settings)
+    print("RESULT " + json.dumps(result), flush=True)
 
 
 def _examine(settings) -> dict:

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from finetune import embedded, hardware
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU with CUDA on this machine"),
@@ -33,49 +35,47 @@ CASES = [
 
 
 @cache
-def examinations() -> dict[str, Future]:
-    """Both engines', side by side: a training waits for Python more than for the GPU here."""
-    pool = ThreadPoolExecutor()
-    return {engine: pool.submit(examine, engine) for engine in dict.fromkeys(engine for engine, _ in CASES)}
+def examinations() -> dict[tuple[str, str], Future]:
+    """All cases, side by side and shared out to the GPUs: they wait for Python more than for a GPU."""
+    pool, gpus = ThreadPoolExecutor(len(CASES)), hardware.visible_gpus()
+    return {case: pool.submit(examine, *case, gpus[number % len(gpus)]) for number, case in enumerate(CASES)}
 
 
-def examined(engine: str) -> dict[str, dict]:
-    """What tests/gpu/examine.py found for each run of an engine; `loaded`: what plain libraries then found."""
+def examined(engine: str, run: str) -> dict:
+    """What tests/gpu/examine.py found; `loaded`: what plain libraries then found."""
     if not CSV.is_dir():
         pytest.skip(f"no AG News rows in {CSV}")
-    return examinations()[engine].result()
+    return examinations()[engine, run].result()
 
 
-def examine(engine: str) -> dict[str, dict]:
-    runs = [run for name, run in CASES if name == engine]
+def examine(engine: str, run: str, gpu: str) -> dict:
     # In a folder of its own: the user's models and records stay as they are.
     with tempfile.TemporaryDirectory() as home:
-        results = results_of(home, engine, *runs)
-        loaded = results_of(home, engine, "--load", *runs)
-    return {run: result | {"loaded": loaded[run]} for run, result in results.items()}
+        result = result_of(home, gpu, engine, run)
+        return result | {"loaded": result_of(home, gpu, engine, "--load", run)}
 
 
-def results_of(home: str, *arguments: str) -> dict[str, dict]:
+def result_of(home: str, gpu: str, *arguments: str) -> dict:
     """A process of its own: Unsloth changes transformers for the whole process."""
-    from finetune import embedded
-
     command = [sys.executable, "tests/gpu/examine.py", str(embedded.ensure().resolve()), str(CSV), *arguments]
     search = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": search, "FINETUNE_HOME": home}
-    done = subprocess.run(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    return {result["run"]: result for result in map(json.loads, lines)}
+    own = {"PYTHONPATH": search, "FINETUNE_HOME": home, "CUDA_VISIBLE_DEVICES": gpu}
+    # Or each compiles into the same folder, and finds another's files there.
+    own["UNSLOTH_COMPILE_LOCATION"] = str(Path(home, "unsloth"))
+    done = subprocess.run(command, cwd=PROJECT, env=os.environ | own, stdout=subprocess.PIPE, text=True, check=True)
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return json.loads(line.removeprefix("RESULT "))
 
 
 @pytest.mark.parametrize(("engine", "run"), CASES)
 def test_packed_articles_are_apart(engine, run):
-    assert examined(engine)[run]["choices"]["isolation"].startswith("packed articles are apart")
-    assert examined(engine)[run]["choices"]["attention"].startswith("flash")
+    assert examined(engine, run)["choices"]["isolation"].startswith("packed articles are apart")
+    assert examined(engine, run)["choices"]["attention"].startswith("flash")
 
 
 @pytest.mark.parametrize(("engine", "run"), CASES)
 def test_packed_and_padded_batches_have_the_same_loss_and_gradients(engine, run):
-    result = examined(engine)[run]
+    result = examined(engine, run)
     assert result["loss"] == pytest.approx(result["padded_loss"], rel=1e-2)
     assert result["padded"]["cosine"] == pytest.approx(1, abs=5e-3)
     assert result["padded"]["norms"] == pytest.approx(1, abs=2e-2)
@@ -83,7 +83,7 @@ def test_packed_and_padded_batches_have_the_same_loss_and_gradients(engine, run)
 
 @pytest.mark.parametrize(("engine", "run"), CASES)
 def test_one_batch_of_32_equals_32_of_one(engine, run):
-    result = examined(engine)[run]
+    result = examined(engine, run)
     assert result["loss"] == pytest.approx(result["small_loss"], rel=1e-2)
     assert result["small"]["cosine"] == pytest.approx(1, abs=5e-3)
     assert result["small"]["norms"] == pytest.approx(1, abs=2e-2)
@@ -92,7 +92,7 @@ def test_one_batch_of_32_equals_32_of_one(engine, run):
 @pytest.mark.parametrize(("engine", "run"), CASES)
 def test_a_pass_as_cuda_graph_equals_the_pass_itself(engine, run):
     """Added up over two batches of one shape, so that a replay is among them."""
-    result = examined(engine)[run]
+    result = examined(engine, run)
     assert result["graphed_loss"] == pytest.approx(result["halves_loss"], rel=1e-2)
     assert result["graphed"]["cosine"] == pytest.approx(1, abs=5e-3)
     assert result["graphed"]["norms"] == pytest.approx(1, abs=2e-2)
@@ -101,20 +101,20 @@ def test_a_pass_as_cuda_graph_equals_the_pass_itself(engine, run):
 @pytest.mark.parametrize(("engine", "run"), CASES)
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(engine, run):
     """Gradients of attention are added up in no fixed order: two uninterrupted trainings may differ by rounding."""
-    result = examined(engine)[run]
+    result = examined(engine, run)
     assert result["resumed"] <= 2 * result["again"] + 0.05
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("lora", "lora"), ("qlora", "qlora"), ("full_unsloth", "full")])
 def test_unsloth_and_transformers_begin_with_the_same_loss(ours, theirs):
-    first, second = examined("unsloth")[ours]["loss"], examined("transformers")[theirs]["loss"]
+    first, second = examined("unsloth", ours)["loss"], examined("transformers", theirs)["loss"]
     assert first == pytest.approx(second, rel=1e-2)
 
 
 @pytest.mark.parametrize(("engine", "run"), CASES)
 def test_plain_libraries_load_what_was_trained(engine, run):
     """transformers and peft, without Unsloth, give the probabilities that the model had when its training ended."""
-    result = examined(engine)[run]
+    result = examined(engine, run)
     trained, loaded = np.array(result["probabilities"]), np.array(result["loaded"]["probabilities"])
     assert np.abs(trained - loaded).max() < 0.1
     assert (trained.argmax(axis=1) == loaded.argmax(axis=1)).mean() > 0.95
@@ -122,7 +122,7 @@ def test_plain_libraries_load_what_was_trained(engine, run):
 
 @pytest.mark.parametrize(("engine", "run"), [case for case in CASES if case[1] in ("lora", "qlora")])
 def test_a_merged_adapter_answers_as_apart(engine, run):
-    merged = examined(engine)[run]["loaded"]["merged"]
+    merged = examined(engine, run)["loaded"]["merged"]
     assert merged["largest_difference"] < 0.1
     assert merged["agreement"] > 0.95
 
