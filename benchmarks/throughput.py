@@ -20,7 +20,6 @@ import gc
 import json
 import os
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
@@ -36,7 +35,6 @@ from typing import Any
 
 from data_prep import LABELS
 from data_prep.store import write_json
-from finetune import paths
 
 WARM_STEPS, TIMED_STEPS = 2, 5
 SEED_BATCH = {"batch_size": 8, "gradient_accumulation_steps": 4}
@@ -71,7 +69,7 @@ class Rung:
 
 
 FIRST = SEED_BATCH | ALL_LINEAR | {"prompt": "verbose", "supervise": "all", "gradient_checkpointing": "plain"}
-FIRST |= {"cuda_graphs": False, "fused_kernels": False, "offload_embedding": "off"}
+FIRST |= {"cuda_graphs": False, "fused_kernels": False, "offload_embedding": "off", "article_loss": 0.0}
 PLAIN = {"trainer": "trl", "engine": "transformers"}
 PACK = {"packing": True, "max_length": 512}
 UNSLOTH = FIRST | {"gradient_checkpointing": "unsloth"}
@@ -135,6 +133,13 @@ PARTS: dict[str, tuple[Rung, ...]] = {
         Rung("full_plain", "full, bf16 weights, 8-bit AdamW, 64 x 2 articles", "full", FULL, engine="transformers"),
         Rung("full", "full, + Liger's kernels", "full", FULL_LIGER, engine="transformers"),
         Rung(
+            "full_64x4",
+            "full, 64 x 4 articles",
+            "full",
+            FULL_LIGER | {"gradient_accumulation_steps": 4},
+            engine="transformers",
+        ),
+        Rung(
             "full_checkpointing",
             "full, + checkpointing",
             "full",
@@ -176,31 +181,51 @@ def main() -> None:
         _measure_part(options)
         return
     os.environ["FINETUNE_COMMAND"] = shlex.join(["python", "-m", "benchmarks.throughput", *sys.argv[1:]])
-    report = _provenance(options)
     model = _random_model(options.layers, Path(options.scratch))
-    parts = options.only or [*PARTS, "evaluation", "start"]
+    report = _provenance(options, model)
     free_gpus: Queue[int] = Queue()
     for gpu in range(options.gpus):
         free_gpus.put(gpu)
     with ThreadPoolExecutor(options.gpus) as pool:
-        for results in pool.map(lambda part: _in_process(part, options, model, free_gpus), parts):
+        for results in pool.map(lambda one: _in_process(*one, options, model, free_gpus), _processes(options)):
             report["results"] += results
             write_json(Path(options.out), report)
     print(table(report["results"]))
 
 
-def _provenance(options: argparse.Namespace) -> dict[str, Any]:
+def _processes(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
+    """Parts, each with the keys of its rungs, for one process each. Rungs on transformers have each its own, so that
+    none finds the memory of another; those on Unsloth share the half minute of its import."""
+    for part in options.only or [*PARTS, "evaluation", "start"]:
+        keys = [rung.key for rung in PARTS.get(part, ()) if not options.rungs or rung.key in options.rungs]
+        if PARTS.get(part, (None,))[0] and PARTS[part][0].engine == "transformers":
+            yield from ((part, [key]) for key in keys)
+        elif keys or part not in PARTS:
+            yield part, keys
+
+
+def _provenance(options: argparse.Namespace, model: Path) -> dict[str, Any]:
     """Where, with what and on which data all this is measured."""
     from finetune import plan, records
-    from finetune.data import prepare_data
 
-    data = prepare_data(plan("base", "gpu", {"source": "csv", "data_path": options.csv}))
+    wanted = {"model": str(model), "source": "csv", "data_path": options.csv}
+    for prompt in ("verbose", "lean"):
+        # Before the parts, none of which then prepares any: those of a second run would not.
+        data = _data(plan("base", "gpu", wanted | {"prompt": prompt}), options)
     return {
         "environment": records.environment().model_dump(),
         "data": data.reference.model_dump(),
         "model": f"Qwen2.5-7B's shape with random weights, {options.layers} layers",
         "results": [],
     }
+
+
+def _data(planned, options: argparse.Namespace):
+    """The rows, in a folder for each prompt, so that processes with several prompts do not undo each other's work."""
+    from finetune.data import prepare_data
+
+    os.environ["FINETUNE_HOME"] = str(Path(options.scratch, f"throughput-{planned.experiment.prompt}"))
+    return prepare_data(planned)
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -242,20 +267,20 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _in_process(part: str, options: argparse.Namespace, model: Path, free_gpus: Queue[int]) -> list[dict[str, Any]]:
+def _in_process(
+    part: str, keys: list[str], options: argparse.Namespace, model: Path, free_gpus: Queue[int]
+) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "benchmarks.throughput", options.csv, "--part", part, "--model", str(model)]
-    command += ["--rungs", *options.rungs] if options.rungs else []
+    command += ["--scratch", options.scratch]
+    command += ["--rungs", *keys] if keys else []
     command += ["--profile", *options.profile] if options.profile else []
     gpu = free_gpus.get()
-    with tempfile.TemporaryDirectory() as home:
-        # A home of its own: parts prepare their data with other prompts at the same time. It begins with what a second
-        # run finds.
-        shutil.copytree(paths.dataset_folder("csv"), Path(home, "datasets", "csv"))
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "FINETUNE_HOME": home}
-        start = time.perf_counter()
-        output, outcome = _output_of(command, environment)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as compiled:
+        own = {"CUDA_VISIBLE_DEVICES": str(gpu), "UNSLOTH_COMPILE_LOCATION": compiled}
+        output, outcome = _output_of(command, os.environ | own)
     free_gpus.put(gpu)
-    print(f"{part}: {time.perf_counter() - start:.0f} s on GPU {gpu}, {outcome}", flush=True)
+    print(f"{part} {' '.join(keys)}: {time.perf_counter() - start:.0f} s on GPU {gpu}, {outcome}", flush=True)
     lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
     return [json.loads(line.removeprefix("RESULT ")) for line in lines]
 
@@ -342,9 +367,8 @@ def _training(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from finetune import models
-    from finetune.data import prepare_data
 
-    data = prepare_data(plan)
+    data = _data(plan, options)
     peak = matrix_peak()
     gc.collect()
     torch.cuda.empty_cache()
@@ -517,12 +541,11 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     import torch
 
     from finetune import chat, evaluation, models, plan, segments
-    from finetune.data import prepare_data
 
     for prompt, batch in (("lean", 128), ("lean", 256), ("verbose", 128)):
         wanted = {"model": options.model, "source": "csv", "data_path": options.csv, "prompt": prompt}
         settings = plan("base", "gpu", wanted | {"test_rows": 2048, "evaluation_batch_size": batch})
-        data = prepare_data(settings)
+        data = _data(settings, options)
         tokenizer = models.load_tokenizer(settings)
         prompts = [row.prompt for row in chat.encode(tokenizer, data.test, 1024)]
         model = models.load_for_evaluation(settings, None)

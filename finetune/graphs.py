@@ -54,6 +54,8 @@ class GraphedPasses:
         tables of rotary embeddings."""
         if tokens > self._longest:
             self._recorded.clear()
+            # It goes with the last recording that was made in it.
+            self._pool = None
             self._longest = tokens
 
     def _add(self, gradients: list[torch.Tensor]) -> None:

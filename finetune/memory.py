@@ -141,7 +141,7 @@ def shape_of(configuration) -> Shape:
 def still_needed_bytes(recipe: Recipe, trainable_parameters: int) -> int:
     """What gradients and optimiser will take, once the model is loaded; activations come on top.
 
-    PEFT holds adapters in fp32 and TRL those of a 4-bit base in bf16; fp32 is the safe assumption for both.
+    Adapters are held in fp32.
     """
     weight = 4 if recipe.adapter else BYTES[recipe.weights]
     gradient = 0 if recipe.update_in_backward else weight

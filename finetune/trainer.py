@@ -17,6 +17,10 @@ from finetune.chat import IGNORED
 from finetune.graphs import GraphedPasses
 from finetune.updates import update_in_backward
 
+# A row's tokens are the inner dimension of gradients' products, and tensor cores want 16 bytes of it: without, those of
+# an adapter took 16 of the 277 ms of a 7B model's step on an H100.
+ALIGNMENT = 8
+
 
 @dataclass(frozen=True)
 class FixedShapes:
@@ -38,7 +42,7 @@ class RowCollator:
 
     Args:
         shared: Tokens that all rows begin with, computed once per batch. None of them may carry loss.
-        shapes: What to pad to; nothing is padded without it.
+        shapes: What to pad to; without it, a multiple of 8 tokens.
         article_weight: Loss of an article's token in relation to an answer's; articles carry none without it.
     """
 
@@ -61,9 +65,8 @@ class RowCollator:
             for into, tokens in ((labels, own), (targets, ids if self._article_weight else own)):
                 # What predicts a first token does not stand before it in the row.
                 into += [IGNORED, *tokens[1:]]
-        if self._shapes:
-            # At least one token, so that the number of segments is always the same.
-            padding = self._shapes.multiple - len(labels) % self._shapes.multiple
+        padding = self._padding(len(labels))
+        if padding:
             forest.add([0] * padding)
             labels, targets = labels + [IGNORED] * padding, targets + [IGNORED] * padding
         row = forest.row()
@@ -76,6 +79,12 @@ class RowCollator:
             **self._supervised(labels, targets, len(examples)),
             "row": row,
         }
+
+    def _padding(self, tokens: int) -> int:
+        if self._shapes:
+            # At least one token, so that the number of segments is always the same.
+            return self._shapes.multiple - tokens % self._shapes.multiple
+        return -tokens % ALIGNMENT
 
     def _supervised(self, labels: list[int], targets: list[int], articles: int) -> dict[str, torch.Tensor]:
         places = [place for place, target in enumerate(targets) if target != IGNORED]
@@ -153,7 +162,8 @@ class RowTrainer(SFTTrainer):
 
     def _embedded(self, row: segments.Row) -> dict[str, torch.Tensor]:
         """Input embeddings that lie in the host's memory, where no CUDA graph can read them."""
-        return {} if self._backbone.embeds_on_device else {"embeddings": self._backbone.embed(row)}
+        # Detached: Unsloth has them ask for a gradient, and a graph's inputs are overwritten.
+        return {} if self._backbone.embeds_on_device else {"embeddings": self._backbone.embed(row).detach()}
 
     def _prepare_input(self, data: Any) -> Any:
         return data.to(self.args.device) if isinstance(data, segments.Row) else super()._prepare_input(data)

@@ -145,6 +145,8 @@ def prepare_training(settings: Settings, data: PreparedData) -> Session:
     watch = ValidationWatch(backbone, tokenizer, data.validation, encode(data.validation), settings)
     callbacks = [clock, watch, StopOnNonFiniteLoss()]
     trainer = _trainer(settings, backbone, tokenizer, encoded, checkpointing.mode, callbacks)
+    if recipe.adapter:
+        _hold_in_fp32(model)
     watch.trainer, watch.clock = trainer, clock
     _set_pace(trainer, settings)
     supervision = check_supervision(trainer, tokenizer)
@@ -181,6 +183,14 @@ def _trainer(
     collator = RowCollator(shared, shapes, _article_weight(recipe, encoded, shared))
     options = shapes is not None, recipe.label_smoothing, recipe.update_in_backward
     return RowTrainer(backbone, *options, data_collator=collator, **arguments)
+
+
+def _hold_in_fp32(model) -> None:
+    """TRL rounds a 4-bit base's adapter to bf16 (1.14, SFTTrainer.__init__), in which small updates are lost, and from
+    which a resumed training departs: peft loads adapters in fp32."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def _article_weight(recipe: Recipe, encoded: Sequence[chat.Encoded], shared: int) -> float:

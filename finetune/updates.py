@@ -7,6 +7,7 @@ few. The norm of all gradients is then unknown when the first one is used, so th
 
 from __future__ import annotations
 
+import weakref
 from types import MethodType
 
 import torch
@@ -15,21 +16,22 @@ import torch
 def update_in_backward(optimizer: torch.optim.Optimizer) -> None:
     """From now on each weight is updated as soon as its gradient is complete, and the gradient freed; the optimiser's
     own `step` does nothing. Moments, learning rates and saved states are those of the optimiser as before."""
-    update = optimizer.step
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
-            parameter.register_post_accumulate_grad_hook(_updating(optimizer, number, update))
+            parameter.register_post_accumulate_grad_hook(_updating(weakref.ref(optimizer), number))
     # A method, because schedulers of learning rates wrap it as one.
     optimizer.step = MethodType(lambda self, closure=None: None, optimizer)
 
 
-def _updating(optimizer: torch.optim.Optimizer, group: int, update):
+def _updating(reference: weakref.ref[torch.optim.Optimizer], group: int):
+    # Weakly: a weight that holds what holds the weight would stay on the GPU when its model is gone.
     @torch.no_grad()
     def hook(parameter: torch.nn.Parameter) -> None:
+        optimizer = reference()
         # Looked up anew: whoever loads a state replaces the groups.
         groups = optimizer.param_groups
         optimizer.param_groups = [{**groups[group], "params": [parameter]}]
-        update()
+        type(optimizer).step(optimizer)
         optimizer.param_groups = groups
         parameter.grad = None
 

@@ -227,7 +227,9 @@ def test_weights_updated_in_the_backward_pass_end_where_they_end_after_it(tiny):
     assert kept == [1] * session.trainer.state.global_step
 
 
-@pytest.mark.parametrize(("run", "change"), [("full", {}), ("lora", {}), ("full", {"update_in_backward": True})])
+@pytest.mark.parametrize(
+    ("run", "change"), [("full", {}), ("lora", {}), ("qlora", {}), ("full", {"update_in_backward": True})]
+)
 def test_a_killed_run_resumes_to_the_uninterrupted_runs_weights(tiny, tmp_path, run, change):
     overrides = tiny | {"epochs": 2, "train_rows": 96, "saves": 6} | change
     homes = {name: tmp_path / name for name in ("whole", "killed")}
