@@ -17,6 +17,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from typing import Any
 from data_prep import UserError
 from finetune import embedded, paths, reference, settings
 
+# What a command returns that Ctrl-C ended, which reaches all of them at once.
+INTERRUPTED = 130
 METHODS = ("full", "lora", "qlora")
 # Before any set's own folder is made the home.
 HOME = paths.home().resolve() / "results" / "evidence"
@@ -58,21 +61,24 @@ SETS = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the sets, some at once; 0 if all are whole, 1 if a step of one failed, 2 if the command was wrong."""
+    """Run the sets, some at once; 0 if all are whole, 1 if a step of one failed, 2 if the command was wrong, 130 if
+    it was interrupted."""
     options = _options(arguments)
     try:
         asked = settings.parse_assignments(options.assignments)
         options.profile = settings.plan("base", options.profile).profile
         sets = [each for each in SETS if _is_wanted(each, options.profile, asked)]
         embedded.ensure()
-        with ThreadPoolExecutor(options.at_once) as pool:
-            are_whole = list(pool.map(lambda each: _run(each, options), sets))
+        are_whole = _run_all(sets, options)
         failed = [each for each, is_whole in zip(sets, are_whole, strict=True) if not is_whole]
         if options.publish:
             _publish([each for each in sets if each not in failed], options.profile)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
     for each in failed:
         print(f"{options.profile}{each.suffix} is not whole: see {_home(options.profile, each)}", file=sys.stderr)
     return 1 if failed else 0
@@ -113,6 +119,23 @@ def _planned(run: str, profile: str, asked: Mapping[str, str], each: RecordSet) 
     return plan.engine, {name: value for name, value in plan.values.items() if name != "engine"}
 
 
+def _run_all(sets: Sequence[RecordSet], options: argparse.Namespace) -> list[bool]:
+    """Run sets, `--at-once` of them together; whether each went well."""
+    interrupted = threading.Event()
+
+    def run(each: RecordSet) -> bool:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        try:
+            return _run(each, options)
+        except KeyboardInterrupt:
+            interrupted.set()
+            raise
+
+    with ThreadPoolExecutor(options.at_once) as pool:
+        return list(pool.map(run, sets))
+
+
 def _run(each: RecordSet, options: argparse.Namespace) -> bool:
     """Execute a set's commands; whether all went well."""
     checkpoints = _home(options.profile, each) / "checkpoints"
@@ -121,7 +144,11 @@ def _run(each: RecordSet, options: argparse.Namespace) -> bool:
     if not model.exists():
         model.symlink_to(embedded.folder().resolve())
     # All of them, whatever becomes of one.
-    statuses = [_finetune(command, each, options.profile) for command in _commands(each, options)]
+    statuses = []
+    for command in _commands(each, options):
+        statuses.append(_finetune(command, each, options.profile))
+        if statuses[-1] == INTERRUPTED:
+            raise KeyboardInterrupt
     return not any(statuses)
 
 

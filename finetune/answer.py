@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from finetune.metrics import Metrics
 from finetune.pairs import SIGNIFICANT, Pair
 from finetune.records import RunRecord
-from finetune.wording import listed, sentence, spoken
+from finetune.wording import duration, format_p, listed, sentence, spoken
 
 if TYPE_CHECKING:
     from finetune.comparison import Comparison
@@ -62,10 +63,28 @@ def _verdicts(pairs: list[Pair]) -> list[str]:
 
 def _ties(ties: list[Pair]) -> str:
     """What cannot be told apart, and for each the difference that could have been shown."""
+    runs = list(dict.fromkeys(run for pair in ties for run in (pair.first, pair.second)))
+    is_whole = len(ties) == math.comb(len(runs), 2) and all(pair.detectable is not None for pair in ties)
+    if len(runs) > 2 and is_whole:
+        return _all_alike(runs, ties)
     parts = [f"{pair.tie()}, {detectable(pair)}" for pair in ties]
     return (
         "Cannot be told apart, each with the true difference that would have been found four times in five: "
         f"{'; '.join(parts)}."
+    )
+
+
+def _all_alike(runs: list[str], ties: list[Pair]) -> str:
+    """Several runs of which no two can be told apart, in one sentence; the table of pairs has the rest."""
+    shown = [pair.over_seeds or pair for pair in ties]
+    widest = max(shown, key=lambda one: one.high - one.low)
+    seeds = "" if isinstance(widest, Pair) else f" over {widest.seeds} seeds"
+    return (
+        f"No two of {listed([spoken(run) for run in runs])} can be told apart: they differ by up to "
+        f"{max(abs(one.points) for one in shown):.1f} points (widest interval {widest.low:+z.1f} to "
+        f"{widest.high:+z.1f}{seeds}; least p {format_p(min(pair.corrected_p for pair in ties))}), and a true "
+        f"difference of {max(pair.detectable for pair in ties):.1f} points would have been found four times in five "
+        "between any."
     )
 
 
@@ -91,9 +110,9 @@ def _costs(tuned: dict[str, RunRecord]) -> str:
     """Who trained fastest and with the least memory, beside those at the other end."""
     by_time = sorted(tuned, key=lambda run: tuned[run].training.seconds)
     by_memory = sorted(tuned, key=lambda run: tuned[run].training.peak_memory_bytes)
-    minutes = [f"{tuned[run].training.seconds / 60:.1f} minutes" for run in (by_time[0], by_time[-1])]
+    times = [duration(tuned[run].training.seconds) for run in (by_time[0], by_time[-1])]
     memory = [f"{tuned[run].training.peak_memory_bytes / 1e9:.1f} GB" for run in (by_memory[0], by_memory[-1])]
     return (
-        f"{spoken(by_time[0])} trained fastest ({minutes[0]}; {spoken(by_time[-1])} {minutes[1]}), and "
+        f"{spoken(by_time[0])} trained fastest ({times[0]}; {spoken(by_time[-1])} {times[1]}), and "
         f"{spoken(by_memory[0])} took the least memory ({memory[0]}; {spoken(by_memory[-1])} {memory[1]})"
     )

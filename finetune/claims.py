@@ -47,7 +47,7 @@ def _speed_up(key: str, against: str, low: int, high: int) -> Callable[[Throughp
             return _lacking(found, key, against), UNKNOWN
         # Judged as it is shown.
         gain = round(100 * (row.articles_per_second / base.articles_per_second - 1), 1)
-        shown = f"{base.articles_per_second:.1f} to {row.articles_per_second:.1f} articles/s: {gain:+.1f} %"
+        shown = f"{base.articles_per_second:.1f} to {row.articles_per_second:.1f} articles/s: {gain:+z.1f} %"
         return shown, _verdict(gain, low, high)
 
     return finding

@@ -106,12 +106,12 @@ class Contrast:
         run, seeds = pair.first, pair.over_seeds
         line = {
             "accuracy %": _arrow([100 * side.scoring[run].accuracy for side in (self.other, self.mine)], ".1f"),
-            "points (95 % interval)": f"{pair.points:+.1f} ({pair.low:+.1f} to {pair.high:+.1f})",
+            "points (95 % interval)": f"{pair.points:+z.1f} ({pair.low:+z.1f} to {pair.high:+z.1f})",
         }
         if any(of.over_seeds for of in self.pairs):
             means = [100 * side.right(run).mean() for side in (self.other, self.mine)]
             line["mean over seeds %"] = f"{_arrow(means, '.1f')} ({seeds.seeds})" if seeds else "-"
-            points = f"{seeds.points:+.1f} ({seeds.low:+.1f} to {seeds.high:+.1f})" if seeds else "-"
+            points = f"{seeds.points:+z.1f} ({seeds.low:+z.1f} to {seeds.high:+z.1f})" if seeds else "-"
             line["points over seeds (95 % interval)"] = points
         return line | {
             "p, corrected": format_p(pair.corrected_p),

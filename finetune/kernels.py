@@ -13,7 +13,9 @@ from typing import Any
 
 from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
+from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
+from traitlets.config import Config
 
 from finetune import hardware, turns
 
@@ -70,7 +72,7 @@ class Kernels:
 
         Raises:
             CellExecutionError: A cell failed, or was interrupted.
-            DeadKernelError: The kernel died.
+            DeadKernelError: The kernel died, or did not start.
             Interrupted: `interrupt` was called between two cells.
         """
 
@@ -88,14 +90,16 @@ class Kernels:
             startup_timeout=300,
             kernel_name="python3",
             resources={"metadata": {"path": str(folder)}},
-            # Or each kernel warns that its loopback connection is signed but not encrypted.
-            extra_arguments=["--log-level=ERROR"],
+            config=self._sockets(),
             on_cell_start=start,
             on_cell_executed=lambda **_: on_cell_executed(),
         )
         with self._environment() as environment:
             try:
                 client.execute(env=environment)
+            except RuntimeError as error:
+                # nbclient's own word for it covers only what happens after the start.
+                raise DeadKernelError(str(error)) from error
             finally:
                 self._clients.discard(client)
 
@@ -108,6 +112,12 @@ class Kernels:
             if manager is not None:
                 with contextlib.suppress(RuntimeError):
                     run_sync(manager.interrupt_kernel)()
+
+    def _sockets(self) -> Config:
+        """Files to talk to one more kernel through. Ports are chosen free and taken later: of many kernels that start
+        at once one finds its port taken, and dies."""
+        folder = tempfile.mkdtemp(prefix="kernel-", dir=self._scratch.name)
+        return Config({"KernelManager": {"transport": "ipc", "ip": str(Path(folder, "socket"))}})
 
     @contextlib.contextmanager
     def _environment(self) -> Iterator[dict[str, str]]:

@@ -119,8 +119,8 @@ class Pair:
     def difference(self) -> str:
         """`+0.2 points, -0.3 to +0.7, p = 0.510`; over the seeds, if there are several."""
         shown = self.over_seeds or self
-        interval = f"{shown.low:+.1f} to {shown.high:+.1f}{self._of_seeds()}"
-        return f"{shown.points:+.1f} points, {interval}, p {format_p(self.corrected_p)}"
+        interval = f"{shown.low:+z.1f} to {shown.high:+z.1f}{self._of_seeds()}"
+        return f"{shown.points:+z.1f} points, {interval}, p {format_p(self.corrected_p)}"
 
     def _of_seeds(self) -> str:
         return f" over {self.over_seeds.seeds} seeds" if self.over_seeds else ""

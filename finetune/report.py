@@ -29,8 +29,8 @@ DECIMALS = {
     "lowest %": "{:.2f}",
     "highest %": "{:.2f}",
     "share of parameters %": "{:.2f}",
-    "against base": "{:+.1f}",
-    "macro-F1 against base": "{:+.1f}",
+    "against base": "{:+z.1f}",
+    "macro-F1 against base": "{:+z.1f}",
 }
 
 
@@ -194,7 +194,7 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
     """A table of figures as text: one decimal, signs on differences, thousands apart."""
     columns = {}
     for column in table:
-        default = "{:+.1f}" if column.endswith("against base") else "{:.1f}"
+        default = "{:+z.1f}" if column.endswith("against base") else "{:.1f}"
         form = DECIMALS.get(column, default)
         numeric = pd.api.types.is_numeric_dtype(table[column])
         columns[column] = table[column].map(form.format) if numeric else table[column]

@@ -249,7 +249,7 @@ class Suite:
         except CellExecutionError as error:
             return Outcome(step, "failed", reason=f"{error.ename}: {ANSI.sub('', error.evalue)}")
         except DeadKernelError:
-            return Outcome(step, "failed", reason="its kernel died; out of memory is the usual cause")
+            return Outcome(step, "failed", reason="its kernel died, or did not start; out of memory is the usual cause")
         finally:
             with replacing(self.folder / f"{step.name}.ipynb") as file:
                 nbformat.write(notebook, file)

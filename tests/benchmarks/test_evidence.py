@@ -73,3 +73,14 @@ def test_a_wrong_parameter_is_refused_before_anything_runs(commands, capsys):
     assert evidence.main(["--profile", "cpu", "--set", "lr=1"]) == 2
     assert commands == []
     assert "unknown parameter 'lr'" in capsys.readouterr().err
+
+
+def test_after_ctrl_c_nothing_more_begins(commands, monkeypatch, capsys):
+    def interrupted(command, **_):
+        commands.append(("", " ".join(command[3:])))
+        return subprocess.CompletedProcess(command, 130)
+
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    assert evidence.main(["--profile", "cpu", "--publish"]) == 130
+    assert len(commands) == 1
+    assert capsys.readouterr().err == "\ninterrupted; the same command goes on from here\n"

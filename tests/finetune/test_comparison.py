@@ -210,6 +210,18 @@ class TestAnswer:
         last = r"LoRA and QLoRA \(\+2\.0 points, -\d+\.\d to \+\d+\.\d, p = \d\.\d{3}\), \d\.\d points\."
         assert re.search(last, answer)
 
+    def test_several_of_which_no_two_differ_are_one_sentence(self, results):
+        rows = {"full": right_on(180, 200), "lora": right_on(178, 200, start=8), "qlora": right_on(181, 200, start=16)}
+        compared = compare(results, base=right_on(60, 200), **rows)
+        among = [pair for pair in compared.pairs if "base" not in (pair.first, pair.second)]
+        assert len(among) == 3 and all(pair.is_tie for pair in among)
+        widest = max(among, key=lambda pair: pair.high - pair.low)
+        assert (
+            "No two of full fine-tuning, LoRA and QLoRA can be told apart: they differ by up to 1.5 points (widest "
+            f"interval {widest.low:+.1f} to {widest.high:+.1f}; least p = 1.000), and a true difference of "
+            f"{max(pair.detectable for pair in among):.1f} points would have been found four times in five between any."
+        ) in compared.answer()
+
     def test_it_names_the_fastest_and_the_leanest(self, results):
         write_run(results, "base", right_on(20, 40))
         for run, seconds, memory in (("full", 100.0, 3e9), ("lora", 60.0, 2e9), ("qlora", 90.0, 1e9)):
@@ -219,7 +231,7 @@ class TestAnswer:
             load_folder(results, "cpu")
             .answer()
             .endswith(
-                "LoRA trained fastest (1.0 minutes; full fine-tuning 1.7 minutes), and QLoRA took the least memory "
+                "LoRA trained fastest (60 seconds; full fine-tuning 100 seconds), and QLoRA took the least memory "
                 "(1.0 GB; full fine-tuning 3.0 GB)."
             )
         )

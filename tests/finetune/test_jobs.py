@@ -14,6 +14,7 @@ from typing import Protocol
 
 import nbformat
 import pytest
+from jupyter_client import AsyncKernelClient
 from nbformat.v4 import new_code_cell, new_notebook
 from safetensors.torch import load_file
 
@@ -147,6 +148,20 @@ def test_after_a_failure_what_needs_it_is_skipped_and_the_rest_goes_on(stand_ins
         *(f"{name}.ipynb" for name in (*ended, "fine_tuning_lora")),
         *(f".{name}.json" for name in ended),
     }
+
+
+def test_a_kernel_that_does_not_start_fails_its_step_alone(stand_ins, monkeypatch, capsys):
+    log = stand_ins()
+    ready = AsyncKernelClient.wait_for_ready
+
+    async def never(self, timeout=None):
+        monkeypatch.setattr(AsyncKernelClient, "wait_for_ready", ready)
+        raise RuntimeError("Kernel died before replying to kernel_info")
+
+    monkeypatch.setattr(AsyncKernelClient, "wait_for_ready", never)
+    assert main(["run", "--profile", "cpu", "--only", "lora", "--only", "qlora"]) == 1
+    assert "its kernel died, or did not start" in capsys.readouterr().out
+    assert len([line for line in said(log) if line.startswith("end fine_tuning")]) == 1
 
 
 def test_without_the_base_nothing_is_evaluated(stand_ins, capsys):

@@ -16,7 +16,7 @@ from finetune import plan, plan_training
 ROWS = 32
 OVERRIDES = {
     "source": "csv",
-    "train_rows": 6 * ROWS,
+    "train_rows": 12 * ROWS,
     # Scored three times in rows of 20,000 tokens, more than Unsloth's tables of rotary embeddings begin with.
     "validation_rows": 256,
     "test_rows": 64,
@@ -25,13 +25,9 @@ OVERRIDES = {
     "evaluations": 3,
     "saves": 2,
     "warmup_share": 0.0,
-    # Small steps: large ones make of rounding another model.
-    "learning_rate": 1e-4,
     "epochs": 1,
     # The library's loss, which ours is compared to, is that of the answer alone.
     "article_loss": 0.0,
-    # A training's products are in bf16: what is compared to it should not be rounded as well.
-    "evaluation_dtype": "float32",
 }
 
 
@@ -39,7 +35,9 @@ def main() -> None:
     model, csv, engine, *load, run = sys.argv[1:]
     # Loading must not import Unsloth, which plan_training would.
     planned = plan if load else plan_training
-    settings = planned(run, "gpu", OVERRIDES | {"model": model, "data_path": csv, "engine": engine})
+    # Enough for twelve steps to leave a model that is no longer undecided.
+    rate = {"learning_rate": 1e-4 if run.startswith("full") else 1e-3}
+    settings = planned(run, "gpu", OVERRIDES | rate | {"model": model, "data_path": csv, "engine": engine})
     result = _load(settings) if load else _examine(settings)
     print("RESULT " + json.dumps(result), flush=True)
 
@@ -134,7 +132,7 @@ def _resumption(settings, data) -> dict[str, float]:
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
-            if state.global_step == 4:
+            if state.global_step == 8:
                 raise KeyboardInterrupt
 
     start = _weights(prepare_training(settings, data))
@@ -152,7 +150,7 @@ def _resumption(settings, data) -> dict[str, float]:
     return {
         "again": ((ends[1] - ends[0]).norm() / way).item(),
         "resumed": ((resumed - ends[0]).norm() / way).item(),
-        "probabilities": _probabilities(last, data),
+        "probabilities": _probabilities(last.backbone, last.tokenizer, data),
     }
 
 
@@ -161,21 +159,22 @@ def _trained(session):
     return _weights(session)
 
 
-def _probabilities(session, data) -> list[list[float]]:
-    """Of the test rows' labels, by the model as it was trained."""
+def _probabilities(backbone, tokenizer, data) -> list[list[float]]:
+    """Of the test rows' labels, by a model that is loaded."""
     import torch
 
     from finetune import chat, evaluation
 
-    prompts = [row.prompt for row in chat.encode(session.tokenizer, data.test, 1024)]
-    session.model.eval()
+    prompts = [row.prompt for row in chat.encode(tokenizer, data.test, 1024)]
+    backbone.model.eval()
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        return evaluation.LabelScorer(session.backbone, session.tokenizer, 64).score(prompts).tolist()
+        return evaluation.LabelScorer(backbone, tokenizer, 64).score(prompts).tolist()
 
 
 def _load(settings) -> dict:
-    """The artefact by plain transformers and peft, and merged where it is an adapter: the same probabilities?"""
-    from finetune import records
+    """The artefact by plain transformers and peft, and merged where it is an adapter: the same probabilities? And those
+    of the base."""
+    from finetune import models, records, segments
     from finetune.data import prepare_data
     from finetune.merging import merge
     from finetune.performance import evaluate
@@ -184,7 +183,9 @@ def _load(settings) -> dict:
     record = evaluate(settings, data, "examine.py")
     rows = records.read_predictions(record, settings.run_folder)
     merged = merge(settings, data) if settings.recipe.adapter else None
+    base = segments.Backbone(models.load_for_evaluation(settings, None))
     return {
+        "base": _probabilities(base, models.load_tokenizer(settings), data),
         "probabilities": [list(row.probabilities.values()) for row in rows],
         "merged": merged and {"agreement": merged.agreement, "largest_difference": merged.largest_difference},
     }

@@ -113,17 +113,20 @@ def test_unsloth_and_transformers_begin_with_the_same_loss(ours, theirs):
 
 @pytest.mark.parametrize(("engine", "run"), CASES)
 def test_plain_libraries_load_what_was_trained(engine, run):
-    """transformers and peft, without Unsloth, give the probabilities that the model had when its training ended."""
+    """transformers and peft, without Unsloth, give the probabilities that the model had when its training ended, but
+    for bf16's rounding: far closer to them than the base model's."""
     result = examined(engine, run)
-    trained, loaded = np.array(result["probabilities"]), np.array(result["loaded"]["probabilities"])
-    assert np.abs(trained - loaded).max() < 0.1
-    assert (trained.argmax(axis=1) == loaded.argmax(axis=1)).mean() > 0.95
+    trained = np.array(result["probabilities"])
+    loaded, base = np.array(result["loaded"]["probabilities"]), np.array(result["loaded"]["base"])
+    assert np.abs(trained - base).mean() > 0.05, "nothing was learned"
+    assert np.abs(trained - loaded).mean() < 0.2 * np.abs(trained - base).mean()
+    assert (trained.argmax(axis=1) == loaded.argmax(axis=1)).mean() > 0.9
 
 
 @pytest.mark.parametrize(("engine", "run"), [case for case in CASES if case[1] in ("lora", "qlora")])
 def test_a_merged_adapter_answers_as_apart(engine, run):
     merged = examined(engine, run)["loaded"]["merged"]
-    # Merged weights are rounded to bf16, and six small steps leave the model undecided.
+    # Merged weights are rounded to bf16.
     assert merged["largest_difference"] < 0.2
     assert merged["agreement"] > 0.9
 
