@@ -121,6 +121,7 @@ PARTS: dict[str, tuple[Rung, ...]] = {
             "lora",
             THRIFTY | {"gradient_checkpointing": "unsloth"},
         ),
+        Rung("lora_checkpointing_128", "LoRA, 128 articles at once, the first", "lora", THRIFTY | LARGER_BATCH),
     ),
     "qlora": (
         Rung("qlora", "QLoRA, 64 articles at once", "qlora", BEST),
@@ -128,6 +129,7 @@ PARTS: dict[str, tuple[Rung, ...]] = {
         Rung("qlora_graphs_16x4", "QLoRA, 16 x 4 articles, CUDA graphs, embeddings on the host", "qlora", GRAPHS_16),
         Rung("qlora_graphs_8x8", "QLoRA, 8 x 8 articles, the same", "qlora", GRAPHS_8),
         Rung("qlora_checkpointing", "QLoRA, checkpointing, embeddings on the host", "qlora", THRIFTY),
+        Rung("qlora_checkpointing_128", "QLoRA, 128 articles at once, the same", "qlora", THRIFTY | LARGER_BATCH),
     ),
     "full": (
         Rung("full_plain", "full, bf16 weights, 8-bit AdamW, 64 x 2 articles", "full", FULL, engine="transformers"),
@@ -155,9 +157,9 @@ PARTS: dict[str, tuple[Rung, ...]] = {
         ),
         Rung(
             "full_in_backward_checkpointing",
-            "full, the same, + checkpointing",
+            "full, 256 x 1 articles, the same, + checkpointing",
             "full",
-            IN_BACKWARD | {"gradient_checkpointing": "plain"},
+            IN_BACKWARD | {"gradient_checkpointing": "plain", "batch_size": 256},
             engine="transformers",
         ),
         Rung(
@@ -170,6 +172,10 @@ PARTS: dict[str, tuple[Rung, ...]] = {
     ),
     "full_unsloth": (Rung("full_unsloth", "full, bf16 weights, 8-bit AdamW, Unsloth", "full_unsloth", FULL),),
 }
+# Parts that are one measurement, each on an engine.
+SCORED = (("lean", 128, "plain"), ("lean", 128, "fused"), ("lean", 512, "fused"), ("verbose", 128, "fused"))
+KERNELS = {"plain": "PyTorch's", "fused": "Liger's"}
+STARTS = {"start": "unsloth", "start_transformers": "transformers"}
 # A part that compiles without end must not cost the others their time.
 PART_SECONDS = 420
 
@@ -196,7 +202,7 @@ def main() -> None:
 def _processes(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     """Parts, each with the keys of its rungs, for one process each. Rungs on transformers have each its own, so that
     none finds the memory of another; those on Unsloth share the half minute of its import."""
-    for part in options.only or [*PARTS, "evaluation", "start"]:
+    for part in options.only or [*PARTS, "evaluation", *STARTS]:
         keys = [rung.key for rung in PARTS.get(part, ()) if not options.rungs or rung.key in options.rungs]
         if PARTS.get(part, (None,))[0] and PARTS[part][0].engine == "transformers":
             yield from ((part, [key]) for key in keys)
@@ -333,7 +339,7 @@ def _measure_part(options: argparse.Namespace) -> None:
     os.environ["FINETUNE_PROFILE"] = "gpu"
     if options.part == "evaluation":
         results: Iterator[dict[str, Any]] = _evaluation(options)
-    elif options.part == "start":
+    elif options.part in STARTS:
         results = _start(options)
     else:
         wanted = [rung for rung in PARTS[options.part] if not options.rungs or rung.key in options.rungs]
@@ -542,9 +548,10 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     from finetune import chat, evaluation, models, plan, segments
 
-    for prompt, batch in (("lean", 128), ("lean", 256), ("verbose", 128)):
+    for prompt, batch, kernels in SCORED:
         wanted = {"model": options.model, "source": "csv", "data_path": options.csv, "prompt": prompt}
-        settings = plan("base", "gpu", wanted | {"test_rows": 2048, "evaluation_batch_size": batch})
+        wanted |= {"test_rows": 2048, "evaluation_batch_size": batch, "evaluation_kernels": kernels}
+        settings = plan("base", "gpu", wanted)
         data = _data(settings, options)
         tokenizer = models.load_tokenizer(settings)
         prompts = [row.prompt for row in chat.encode(tokenizer, data.test, 1024)]
@@ -557,8 +564,8 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         read = _computed_tokens(prompts, [chat.answer_tokens(tokenizer, label)[:-1] for label in LABELS])
         flops = 2 * models.parameter_count(model) * read / seconds
         yield {
-            "key": f"scoring_{prompt}_{batch}",
-            "name": f"scoring, {prompt} prompt, {batch} articles at once",
+            "key": f"scoring_{prompt}_{batch}" + "_plain" * (kernels == "plain"),
+            "name": f"scoring, {prompt} prompt, {batch} articles at once, {KERNELS[kernels]} kernels",
             "parameters": models.parameter_count(model),
             "articles_per_second": len(prompts) / seconds,
             "tokens_per_second": sum(map(len, prompts)) / seconds,
@@ -568,7 +575,7 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "share_of_peak": flops / peak,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         }
-        if batch == 128:
+        if batch == 128 and kernels == "fused":
             _, seconds = evaluation.timed(evaluation.generate, model, tokenizer, prompts[:512], 128)
             yield {
                 "key": f"generation_{prompt}_128",
@@ -593,7 +600,9 @@ def _computed_tokens(prompts: Sequence[list[int]], answers: Sequence[list[int]])
 def _start(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Seconds from the first import to the end of the first optimiser step, in this fresh process."""
     start = time.perf_counter()
-    rung = Rung("start", "LoRA, from the first import to the end of the first step", "lora", BEST)
+    engine = STARTS[options.part]
+    name = f"LoRA on {engine.capitalize()}, from the first import to the end of the first step"
+    rung = Rung(options.part, name, "lora", BEST | {"gradient_checkpointing": "plain"}, engine=engine)
     yield {
         "key": rung.key,
         "name": rung.name,

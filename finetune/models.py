@@ -121,7 +121,7 @@ def load_for_training(settings: Settings, checkpointing: str = "off"):
         return _load_with_unsloth(settings, {"unsloth": "unsloth", "plain": True, "off": False}[checkpointing])
     model = _load_plain(model_path(settings), weights=settings.recipe.weights, quantised=settings.recipe.load_in_4bit)
     if uses_liger(settings):
-        _fuse_kernels(model)
+        _fuse_kernels(model, "fused_kernels=False")
     return _with_adapter(model, settings) if settings.recipe.adapter else model
 
 
@@ -130,7 +130,8 @@ def uses_liger(settings: Settings) -> bool:
     return settings.recipe.fused_kernels and settings.engine == "transformers" and hardware.has_cuda()
 
 
-def _fuse_kernels(model) -> None:
+def _fuse_kernels(model, otherwise: str) -> None:
+    """Put Liger's kernels into a model; `otherwise`: the setting that does without."""
     from transformers.integrations.liger import apply_liger_kernel
 
     try:
@@ -138,7 +139,7 @@ def _fuse_kernels(model) -> None:
         apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     except ImportError as error:
         raise UserError(
-            f"Liger's kernels cannot be imported ({error}); install requirements/gpu.txt or set fused_kernels=False"
+            f"Liger's kernels cannot be imported ({error}); install requirements/gpu.txt or set {otherwise}"
         ) from error
 
 
@@ -175,14 +176,14 @@ def load_for_evaluation(settings: Settings, artefact: Path | None):
     from peft import PeftModel
 
     dtype = settings.experiment.evaluation_dtype
-    if artefact is None:
-        model = _load_plain(model_path(settings), dtype, quantised=False)
-    elif not settings.recipe.adapter:
-        model = _load_plain(str(artefact), dtype, quantised=False)
-    else:
-        base = _load_plain(model_path(settings), dtype, settings.recipe.load_in_4bit)
+    has_adapter = artefact is not None and settings.recipe.adapter
+    path = model_path(settings) if artefact is None or has_adapter else str(artefact)
+    model = _load_plain(path, dtype, quantised=has_adapter and settings.recipe.load_in_4bit)
+    if settings.experiment.evaluation_kernels == "fused" and hardware.has_cuda():
+        _fuse_kernels(model, "evaluation_kernels=plain")
+    if has_adapter:
         with _loading(str(artefact)):
-            model = PeftModel.from_pretrained(base, str(artefact))
+            model = PeftModel.from_pretrained(model, str(artefact))
     return evaluating(model)
 
 

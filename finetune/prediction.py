@@ -90,7 +90,7 @@ METHODS = (
         "QLoRA",
         "qlora",
         kept=("qlora", "qlora_graphs_16x4", "qlora_graphs_8x8"),
-        recomputing=("qlora_unsloth_checkpointing", "qlora_checkpointing", "qlora"),
+        recomputing=("qlora_checkpointing", "qlora"),
         checks=("qlora_graphs_16x4", "qlora_graphs_8x8", "qlora_checkpointing"),
     ),
     Method("full", "full", **FULL_ROWS, checks=("full_checkpointing",)),

@@ -25,7 +25,7 @@ from finetune.profiles import PROFILES, choose_profile
 from finetune.recipes import FULL, FULL_UNSLOTH, LORA, QLORA, STRICT, Count, Recipe, check
 
 ENVIRONMENT_PREFIX = "FINETUNE_"
-EVALUATION_ONLY = {"test_rows", "generation_rows", "evaluation_batch_size", "evaluation_dtype"}
+EVALUATION_ONLY = {"test_rows", "generation_rows", "evaluation_batch_size", "evaluation_dtype", "evaluation_kernels"}
 # Settings of the process, not parameters of an experiment.
 NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND", "FINETUNE_TURNS"}
 
@@ -56,6 +56,8 @@ class Experiment:
     """Articles per forward pass of the evaluation; the result does not depend on it."""
     evaluation_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the evaluation."""
+    evaluation_kernels: Literal["fused", "plain"] = "fused"
+    """Kernels of the evaluation on a GPU: Liger's for norms, rotary embeddings and activations, or PyTorch's."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of a training: the initialisation and the order of the rows."""
     data_seed: Annotated[int, Field(ge=0)] = 42

@@ -37,6 +37,7 @@ METHODS = {
         "lora_graphs_8x8",
         "lora_checkpointing",
         "lora_unsloth_checkpointing",
+        "lora_checkpointing_128",
     ),
     "QLoRA": (
         "qlora",
@@ -44,13 +45,22 @@ METHODS = {
         "qlora_graphs_16x4",
         "qlora_graphs_8x8",
         "qlora_checkpointing",
-        "qlora_unsloth_checkpointing",
+        "qlora_checkpointing_128",
     ),
-    "full": ("full_plain", "full", "full_checkpointing", "full_4bit_checkpointing", "full_unsloth"),
+    "full": (
+        "full_plain",
+        "full",
+        "full_64x4",
+        "full_unsloth",
+        "full_checkpointing",
+        "full_in_backward",
+        "full_in_backward_checkpointing",
+        "full_4bit_checkpointing",
+    ),
 }
-SCORING = ("scoring_lean_128", "scoring_lean_256", "scoring_verbose_128")
+SCORING = ("scoring_lean_128_plain", "scoring_lean_128", "scoring_lean_512", "scoring_verbose_128")
 GENERATION = ("generation_lean_128", "generation_verbose_128")
-START = "start"
+STARTS = ("start", "start_transformers")
 # How much slower than the fastest a way to save memory may be.
 KEPT_SPEED = 0.7
 COUNTING = (
@@ -141,9 +151,9 @@ def evaluation_table(found: Throughput) -> pd.DataFrame:
 
 
 def start_sentence(found: Throughput) -> str:
-    """How long it takes until a training's first step is done."""
-    row = found.measured(START)
-    return f"Start-up: {row.seconds_to_first_step:.1f} s ({row.name})." if row else f"Start-up: {found.lacking(START)}."
+    """How long it takes on each engine until a training's first step is done."""
+    measured = [f"{row.seconds_to_first_step:.1f} s ({row.name})" for row in map(found.measured, STARTS) if row]
+    return f"Start-up: {'; '.join(measured) or found.lacking(STARTS[0])}."
 
 
 def provenance(found: Throughput, name: str) -> str:
@@ -162,7 +172,7 @@ def provenance(found: Throughput, name: str) -> str:
 
 def _others(found: Throughput) -> list[str]:
     """Rows that no table above has a place for: what was measured is shown."""
-    placed = {*LADDER, *PEERS, *SCORING, *GENERATION, START, *(key for keys in METHODS.values() for key in keys)}
+    placed = {*LADDER, *PEERS, *SCORING, *GENERATION, *STARTS, *(key for keys in METHODS.values() for key in keys)}
     keys = [row.key for row in found.results if row.key not in placed]
     return [markdown(pd.DataFrame([_line(found, key, {}) for key in keys]))] if keys else []
 

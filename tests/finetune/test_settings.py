@@ -16,7 +16,7 @@ EXPERIMENT_NAMES = {field.name for field in fields(Experiment)}
 RECIPE_NAMES = {field.name for field in fields(Recipe)}
 
 # They change what is measured, not the model: an artefact serves whatever they are.
-EVALUATION_ONLY = {"test_rows", "generation_rows", "evaluation_batch_size", "evaluation_dtype"}
+EVALUATION_ONLY = {"test_rows", "generation_rows", "evaluation_batch_size", "evaluation_dtype", "evaluation_kernels"}
 
 # A second value for every parameter that can be changed.
 OTHER_VALUES = {
@@ -31,6 +31,7 @@ OTHER_VALUES = {
     "generation_rows": 100,
     "evaluation_batch_size": 3,
     "evaluation_dtype": "bfloat16",
+    "evaluation_kernels": "plain",
     "seed": 7,
     "data_seed": 8,
     "variant": "seed-43",
