@@ -4,8 +4,9 @@
 
 CSV_FOLDER holds AG News' train.csv and test.csv. The model has the shape of Qwen2.5-7B and random weights: time and
 memory do not depend on their values. Its tokenizer is the embedded model's, whose articles are about as long as
-Qwen's. Every part is measured in a process of its own, alone on its GPU; all of it on one machine, in one run. With
-several GPUs the parts share them out.
+Qwen's. Every part is measured in a process of its own, alone on its GPU. With several GPUs the parts share them out.
+Interrupted, the same command goes on from there: what FILE holds is kept if commit, packages and kind of GPU are the
+same.
 
 Counting: `tokens/s` counts each article's own tokens, prompt and answer included, whether a row shares its beginning
 with others or not. `TFLOP/s` counts the tokens that were computed, 4 N per token where the base is frozen and 6 N where
@@ -24,158 +25,25 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
+from benchmarks import ladder
+from benchmarks.ladder import BEST, Rung
 from data_prep import LABELS
 from data_prep.store import write_json
 
 WARM_STEPS, TIMED_STEPS = 2, 5
-SEED_BATCH = {"batch_size": 8, "gradient_accumulation_steps": 4}
-LARGE_BATCH = {"batch_size": 64, "gradient_accumulation_steps": 1}
-LARGER_BATCH = {"batch_size": 128, "gradient_accumulation_steps": 1}
-ALL_LINEAR = {"lora_targets": "all-linear"}
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One measurement.
-
-    Attributes:
-        key: What tables know it by.
-        name: What it adds to the rung before it.
-        run: The suite's run.
-        overrides: Parameters of the suite.
-        trainer: `suite`, or `trl`: SFTTrainer as its users set it up.
-        engine: `unsloth` or `transformers`.
-        options: SFTConfig's, for `trl`.
-        share: Whether rows share the tokens that all begin with.
-    """
-
-    key: str
-    name: str
-    run: str = "lora"
-    overrides: dict[str, Any] = field(default_factory=dict)
-    trainer: str = "suite"
-    engine: str = "unsloth"
-    options: dict[str, Any] = field(default_factory=dict)
-    share: bool = True
-
-
-FIRST = SEED_BATCH | ALL_LINEAR | {"prompt": "verbose", "supervise": "all", "gradient_checkpointing": "plain"}
-FIRST |= {"cuda_graphs": False, "fused_kernels": False, "offload_embedding": "off", "article_loss": 0.0}
-PLAIN = {"trainer": "trl", "engine": "transformers"}
-PACK = {"packing": True, "max_length": 512}
-UNSLOTH = FIRST | {"gradient_checkpointing": "unsloth"}
-KEPT = UNSLOTH | {"gradient_checkpointing": "off"}
-LEAN = KEPT | {"supervise": "answer", "prompt": "lean"}
-BEST = LEAN | LARGE_BATCH
-PEER = BEST | {"gradient_checkpointing": "plain"}
-THRIFTY = BEST | {"gradient_checkpointing": "plain", "offload_embedding": "on"}
-GRAPHS = {"cuda_graphs": True, "offload_embedding": "on"}
-GRAPHS_16 = BEST | GRAPHS | {"batch_size": 16, "gradient_accumulation_steps": 4}
-GRAPHS_8 = BEST | GRAPHS | {"batch_size": 8, "gradient_accumulation_steps": 8}
-FULL = BEST | {"weights": "bfloat16", "optimizer": "adamw_8bit", "gradient_accumulation_steps": 2}
-FULL_LIGER = FULL | {"fused_kernels": True}
-IN_BACKWARD = FULL_LIGER | {"gradient_accumulation_steps": 1, "update_in_backward": True}
-FOUR_BIT = {"optimizer": "adamw_4bit_stochastic", "gradient_checkpointing": "plain"}
-
-PARTS: dict[str, tuple[Rung, ...]] = {
-    "plain": (
-        Rung(
-            "trl_seed",
-            "TRL + PEFT: 8 x 4 articles, long prompt, loss on all tokens, checkpointing",
-            "lora",
-            FIRST,
-            **PLAIN,
-        ),
-        Rung("trl_cudnn", "+ cudnn.benchmark", "lora", FIRST | {"cudnn_benchmark": True}, **PLAIN),
-        Rung("trl_packed", "+ TRL's packing, rows of 512", "lora", FIRST, options=PACK, **PLAIN),
-        Rung("peer_checkpointing", "peer: TRL + PEFT, tuned, checkpointing", "lora", PEER, **PLAIN),
-        Rung("peer", "peer: TRL + PEFT, tuned, no checkpointing", "lora", BEST, **PLAIN),
-        Rung("peer_liger", "peer: the same with Liger's kernels", "lora", BEST | {"fused_kernels": True}, **PLAIN),
-    ),
-    "lora": (
-        Rung("unsloth_seed", "+ Unsloth's kernels and checkpointing", "lora", UNSLOTH, "trl", options=PACK),
-        Rung("flash", "+ flash attention over whole articles", "lora", UNSLOTH, share=False),
-        Rung("kept", "+ no checkpointing", "lora", KEPT, share=False),
-        Rung("answer", "+ loss on the answer alone", "lora", KEPT | {"supervise": "answer"}, share=False),
-        Rung("lean", "+ lean prompt", "lora", LEAN, share=False),
-        Rung("shared", "+ common beginning computed once", "lora", LEAN),
-        Rung("batch", "+ 64 articles at once", "lora", BEST),
-        Rung("batch_128", "+ 128 articles at once", "lora", BEST | LARGER_BATCH),
-    ),
-    "lora_memory": (
-        Rung("lora_graphs_16x4", "LoRA, 16 x 4 articles, CUDA graphs, embeddings on the host", "lora", GRAPHS_16),
-        Rung("lora_graphs_8x8", "LoRA, 8 x 8 articles, the same", "lora", GRAPHS_8),
-        Rung("lora_checkpointing", "LoRA, checkpointing, embeddings on the host", "lora", THRIFTY),
-        Rung(
-            "lora_unsloth_checkpointing",
-            "LoRA, Unsloth's checkpointing, embeddings on the host",
-            "lora",
-            THRIFTY | {"gradient_checkpointing": "unsloth"},
-        ),
-        Rung("lora_checkpointing_128", "LoRA, 128 articles at once, the first", "lora", THRIFTY | LARGER_BATCH),
-    ),
-    "qlora": (
-        Rung("qlora", "QLoRA, 64 articles at once", "qlora", BEST),
-        Rung("qlora_128", "QLoRA, 128 articles at once", "qlora", BEST | LARGER_BATCH),
-        Rung("qlora_graphs_16x4", "QLoRA, 16 x 4 articles, CUDA graphs, embeddings on the host", "qlora", GRAPHS_16),
-        Rung("qlora_graphs_8x8", "QLoRA, 8 x 8 articles, the same", "qlora", GRAPHS_8),
-        Rung("qlora_checkpointing", "QLoRA, checkpointing, embeddings on the host", "qlora", THRIFTY),
-        Rung("qlora_checkpointing_128", "QLoRA, 128 articles at once, the same", "qlora", THRIFTY | LARGER_BATCH),
-    ),
-    "full": (
-        Rung("full_plain", "full, bf16 weights, 8-bit AdamW, 64 x 2 articles", "full", FULL, engine="transformers"),
-        Rung("full", "full, + Liger's kernels", "full", FULL_LIGER, engine="transformers"),
-        Rung(
-            "full_64x4",
-            "full, 64 x 4 articles",
-            "full",
-            FULL_LIGER | {"gradient_accumulation_steps": 4},
-            engine="transformers",
-        ),
-        Rung(
-            "full_checkpointing",
-            "full, + checkpointing",
-            "full",
-            FULL_LIGER | {"gradient_checkpointing": "plain"},
-            engine="transformers",
-        ),
-        Rung(
-            "full_in_backward",
-            "full, 64 x 1 articles, each weight updated in the backward pass",
-            "full",
-            IN_BACKWARD,
-            engine="transformers",
-        ),
-        Rung(
-            "full_in_backward_checkpointing",
-            "full, 256 x 1 articles, the same, + checkpointing",
-            "full",
-            IN_BACKWARD | {"gradient_checkpointing": "plain", "batch_size": 256},
-            engine="transformers",
-        ),
-        Rung(
-            "full_4bit_checkpointing",
-            "full, + 4-bit AdamW with stochastic rounding",
-            "full",
-            FULL_LIGER | FOUR_BIT,
-            engine="transformers",
-        ),
-    ),
-    "full_unsloth": (Rung("full_unsloth", "full, bf16 weights, 8-bit AdamW, Unsloth", "full_unsloth", FULL),),
-}
-# Parts that are one measurement, each on an engine.
-SCORED = (("lean", 128, "plain"), ("lean", 128, "fused"), ("lean", 512, "fused"), ("verbose", 128, "fused"))
+WEIGHTS = "model.safetensors"
+# What a line of a part's process begins with that reports a measurement.
+RESULT = "RESULT "
 KERNELS = {"plain": "PyTorch's", "fused": "Liger's"}
-STARTS = {"start": "unsloth", "start_transformers": "transformers"}
 # A part that compiles without end must not cost the others their time.
 PART_SECONDS = 420
 
@@ -187,27 +55,70 @@ def main() -> None:
         _measure_part(options)
         return
     os.environ["FINETUNE_COMMAND"] = shlex.join(["python", "-m", "benchmarks.throughput", *sys.argv[1:]])
-    model = _random_model(options.layers, Path(options.scratch))
+    model = Path(options.scratch, f"qwen2.5-7b-shape-{options.layers}")
+    _write_shape(options.layers, model)
+    # Beside the data, and in a process of its own, which gives the GPU's memory back.
+    writer = subprocess.Popen(_command("model", options, model))
     report = _provenance(options, model)
+    if writer.wait() != 0:
+        sys.exit(f"the weights could not be written to {model}: see above")
+    measurements = Measurements(Path(options.out), report)
     free_gpus: Queue[int] = Queue()
     for gpu in range(options.gpus):
         free_gpus.put(gpu)
     with ThreadPoolExecutor(options.gpus) as pool:
-        for results in pool.map(lambda one: _in_process(*one, options, model, free_gpus), _processes(options)):
-            report["results"] += results
-            write_json(Path(options.out), report)
-    print(table(report["results"]))
+        to_do = ladder.processes(options.only, options.rungs, measurements.keys)
+        running = [pool.submit(_in_process, *one, options, model, free_gpus, measurements.add) for one in to_do]
+        for future in running:
+            future.result()
+    print(table(measurements.results))
 
 
-def _processes(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
-    """Parts, each with the keys of its rungs, for one process each. Rungs on transformers have each its own, so that
-    none finds the memory of another; those on Unsloth share the half minute of its import."""
-    for part in options.only or [*PARTS, "evaluation", *STARTS]:
-        keys = [rung.key for rung in PARTS.get(part, ()) if not options.rungs or rung.key in options.rungs]
-        if PARTS.get(part, (None,))[0] and PARTS[part][0].engine == "transformers":
-            yield from ((part, [key]) for key in keys)
-        elif keys or part not in PARTS:
-            yield part, keys
+class Measurements:
+    """A file of measurements, written anew with each.
+
+    Args:
+        file: Where they go. What it holds is kept if it was measured on the same state of the project, with the same
+            packages and on the same kind of GPU; what failed is not.
+        report: What to write beside the results.
+    """
+
+    def __init__(self, file: Path, report: dict[str, Any]):
+        self._file, self._report = file, report
+        self._rows = {row["key"]: row for row in self._kept() if "outcome" not in row}
+        # Each GPU's processes report from a thread of their own.
+        self._lock = threading.Lock()
+
+    @property
+    def keys(self) -> set[str]:
+        return set(self._rows)
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """The rows in the order of the parts."""
+        order = [key for part in ladder.ALL_PARTS for key in ladder.keys_of(part)]
+        return sorted(self._rows.values(), key=lambda row: order.index(row["key"]))
+
+    def add(self, row: dict[str, Any]) -> None:
+        with self._lock:
+            self._rows[row["key"]] = row
+            write_json(self._file, self._report | {"results": self.results})
+
+    def _kept(self) -> list[dict[str, Any]]:
+        if not self._file.is_file():
+            return []
+        found = json.loads(self._file.read_text(encoding="utf-8"))
+        if self._report["environment"]["dirty"] or _origin(found) != _origin(self._report):
+            print(f"{self._file} is of another commit, model, GPU or packages: all is measured anew", flush=True)
+            return []
+        print(f"{len(found['results'])} measurements in {self._file} are kept, but for what failed", flush=True)
+        return found["results"]
+
+
+def _origin(report: Mapping[str, Any]) -> tuple:
+    where = report["environment"]
+    fingerprint = report["data"]["fingerprint"]
+    return where["commit"], where["dirty"], where["packages"], where["hardware"]["gpu"], report["model"], fingerprint
 
 
 def _provenance(options: argparse.Namespace, model: Path) -> dict[str, Any]:
@@ -222,7 +133,6 @@ def _provenance(options: argparse.Namespace, model: Path) -> dict[str, Any]:
         "environment": records.environment().model_dump(),
         "data": data.reference.model_dump(),
         "model": f"Qwen2.5-7B's shape with random weights, {options.layers} layers",
-        "results": [],
     }
 
 
@@ -273,43 +183,51 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _in_process(
-    part: str, keys: list[str], options: argparse.Namespace, model: Path, free_gpus: Queue[int]
-) -> list[dict[str, Any]]:
+def _command(part: str, options: argparse.Namespace, model: Path) -> list[str]:
     command = [sys.executable, "-m", "benchmarks.throughput", options.csv, "--part", part, "--model", str(model)]
-    command += ["--scratch", options.scratch]
+    return [*command, "--scratch", options.scratch]
+
+
+def _in_process(
+    part: str,
+    keys: list[str],
+    options: argparse.Namespace,
+    model: Path,
+    free_gpus: Queue[int],
+    report: Callable[[dict[str, Any]], None],
+) -> None:
+    """Measure a part on the next free GPU, and report each result as it comes."""
+    command = _command(part, options, model)
     command += ["--rungs", *keys] if keys else []
     command += ["--profile", *options.profile] if options.profile else []
     gpu = free_gpus.get()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as compiled:
         own = {"CUDA_VISIBLE_DEVICES": str(gpu), "UNSLOTH_COMPILE_LOCATION": compiled}
-        output, outcome = _output_of(command, os.environ | own)
+        status = _run(command, os.environ | own, report)
     free_gpus.put(gpu)
-    print(f"{part} {' '.join(keys)}: {time.perf_counter() - start:.0f} s on GPU {gpu}, {outcome}", flush=True)
-    lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
-    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
+    print(f"{part} {' '.join(keys)}: {time.perf_counter() - start:.0f} s on GPU {gpu}, exit {status}", flush=True)
 
 
-def _output_of(command: list[str], environment: Mapping[str, str]) -> tuple[str, str]:
-    """What a command printed, as far as it came in time, and how it ended."""
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, timeout=PART_SECONDS, check=False)
-        return done.stdout.decode(), f"exit {done.returncode}"
-    except subprocess.TimeoutExpired as error:
-        return (error.stdout or b"").decode(), f"ended after {PART_SECONDS} s"
+def _run(command: list[str], environment: Mapping[str, str], report: Callable[[dict[str, Any]], None]) -> int:
+    """A command's status; it is ended after `PART_SECONDS`."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+        alarm = threading.Timer(PART_SECONDS, process.kill)
+        alarm.start()
+        for line in process.stdout:
+            if line.startswith(RESULT):
+                report(json.loads(line.removeprefix(RESULT)))
+        alarm.cancel()
+    return process.returncode
 
 
-def _random_model(layers: int, scratch: Path) -> Path:
-    """A folder with a model of Qwen2.5-7B's shape (config.json of Qwen/Qwen2.5-7B-Instruct) and random weights."""
-    folder = scratch / f"qwen2.5-7b-shape-{layers}"
-    if folder.is_dir():
-        return folder
-    import torch
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+def _write_shape(layers: int, folder: Path) -> None:
+    """Configuration and tokenizer of a model of Qwen2.5-7B's shape (config.json of Qwen/Qwen2.5-7B-Instruct)."""
+    from transformers import AutoTokenizer, Qwen2Config
 
     from finetune import embedded
 
+    tokenizer = AutoTokenizer.from_pretrained(embedded.folder())
     config = Qwen2Config(
         vocab_size=152_064,
         hidden_size=3_584,
@@ -320,32 +238,44 @@ def _random_model(layers: int, scratch: Path) -> Path:
         max_position_embeddings=32_768,
         rope_theta=1e6,
         tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="bfloat16",
+        architectures=["Qwen2ForCausalLM"],
     )
-    tokenizer = AutoTokenizer.from_pretrained(embedded.folder())
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = Qwen2ForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder)
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    del model
-    torch.cuda.empty_cache()
-    return folder
+
+
+def _write_random_weights(folder: Path) -> None:
+    """Random weights for the configuration in a folder; those that are there stay."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if (folder / WEIGHTS).is_file():
+        return
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    half = folder.with_name(f".{folder.name}")
+    model.save_pretrained(half, max_shard_size="100GB")
+    (half / WEIGHTS).rename(folder / WEIGHTS)
 
 
 def _measure_part(options: argparse.Namespace) -> None:
     """Measure one part's rungs in this process, and print each as a line of JSON."""
+    if options.part == "model":
+        _write_random_weights(Path(options.model))
+        return
     os.environ["FINETUNE_PROFILE"] = "gpu"
     if options.part == "evaluation":
         results: Iterator[dict[str, Any]] = _evaluation(options)
-    elif options.part in STARTS:
+    elif options.part in ladder.STARTS:
         results = _start(options)
     else:
-        wanted = [rung for rung in PARTS[options.part] if not options.rungs or rung.key in options.rungs]
+        wanted = [rung for rung in ladder.PARTS[options.part] if not options.rungs or rung.key in options.rungs]
         results = (_attempt(rung, options) for rung in wanted)
     for result in results:
-        print("RESULT " + json.dumps({"part": options.part, **result}), flush=True)
+        print(RESULT + json.dumps({"part": options.part, **result}), flush=True)
 
 
 def _attempt(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
@@ -548,7 +478,7 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     from finetune import chat, evaluation, models, plan, segments
 
-    for prompt, batch, kernels in SCORED:
+    for prompt, batch, kernels in ladder.SCORED:
         wanted = {"model": options.model, "source": "csv", "data_path": options.csv, "prompt": prompt}
         wanted |= {"test_rows": 2048, "evaluation_batch_size": batch, "evaluation_kernels": kernels}
         settings = plan("base", "gpu", wanted)
@@ -564,7 +494,7 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         read = _computed_tokens(prompts, [chat.answer_tokens(tokenizer, label)[:-1] for label in LABELS])
         flops = 2 * models.parameter_count(model) * read / seconds
         yield {
-            "key": f"scoring_{prompt}_{batch}" + "_plain" * (kernels == "plain"),
+            "key": ladder.scoring_key(prompt, batch, kernels),
             "name": f"scoring, {prompt} prompt, {batch} articles at once, {KERNELS[kernels]} kernels",
             "parameters": models.parameter_count(model),
             "articles_per_second": len(prompts) / seconds,
@@ -575,10 +505,10 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "share_of_peak": flops / peak,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         }
-        if batch == 128 and kernels == "fused":
-            _, seconds = evaluation.timed(evaluation.generate, model, tokenizer, prompts[:512], 128)
+        if (key := f"generation_{prompt}_{batch}") in ladder.GENERATED and kernels == "fused":
+            _, seconds = evaluation.timed(evaluation.generate, model, tokenizer, prompts[:512], batch)
             yield {
-                "key": f"generation_{prompt}_128",
+                "key": key,
                 "name": f"generation, {prompt} prompt, 128 articles at once",
                 "articles_per_second": 512 / seconds,
             }
@@ -600,7 +530,7 @@ def _computed_tokens(prompts: Sequence[list[int]], answers: Sequence[list[int]])
 def _start(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Seconds from the first import to the end of the first optimiser step, in this fresh process."""
     start = time.perf_counter()
-    engine = STARTS[options.part]
+    engine = ladder.STARTS[options.part]
     name = f"LoRA on {engine.capitalize()}, from the first import to the end of the first step"
     rung = Rung(options.part, name, "lora", BEST | {"gradient_checkpointing": "plain"}, engine=engine)
     yield {

@@ -1,24 +1,111 @@
-"""What the benchmark of speed measures is what the README's tables know."""
+"""The benchmark of speed measures what the README's tables know, and loses nothing when it is interrupted."""
 
-from benchmarks import throughput
+import copy
+import json
+import sys
+import time
+
+import pytest
+
+from benchmarks import ladder, throughput
 from finetune import prediction, speed
 
-MEASURED = {rung.key for part in throughput.PARTS.values() for rung in part}
+MEASURED = {rung.key for part in ladder.PARTS.values() for rung in part}
+REPORT = {
+    "environment": {"commit": "0123", "dirty": False, "packages": {"torch": "2"}, "hardware": {"gpu": "H100"}},
+    "data": {"fingerprint": "abc"},
+    "model": "28 layers",
+}
 
 
-def test_each_training_has_its_place_in_a_table():
-    placed = [*speed.LADDER, *speed.PEERS, *(key for keys in speed.METHODS.values() for key in keys)]
-    assert set(placed) == MEASURED
+def row(key: str, **more) -> dict:
+    return {"key": key, **more}
 
 
-def test_each_scoring_and_start_has_its_place_too():
-    scored = {
-        f"scoring_{prompt}_{batch}" + "_plain" * (kernels == "plain") for prompt, batch, kernels in throughput.SCORED
-    }
-    assert scored == set(speed.SCORING)
-    assert set(throughput.STARTS) == set(speed.STARTS)
+class TestTables:
+    def test_each_training_has_its_place(self):
+        placed = [*speed.LADDER, *speed.PEERS, *(key for keys in speed.METHODS.values() for key in keys)]
+        assert set(placed) == MEASURED
+
+    def test_each_scoring_generation_and_start_has_its_place(self):
+        assert set(ladder.keys_of("evaluation")) == {*speed.SCORING, *speed.GENERATION}
+        assert tuple(ladder.STARTS) == speed.STARTS
+
+    def test_predictions_read_what_is_measured(self):
+        methods = prediction.METHODS
+        assert {key for of in methods for key in (*of.kept, *of.recomputing, *of.checks)} <= MEASURED
 
 
-def test_predictions_read_what_is_measured():
-    read = {key for method in prediction.METHODS for key in (*method.kept, *method.recomputing, *method.checks)}
-    assert read <= MEASURED
+class TestProcesses:
+    def test_rungs_on_unsloth_share_a_process_and_others_have_one_each(self):
+        found = list(ladder.processes(["qlora", "plain"], [], set()))
+        assert found[0] == ("qlora", ladder.keys_of("qlora"))
+        assert found[1:] == [("plain", [key]) for key in ladder.keys_of("plain")]
+
+    def test_all_parts_together_measure_everything(self):
+        parts = {part for part, _ in ladder.processes([], [], set())}
+        assert parts == {*ladder.PARTS, "evaluation", "start", "start_transformers"}
+
+    def test_what_is_measured_is_left_out(self):
+        everything = {key for part in ladder.ALL_PARTS for key in ladder.keys_of(part)}
+        assert not list(ladder.processes([], [], everything))
+        assert list(ladder.processes([], [], everything - {"batch"})) == [("lora", ["batch"])]
+        # It measures all of its own in one process.
+        assert list(ladder.processes([], [], everything - {"generation_lean_128"})) == [("evaluation", [])]
+
+    def test_rungs_can_be_asked_for_by_key(self):
+        assert list(ladder.processes(["lora", "full"], ["batch", "full"], set())) == [
+            ("lora", ["batch"]),
+            ("full", ["full"]),
+        ]
+
+
+class TestMeasurements:
+    def test_each_is_written_at_once_in_the_order_of_the_parts(self, tmp_path):
+        file = tmp_path / "out.json"
+        measurements = throughput.Measurements(file, REPORT)
+        measurements.add(row("qlora"))
+        measurements.add(row("trl_seed"))
+        written = json.loads(file.read_text())
+        assert [one["key"] for one in written["results"]] == ["trl_seed", "qlora"]
+        assert written["model"] == REPORT["model"]
+
+    def test_a_second_run_goes_on_and_tries_again_what_failed(self, tmp_path):
+        first = throughput.Measurements(tmp_path / "out.json", REPORT)
+        first.add(row("batch", articles_per_second=200))
+        first.add(row("qlora", outcome="OutOfMemoryError"))
+        assert throughput.Measurements(tmp_path / "out.json", REPORT).keys == {"batch"}
+
+    @pytest.mark.parametrize(
+        ("part", "name", "value"),
+        [
+            ("environment", "commit", "4567"),
+            ("environment", "dirty", True),
+            ("environment", "packages", {"torch": "3"}),
+            ("environment", "hardware", {"gpu": "H200"}),
+            ("data", "fingerprint", "def"),
+        ],
+    )
+    def test_measurements_from_elsewhere_are_not_kept(self, tmp_path, capsys, part, name, value):
+        throughput.Measurements(tmp_path / "out.json", REPORT).add(row("batch"))
+        other = copy.deepcopy(REPORT)
+        other[part][name] = value
+        assert throughput.Measurements(tmp_path / "out.json", other).keys == set()
+        assert "all is measured anew" in capsys.readouterr().out
+
+    def test_changes_that_are_not_committed_are_never_gone_on_from(self, tmp_path):
+        changed = copy.deepcopy(REPORT)
+        changed["environment"]["dirty"] = True
+        throughput.Measurements(tmp_path / "out.json", changed).add(row("batch"))
+        assert throughput.Measurements(tmp_path / "out.json", changed).keys == set()
+
+
+class TestPart:
+    def test_its_results_are_reported_while_it_runs(self, monkeypatch):
+        script = "import time; print('noise'); print('RESULT {\"key\": \"batch\"}', flush=True); time.sleep(60)"
+        monkeypatch.setattr(throughput, "PART_SECONDS", 2)
+        found = []
+        start = time.monotonic()
+        status = throughput._run([sys.executable, "-c", script], {}, found.append)
+        assert found == [{"key": "batch"}]
+        assert status != 0 and time.monotonic() - start < 30

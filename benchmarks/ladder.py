@@ -1,0 +1,180 @@
+"""What the benchmark of speed measures: the rungs of the ladder, the peers, ways to save memory, scoring, start-up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+SEED_BATCH = {"batch_size": 8, "gradient_accumulation_steps": 4}
+LARGE_BATCH = {"batch_size": 64, "gradient_accumulation_steps": 1}
+LARGER_BATCH = {"batch_size": 128, "gradient_accumulation_steps": 1}
+ALL_LINEAR = {"lora_targets": "all-linear"}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One measurement.
+
+    Attributes:
+        key: What tables know it by.
+        name: What it adds to the rung before it.
+        run: The suite's run.
+        overrides: Parameters of the suite.
+        trainer: `suite`, or `trl`: SFTTrainer as its users set it up.
+        engine: `unsloth` or `transformers`.
+        options: SFTConfig's, for `trl`.
+        share: Whether rows share the tokens that all begin with.
+    """
+
+    key: str
+    name: str
+    run: str = "lora"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    trainer: str = "suite"
+    engine: str = "unsloth"
+    options: dict[str, Any] = field(default_factory=dict)
+    share: bool = True
+
+
+FIRST = SEED_BATCH | ALL_LINEAR | {"prompt": "verbose", "supervise": "all", "gradient_checkpointing": "plain"}
+FIRST |= {"cuda_graphs": False, "fused_kernels": False, "offload_embedding": "off", "article_loss": 0.0}
+PLAIN = {"trainer": "trl", "engine": "transformers"}
+PACK = {"packing": True, "max_length": 512}
+UNSLOTH = FIRST | {"gradient_checkpointing": "unsloth"}
+KEPT = UNSLOTH | {"gradient_checkpointing": "off"}
+LEAN = KEPT | {"supervise": "answer", "prompt": "lean"}
+BEST = LEAN | LARGE_BATCH
+PEER = BEST | {"gradient_checkpointing": "plain"}
+THRIFTY = BEST | {"gradient_checkpointing": "plain", "offload_embedding": "on"}
+GRAPHS = {"cuda_graphs": True, "offload_embedding": "on"}
+GRAPHS_16 = BEST | GRAPHS | {"batch_size": 16, "gradient_accumulation_steps": 4}
+GRAPHS_8 = BEST | GRAPHS | {"batch_size": 8, "gradient_accumulation_steps": 8}
+FULL = BEST | {"weights": "bfloat16", "optimizer": "adamw_8bit", "gradient_accumulation_steps": 2}
+FULL_LIGER = FULL | {"fused_kernels": True}
+IN_BACKWARD = FULL_LIGER | {"gradient_accumulation_steps": 1, "update_in_backward": True}
+FOUR_BIT = {"optimizer": "adamw_4bit_stochastic", "gradient_checkpointing": "plain"}
+
+PARTS: dict[str, tuple[Rung, ...]] = {
+    "plain": (
+        Rung(
+            "trl_seed",
+            "TRL + PEFT: 8 x 4 articles, long prompt, loss on all tokens, checkpointing",
+            "lora",
+            FIRST,
+            **PLAIN,
+        ),
+        Rung("trl_cudnn", "+ cudnn.benchmark", "lora", FIRST | {"cudnn_benchmark": True}, **PLAIN),
+        Rung("trl_packed", "+ TRL's packing, rows of 512", "lora", FIRST, options=PACK, **PLAIN),
+        Rung("peer_checkpointing", "peer: TRL + PEFT, tuned, checkpointing", "lora", PEER, **PLAIN),
+        Rung("peer", "peer: TRL + PEFT, tuned, no checkpointing", "lora", BEST, **PLAIN),
+        Rung("peer_liger", "peer: the same with Liger's kernels", "lora", BEST | {"fused_kernels": True}, **PLAIN),
+    ),
+    "lora": (
+        Rung("unsloth_seed", "+ Unsloth's kernels and checkpointing", "lora", UNSLOTH, "trl", options=PACK),
+        Rung("flash", "+ flash attention over whole articles", "lora", UNSLOTH, share=False),
+        Rung("kept", "+ no checkpointing", "lora", KEPT, share=False),
+        Rung("answer", "+ loss on the answer alone", "lora", KEPT | {"supervise": "answer"}, share=False),
+        Rung("lean", "+ lean prompt", "lora", LEAN, share=False),
+        Rung("shared", "+ common beginning computed once", "lora", LEAN),
+        Rung("batch", "+ 64 articles at once", "lora", BEST),
+        Rung("batch_128", "+ 128 articles at once", "lora", BEST | LARGER_BATCH),
+    ),
+    "lora_memory": (
+        Rung("lora_graphs_16x4", "LoRA, 16 x 4 articles, CUDA graphs, embeddings on the host", "lora", GRAPHS_16),
+        Rung("lora_graphs_8x8", "LoRA, 8 x 8 articles, the same", "lora", GRAPHS_8),
+        Rung("lora_checkpointing", "LoRA, checkpointing, embeddings on the host", "lora", THRIFTY),
+        Rung(
+            "lora_unsloth_checkpointing",
+            "LoRA, Unsloth's checkpointing, embeddings on the host",
+            "lora",
+            THRIFTY | {"gradient_checkpointing": "unsloth"},
+        ),
+        Rung("lora_checkpointing_128", "LoRA, 128 articles at once, the first", "lora", THRIFTY | LARGER_BATCH),
+    ),
+    "qlora": (
+        Rung("qlora", "QLoRA, 64 articles at once", "qlora", BEST),
+        Rung("qlora_128", "QLoRA, 128 articles at once", "qlora", BEST | LARGER_BATCH),
+        Rung("qlora_graphs_16x4", "QLoRA, 16 x 4 articles, CUDA graphs, embeddings on the host", "qlora", GRAPHS_16),
+        Rung("qlora_graphs_8x8", "QLoRA, 8 x 8 articles, the same", "qlora", GRAPHS_8),
+        Rung("qlora_checkpointing", "QLoRA, checkpointing, embeddings on the host", "qlora", THRIFTY),
+        Rung("qlora_checkpointing_128", "QLoRA, 128 articles at once, the same", "qlora", THRIFTY | LARGER_BATCH),
+    ),
+    "full": (
+        Rung("full_plain", "full, bf16 weights, 8-bit AdamW, 64 x 2 articles", "full", FULL, engine="transformers"),
+        Rung("full", "full, + Liger's kernels", "full", FULL_LIGER, engine="transformers"),
+        Rung(
+            "full_64x4",
+            "full, 64 x 4 articles",
+            "full",
+            FULL_LIGER | {"gradient_accumulation_steps": 4},
+            engine="transformers",
+        ),
+        Rung(
+            "full_checkpointing",
+            "full, + checkpointing",
+            "full",
+            FULL_LIGER | {"gradient_checkpointing": "plain"},
+            engine="transformers",
+        ),
+        Rung(
+            "full_in_backward",
+            "full, 64 x 1 articles, each weight updated in the backward pass",
+            "full",
+            IN_BACKWARD,
+            engine="transformers",
+        ),
+        Rung(
+            "full_in_backward_checkpointing",
+            "full, 256 x 1 articles, the same, + checkpointing",
+            "full",
+            IN_BACKWARD | {"gradient_checkpointing": "plain", "batch_size": 256},
+            engine="transformers",
+        ),
+        Rung(
+            "full_4bit_checkpointing",
+            "full, + 4-bit AdamW with stochastic rounding",
+            "full",
+            FULL_LIGER | FOUR_BIT,
+            engine="transformers",
+        ),
+    ),
+    "full_unsloth": (Rung("full_unsloth", "full, bf16 weights, 8-bit AdamW, Unsloth", "full_unsloth", FULL),),
+}
+# Prompt, articles at once and kernels of what is scored.
+SCORED = (("lean", 128, "plain"), ("lean", 128, "fused"), ("lean", 512, "fused"), ("verbose", 128, "fused"))
+GENERATED = ("generation_lean_128", "generation_verbose_128")
+# Parts that are one measurement, each on an engine.
+STARTS = {"start": "unsloth", "start_transformers": "transformers"}
+ALL_PARTS = (*PARTS, "evaluation", *STARTS)
+
+
+def keys_of(part: str) -> list[str]:
+    """What a part measures."""
+    if part in PARTS:
+        return [rung.key for rung in PARTS[part]]
+    return [part] if part in STARTS else [*(scoring_key(*one) for one in SCORED), *GENERATED]
+
+
+def scoring_key(prompt: str, batch: int, kernels: str) -> str:
+    return f"scoring_{prompt}_{batch}" + "_plain" * (kernels == "plain")
+
+
+def processes(only: Sequence[str], rungs: Sequence[str], measured: set[str]) -> Iterator[tuple[str, list[str]]]:
+    """Parts, each with the keys of the rungs that are not measured yet, for one process each. Rungs on transformers
+    have each its own, so that none finds the memory of another; those on Unsloth share the half minute of its import.
+
+    Args:
+        only: Parts to measure; empty for all.
+        rungs: Keys to measure; empty for all.
+        measured: Keys that need no measurement.
+    """
+    for part in only or ALL_PARTS:
+        keys = [
+            key for key in keys_of(part) if key not in measured and (not rungs or key in rungs or part not in PARTS)
+        ]
+        if part in PARTS and PARTS[part][0].engine == "transformers":
+            yield from ((part, [key]) for key in keys)
+        elif keys:
+            # The others measure all of theirs together.
+            yield part, keys if part in PARTS else []
