@@ -76,7 +76,8 @@ class Contrast:
         return meaning(self.change.name)
 
     def table(self) -> pd.DataFrame:
-        """Accuracies, differences, tests and costs, a line a run; an arrow leads from the other folder to this one."""
+        """Accuracies, differences, tests and costs (of the same machines), a line a run; an arrow leads from the other
+        folder to this one."""
         return pd.DataFrame({NAMES[pair.first]: self._line(pair) for pair in self.pairs}).T
 
     def answer(self) -> str:
@@ -117,7 +118,7 @@ class Contrast:
             "p, corrected": format_p(pair.corrected_p),
             "verdict": "tie" if pair.is_tie else _verb(pair),
             "detectable points": "none" if pair.detectable is None else f"{pair.detectable:.1f}",
-            **self._costs(run),
+            **(self._costs(run) if self.trainings() else {}),
         }
 
     def _costs(self, run: str) -> dict[str, str]:

@@ -361,7 +361,7 @@ class TestWords:
         write_run(tmp_path / "answer", "lora", right_on(180, 200), settings=ANSWER, cost={"environment": other})
         found = contrasts.load(tmp_path / "all", tmp_path / "answer")
         assert "The trainings ran on different machines: their costs say nothing of the change." in found.answer()
-        assert found.table().loc["LoRA", "training s"] == "-"
+        assert "training s" not in found.table()
         assert "A processor, 2 cores, no GPU) against" in found.provenance() and "A GPU" in found.provenance()
 
     def test_both_folders_are_named_with_their_commits(self, contrast):
