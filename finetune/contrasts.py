@@ -124,7 +124,7 @@ class Contrast:
     def _costs(self, run: str) -> dict[str, str]:
         figures = {
             "training s": ("seconds", 1, ".0f"),
-            "articles/s": ("articles_per_second", 1, ".1f"),
+            "articles/s": ("articles_per_second", 1, ",.1f"),
             "real tokens/s": ("tokens_per_second", 1, ",.0f"),
             "peak memory GB": ("peak_memory_bytes", 1e-9, ".1f"),
         }

@@ -22,7 +22,7 @@ def table(record: RunRecord) -> pd.DataFrame:
     energy = training.energy_joules
     return pd.DataFrame(
         {
-            "training min": training.seconds / 60,
+            "training": _time(training.seconds),
             "articles/s": training.articles_per_second,
             "real tokens/s": training.tokens_per_second,
             "peak memory GB": training.peak_memory_bytes / 1e9,
@@ -119,7 +119,9 @@ def _reached(seconds: float | None, best: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _title(target: float) -> str:

@@ -93,10 +93,14 @@ class Pair:
 
     def lead(self) -> str:
         """How far the winner leads: `14.1 points (12.9 to 15.3, p < 0.001)`; over the seeds, if there are several."""
+        points, low, high = self.lead_interval()
+        return f"{points:.1f} points ({low:.1f} to {high:.1f}{self._of_seeds()}, p {format_p(self.corrected_p)})"
+
+    def lead_interval(self) -> tuple[float, float, float]:
+        """The winner's lead in points, and its interval; over the seeds, if there are several."""
         shown = self.over_seeds or self
         low, high = (shown.low, shown.high) if self.points > 0 else (-shown.high, -shown.low)
-        interval = f"{low:.1f} to {high:.1f}{self._of_seeds()}"
-        return f"{abs(shown.points):.1f} points ({interval}, p {format_p(self.corrected_p)})"
+        return abs(shown.points), low, high
 
     def tie(self) -> str:
         """A tie in short: `LoRA and QLoRA (+0.2 points, -0.3 to +0.7, p = 0.510)`."""

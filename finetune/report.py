@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from data_prep import LABELS
@@ -19,6 +21,7 @@ from finetune.contrasts import Contrast
 from finetune.metrics import accuracy_interval
 from finetune.wording import NAMES, format_p
 
+RATES = ("articles/s", "real tokens/s")
 DECIMALS = {
     "articles/s": "{:,.1f}",
     "real tokens/s": "{:,.1f}",
@@ -70,6 +73,7 @@ def render(
     environment = Environment(
         loader=PackageLoader("finetune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.filters["code"] = _with_code
     return environment.get_template("report.html").render(
         comparison=comparison,
         train_rows=_train_rows(comparison),
@@ -190,13 +194,19 @@ def _suspected(comparison: Comparison, articles: Mapping[str, str]) -> list[dict
     ]
 
 
+def _with_code(text: str) -> Markup:
+    """A sentence of a docstring as HTML: `names` in backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
 def formatted(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of figures as text: one decimal, signs on differences, thousands apart."""
+    """A table of figures as text: one decimal (of rates from 100 on none), signs on differences, thousands apart."""
     columns = {}
     for column in table:
         default = "{:+z.1f}" if column.endswith("against base") else "{:.1f}"
-        form = DECIMALS.get(column, default)
         numeric = pd.api.types.is_numeric_dtype(table[column])
+        is_large = column in RATES and table[column].min() >= 100
+        form = "{:,.0f}" if is_large else DECIMALS.get(column, default)
         columns[column] = table[column].map(form.format) if numeric else table[column]
     return pd.DataFrame(columns, index=table.index)
 

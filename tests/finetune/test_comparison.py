@@ -75,7 +75,7 @@ class TestFigures:
         write_run(results, "lora", right_on(30, 40), cost={"seconds": 90.0, "peak_memory_bytes": 1_500_000_000})
         table = load_folder(results, "cpu").cost_table()
         assert list(table.index) == ["full", "LoRA"]
-        assert list(table["training min"]) == [2.0, 1.5]
+        assert list(table["training"]) == ["2.0 min", "90 s"]
         assert list(table["share of parameters %"]) == [100, 2]
         assert list(table["peak memory GB"]) == [2.5, 1.5]
         assert list(table["artefact MB"]) == [4, 4]
@@ -200,6 +200,28 @@ class TestAnswer:
         assert "and QLoRA by 29.5 points (" in answer
         assert "LoRA and QLoRA cannot be told apart" in answer
         assert "cost decides" not in answer
+
+    def test_it_says_what_the_tuned_models_reach(self, results):
+        rows = {"full": right_on(180, 200), "lora": right_on(178, 200), "qlora": right_on(180, 200, start=3)}
+        answer = compare(results, base=right_on(60, 200), **rows).answer()
+        assert "Tuned, the model gets 89.0% with LoRA and 90.0% with full fine-tuning and QLoRA. " in answer
+
+    def test_three_who_beat_the_same_runs_are_told_of_together(self, results):
+        rows = {"full": right_on(180, 200), "lora": right_on(178, 200), "qlora": right_on(182, 200)}
+        compared = compare(results, base=right_on(60, 200), **rows)
+        won = [pair for pair in compared.pairs if pair.second == "base"]
+        low, high = min(pair.low for pair in won), max(pair.high for pair in won)
+        assert (
+            "Full fine-tuning, LoRA and QLoRA beat the base model by 59.0 to 61.0 points "
+            f"(intervals within {low:.1f} to {high:.1f}, p < 0.001)."
+        ) in compared.answer()
+
+    def test_of_three_ties_with_one_the_rest_is_told_one_by_one(self, results):
+        rows = {"full": right_on(180, 200), "lora": right_on(178, 200), "qlora": right_on(62, 200)}
+        answer = compare(results, base=right_on(60, 200), **rows).answer()
+        assert "Full fine-tuning beats the base model by 60.0 points (" in answer
+        assert "and LoRA by 59.0 points (" in answer
+        assert "beat the base model by" not in answer.replace("beats", "")
 
     def test_several_ties_are_one_sentence_each_with_what_could_have_been_shown(self, results):
         rows = {"full": right_on(180, 200), "lora": right_on(179, 200), "qlora": right_on(175, 200, start=15)}

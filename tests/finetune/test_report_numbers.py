@@ -316,9 +316,9 @@ def hierarchical(first: np.ndarray, second: np.ndarray | None) -> np.ndarray:
 def test_costs(tables, raw, run):
     training = raw[run]["record"]["training"]
     assert tables["cost"][NAMES[run]] == [
-        f"{training['seconds'] / 60:.1f}",
+        f"{training['seconds']:.0f} s" if training["seconds"] < 120 else f"{training['seconds'] / 60:.1f} min",
         f"{training['articles_per_second']:.1f}",
-        f"{training['tokens_per_second']:.1f}",
+        f"{training['tokens_per_second']:,.0f}",
         f"{training['peak_memory_bytes'] / 1e9:.1f}",
         f"{training['energy_joules'] / 1e3:.1f}",
         f"{training['trainable_parameters']:,}",
@@ -496,7 +496,19 @@ def test_the_answer_s_numbers_are_the_tables(page, tables, raw):
         accuracy, interval, *_ = tables["quality"][NAMES[name]]
         low, high = interval.split(" to ")
         assert re.search(rf"\b{accuracy}%( right)? \({low}% to {high}%\)", text)
-    for shown in [row for name, row in tables["seed_pairs"].items() if name != "head"]:
+    means = {run: f"{float(tables['seeds'][NAMES[run]][1]):.1f}" for run in TUNED}
+    [reached] = re.findall(r"Tuned, the model gets (.*?) \(means over 3 seeds\)\.", text)
+    for run, spoken in (("full", "full fine-tuning"), ("lora", "LoRA"), ("qlora", "QLoRA")):
+        assert re.search(rf"{means[run]}% with [^%]*\b{spoken}\b", reached)
+    of_base = [f"{NAMES[run]} against {NAMES['base']}" for run in TUNED]
+    assert all(tables["pairs"][name][3] == "different" for name in of_base), "then they are told of together"
+    [told] = re.findall(r"the base model by ([\d.]+) to ([\d.]+) points \(intervals within ([\d.]+) to ([\d.]+) ", text)
+    leads = [float(tables["seed_pairs"][name][1]) for name in of_base]
+    lows, highs = zip(*(ends(tables["seed_pairs"][name][2]) for name in of_base), strict=True)
+    # The table has two decimals and the answer one.
+    assert [*map(float, told)] == pytest.approx([min(leads), max(leads), min(lows), max(highs)], abs=0.0551)
+    assert f"over 3 seeds, p {max(tables['pairs'][name][2] for name in of_base)})" in text
+    for shown in [row for name, row in tables["seed_pairs"].items() if name not in ("head", *of_base)]:
         points, low, high = (abs(float(value)) for value in (shown[1], *shown[2].split(" to ")))
         # The table has two decimals and the answer one: either rounding of a five is right.
         assert any(
