@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import tempfile
@@ -102,6 +103,8 @@ class Kernels:
                 raise DeadKernelError(str(error)) from error
             finally:
                 self._clients.discard(client)
+                # nbclient 0.11 leaves it behind where a kernel did not start: the process would end in a traceback.
+                atexit.unregister(client._cleanup_kernel)
 
     def interrupt(self) -> None:
         """Interrupt the cells that run now, and let no notebook begin another."""
