@@ -157,7 +157,8 @@ def _costs(tuned: dict[str, RunRecord]) -> str:
     by_memory = sorted(tuned, key=lambda run: tuned[run].training.peak_memory_bytes)
     times = [duration(tuned[run].training.seconds) for run in (by_time[0], by_time[-1])]
     memory = [f"{tuned[run].training.peak_memory_bytes / 1e9:.1f} GB" for run in (by_memory[0], by_memory[-1])]
+    and_who = "and" if by_time[0] == by_memory[0] else f"and {spoken(by_memory[0])}"
     return (
-        f"{spoken(by_time[0])} trained fastest ({times[0]}; {spoken(by_time[-1])} {times[1]}), and "
-        f"{spoken(by_memory[0])} took the least memory ({memory[0]}; {spoken(by_memory[-1])} {memory[1]})"
+        f"{spoken(by_time[0])} trained fastest ({times[0]}; {spoken(by_time[-1])} {times[1]}), "
+        f"{and_who} took the least memory ({memory[0]}; {spoken(by_memory[-1])} {memory[1]})"
     )

@@ -244,6 +244,13 @@ class TestAnswer:
             f"{max(pair.detectable for pair in among):.1f} points would have been found four times in five between any."
         ) in compared.answer()
 
+    def test_the_fastest_may_be_the_leanest_too(self, results):
+        write_run(results, "base", right_on(20, 40))
+        for run, seconds, memory in (("full", 100.0, 3e9), ("lora", 60.0, 1e9)):
+            write_run(results, run, right_on(30, 40), cost={"seconds": seconds, "peak_memory_bytes": int(memory)})
+        said = "LoRA trained fastest (60 seconds; full fine-tuning 100 seconds), and took the least memory (1.0 GB; "
+        assert said in load_folder(results, "cpu").answer()
+
     def test_it_names_the_fastest_and_the_leanest(self, results):
         write_run(results, "base", right_on(20, 40))
         for run, seconds, memory in (("full", 100.0, 3e9), ("lora", 60.0, 2e9), ("qlora", 90.0, 1e9)):
