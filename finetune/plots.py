@@ -41,6 +41,8 @@ MARKERS = {
     "qlora": "^",
 }
 
+# A share with the ends of its 95 % interval.
+Estimate = tuple[float, float, float]
 # Panels in a row: with more, their text is too small to read on a page.
 COLUMNS = 3
 
@@ -119,10 +121,9 @@ def tuned_accuracy(comparison: Comparison) -> Figure:
         return _nothing("No model was trained yet.")
     figure, axes = plt.subplots(figsize=(5.6, 0.5 * len(tuned) + 0.9), layout="constrained")
     for position, run in enumerate(tuned):
-        several, scoring = comparison.over_seeds.get(run), comparison.scoring[run]
-        shown = several.mean if several else scoring.accuracy
-        ends = (several.low, several.high) if several else (scoring.accuracy_low, scoring.accuracy_high)
-        error = [[100 * (shown - ends[0])], [100 * (ends[1] - shown)]]
+        several = comparison.over_seeds.get(run)
+        shown, low, high = _accuracy(comparison, run)
+        error = [[100 * (shown - low)], [100 * (high - shown)]]
         look = {"color": COLOURS[run], "marker": MARKERS[run], "markeredgecolor": "black", "markersize": 8}
         axes.errorbar(100 * shown, position, xerr=error, capsize=4, **look)
         if several:
@@ -133,6 +134,18 @@ def tuned_accuracy(comparison: Comparison) -> Figure:
     axes.set(ylim=(len(tuned) - 0.4, -0.6), xlabel="accuracy on the test rows (%), with its 95 % interval")
     axes.grid(axis="x", linewidth=0.4)
     return figure
+
+
+def _accuracy(comparison: Comparison, run: str) -> Estimate:
+    """A run's accuracy with its interval, or the mean over its seeds, if there are several, with its own."""
+    if run in comparison.over_seeds:
+        several = comparison.over_seeds[run]
+        return several.mean, several.low, several.high
+    return _of_test_rows(comparison.scoring[run])
+
+
+def _of_test_rows(scoring: Metrics) -> Estimate:
+    return scoring.accuracy, scoring.accuracy_low, scoring.accuracy_high
 
 
 def f1_by_class(comparison: Comparison) -> Figure:
@@ -147,7 +160,8 @@ def f1_by_class(comparison: Comparison) -> Figure:
 
 
 def pareto(comparison: Comparison) -> Figure:
-    """Accuracy with its interval against each cost that was measured for all; a line joins what nothing beats."""
+    """Accuracy with its interval against each cost that was measured for all; a line joins what nothing beats. Of
+    several seeds the mean accuracy, and the first one's cost."""
     tuned = comparison.tuned()
     if not tuned:
         return _nothing("No model was trained yet.")
@@ -161,7 +175,7 @@ def pareto(comparison: Comparison) -> Figure:
     for axis in axes.flat[len(axis_titles) :]:
         axis.set_visible(False)
     for axis, title in zip(axes.flat, axis_titles, strict=False):
-        points = {run: (measured[run][title], comparison.scoring[run]) for run in tuned}
+        points = {run: (measured[run][title], _accuracy(comparison, run)) for run in tuned}
         _draw_pareto(axis, points)
         axis.set(xlabel=title, xlim=(0, 1.1 * max(cost for cost, _ in points.values())))
     for line in axes:
@@ -178,7 +192,9 @@ def learning_curve(comparison: Comparison) -> Figure:
     for run, main in comparison.tuned().items():
         records = [*(variant.record for variant in comparison.curve[run]), main]
         if len(records) > 1:
-            _draw_points(axes, run, [(of.data.train_rows, of.evaluation.scoring) for of in records], LINES[run])
+            _draw_points(
+                axes, run, [(of.data.train_rows, _of_test_rows(of.evaluation.scoring)) for of in records], LINES[run]
+            )
     axes.set(xlabel="training rows (logarithmic)", ylabel="accuracy on the test rows (%)", xscale="log")
     rows = sorted({of.record.data.train_rows for variants in comparison.curve.values() for of in variants})
     ticks = [*rows, *{record.data.train_rows for record in comparison.tuned().values()}]
@@ -290,20 +306,20 @@ def _nothing(text: str) -> Figure:
     return figure
 
 
-def _draw_pareto(axis, points: dict[str, tuple[float, Metrics]]) -> None:
+def _draw_pareto(axis, points: dict[str, tuple[float, Estimate]]) -> None:
     """One cost: a point with its interval per run, and the front."""
     for run, point in points.items():
         _draw_points(axis, run, [point], "none")
-    ordered = [(cost, 100 * scoring.accuracy) for cost, scoring in points.values()]
+    ordered = [(cost, 100 * share) for cost, (share, _, _) in points.values()]
     front = [ordered[index] for index in costs.pareto_front(ordered)]
     axis.plot(*zip(*front, strict=True), color="black", linewidth=0.8, linestyle="--", drawstyle="steps-post")
 
 
-def _draw_points(axis, run: str, points: list[tuple[float, Metrics]], line: Any) -> None:
+def _draw_points(axis, run: str, points: list[tuple[float, Estimate]], line: Any) -> None:
     """Accuracies with their intervals at places on the x axis."""
-    accuracies = [100 * scoring.accuracy for _, scoring in points]
-    below = [100 * (scoring.accuracy - scoring.accuracy_low) for _, scoring in points]
-    above = [100 * (scoring.accuracy_high - scoring.accuracy) for _, scoring in points]
+    accuracies = [100 * share for _, (share, _, _) in points]
+    below = [100 * (share - low) for _, (share, low, _) in points]
+    above = [100 * (high - share) for _, (share, _, high) in points]
     axis.errorbar(
         [place for place, _ in points],
         accuracies,

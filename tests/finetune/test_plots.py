@@ -125,6 +125,15 @@ def test_pareto_has_a_point_per_training_in_each_panel(comparison):
     np.testing.assert_allclose(panels[1].lines[-1].get_xydata(), [(2.5, 90)]), "for the same memory"
 
 
+def test_pareto_shows_the_mean_over_seeds(home):
+    results = paths.results_folder("cpu")
+    write_run(results, "base", right_on(20, 40))
+    write_run(results, "lora", right_on(36, 40), settings=SETTINGS)
+    write_variant(results, "lora", "seed-43", right_on(30, 40))
+    panel = plots.pareto(load("cpu")).axes[0]
+    np.testing.assert_allclose(panel.containers[0].lines[0].get_xydata()[0, 1], 82.5)
+
+
 def test_a_learning_curve_joins_its_points(home):
     results = paths.results_folder("cpu")
     write_run(results, "base", right_on(20, 40))
