@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +19,7 @@ from finetune import costs, errors, plots, records
 from finetune.comparison import Comparison, percent_interval
 from finetune.contrasts import Contrast
 from finetune.metrics import accuracy_interval
+from finetune.recipes import Recipe
 from finetune.wording import NAMES, format_p
 
 RATES = ("articles/s", "real tokens/s")
@@ -91,6 +92,7 @@ def render(
         pictures=_pictures(comparison),
         contrasts=contrasts,
         refused=refused or {},
+        recipes=_recipes(comparison),
         **_tables(comparison),
     )
 
@@ -163,6 +165,23 @@ def _tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
         "time_to_accuracy": costs.time_to_accuracy(comparison),
     }
     return {name: table if name == "confused" else formatted(table) for name, table in tables.items()}
+
+
+def _recipes(comparison: Comparison) -> tuple[pd.DataFrame, dict[str, str]]:
+    """How the runs were trained: the settings that differ, a line each and a column a run, and those that do not."""
+    tuned = comparison.tuned()
+    known = [field.name for field in fields(Recipe) if any(field.name in of.settings for of in tuned.values())]
+    columns = {NAMES[run]: [_setting(name, record) for name in known] for run, record in tuned.items()}
+    table = pd.DataFrame(columns, index=known, dtype=str)
+    differs = table.nunique(axis=1) > 1
+    return table[differs], {name: line.iloc[0] for name, line in table[~differs].iterrows()}
+
+
+def _setting(name: str, record: records.RunRecord) -> str:
+    if name.startswith("lora_") and not record.settings.get("adapter"):
+        return "-"
+    # What ran, where it was left to the suite.
+    return str(record.engine if name == "engine" else record.settings.get(name, "-"))
 
 
 def _pictures(comparison: Comparison) -> dict[str, str]:

@@ -75,6 +75,22 @@ class TestReport:
         assert "<script" not in html
         assert unescape(html).count(f"supervise={HOSTILE}") == 2, "title and answer"
 
+    def test_how_each_was_trained_is_told(self):
+        results = paths.results_folder("cpu")
+        write_run(results, "base", right_on(20, 40))
+        both = {"epochs": 3, "lora_rank": 16}
+        write_run(
+            results, "full", right_on(30, 40), settings=SETTINGS | both | {"adapter": False, "weights": "float32"}
+        )
+        write_run(
+            results, "lora", right_on(31, 40), settings=SETTINGS | both | {"adapter": True, "weights": "bfloat16"}
+        )
+        table, shared = report._recipes(load("cpu"))
+        assert dict(table["full"]) == {"adapter": "False", "weights": "float32", "lora_rank": "-"}
+        assert dict(table["LoRA"]) == {"adapter": "True", "weights": "bfloat16", "lora_rank": "16"}
+        assert shared["epochs"] == "3" and "seed" not in shared
+        assert "epochs=3" in text_of(report.render(load("cpu"), {}))
+
     def test_wrong_rows_can_be_filtered_by_run_and_label(self):
         """LoRA is right on rows 0 to 23: the other 16 are listed, with the classes that the filters go by."""
         html = write_report()
