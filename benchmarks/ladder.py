@@ -47,6 +47,7 @@ LEAN = KEPT | {"supervise": "answer", "prompt": "lean"}
 BEST = LEAN | LARGE_BATCH
 PEER = BEST | {"gradient_checkpointing": "plain"}
 THRIFTY = BEST | {"gradient_checkpointing": "plain", "offload_embedding": "on"}
+THRIFTY_UNSLOTH = THRIFTY | {"gradient_checkpointing": "unsloth"}
 GRAPHS = {"cuda_graphs": True, "offload_embedding": "on"}
 GRAPHS_16 = BEST | GRAPHS | {"batch_size": 16, "gradient_accumulation_steps": 4}
 GRAPHS_8 = BEST | GRAPHS | {"batch_size": 8, "gradient_accumulation_steps": 8}
@@ -84,13 +85,19 @@ PARTS: dict[str, tuple[Rung, ...]] = {
         Rung("lora_graphs_16x4", "LoRA, 16 x 4 articles, CUDA graphs, embeddings on the host", "lora", GRAPHS_16),
         Rung("lora_graphs_8x8", "LoRA, 8 x 8 articles, the same", "lora", GRAPHS_8),
         Rung("lora_checkpointing", "LoRA, checkpointing, embeddings on the host", "lora", THRIFTY),
+        Rung("lora_checkpointing_128", "LoRA, 128 articles at once, the same", "lora", THRIFTY | LARGER_BATCH),
         Rung(
             "lora_unsloth_checkpointing",
             "LoRA, Unsloth's checkpointing, embeddings on the host",
             "lora",
-            THRIFTY | {"gradient_checkpointing": "unsloth"},
+            THRIFTY_UNSLOTH,
         ),
-        Rung("lora_checkpointing_128", "LoRA, 128 articles at once, the first", "lora", THRIFTY | LARGER_BATCH),
+        Rung(
+            "lora_unsloth_checkpointing_128",
+            "LoRA, 128 articles at once, the same",
+            "lora",
+            THRIFTY_UNSLOTH | LARGER_BATCH,
+        ),
     ),
     "qlora": (
         Rung("qlora", "QLoRA, 64 articles at once", "qlora", BEST),
@@ -99,6 +106,18 @@ PARTS: dict[str, tuple[Rung, ...]] = {
         Rung("qlora_graphs_8x8", "QLoRA, 8 x 8 articles, the same", "qlora", GRAPHS_8),
         Rung("qlora_checkpointing", "QLoRA, checkpointing, embeddings on the host", "qlora", THRIFTY),
         Rung("qlora_checkpointing_128", "QLoRA, 128 articles at once, the same", "qlora", THRIFTY | LARGER_BATCH),
+        Rung(
+            "qlora_unsloth_checkpointing_96",
+            "QLoRA, 96 articles at once, Unsloth's checkpointing, embeddings on the host",
+            "qlora",
+            THRIFTY_UNSLOTH | {"batch_size": 96},
+        ),
+        Rung(
+            "qlora_unsloth_checkpointing_128",
+            "QLoRA, 128 articles at once, the same",
+            "qlora",
+            THRIFTY_UNSLOTH | LARGER_BATCH,
+        ),
     ),
     "full": (
         Rung("full_plain", "full, bf16 weights, 8-bit AdamW, 64 x 2 articles", "full", FULL, engine="transformers"),

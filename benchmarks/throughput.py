@@ -17,6 +17,7 @@ a large bf16 matrix product of the same process.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -400,7 +401,7 @@ def _timed(trainer, profile: bool) -> dict[str, Any]:
     start = time.perf_counter()
     trainer.train()
     torch.cuda.synchronize()
-    kernels = _kernels(trainer) if profile else {}
+    kernels = _kernels(_one_step(trainer)) if profile else {}
     accumulated = trainer.args.gradient_accumulation_steps
     counts = batches[WARM_STEPS * accumulated : steps * accumulated]
     articles, tokens, computed = (sum(column) for column in zip(*counts, strict=True))
@@ -417,22 +418,27 @@ def _timed(trainer, profile: bool) -> dict[str, Any]:
     }
 
 
-def _kernels(trainer, count: int = 14) -> dict[str, Any]:
-    """The kernels that one step spends its time in, and its slowest matrix products by shape, in milliseconds."""
+def _one_step(trainer) -> Callable[[], object]:
+    """A training step on the first rows."""
+    import torch
+
+    examples = [trainer.train_dataset[row] for row in range(trainer.args.per_device_train_batch_size)]
+    batch = {name: value.to("cuda") for name, value in trainer.data_collator(examples).items()}
+    return lambda: trainer.training_step(trainer.model, batch, torch.tensor(512, device="cuda"))
+
+
+def _kernels(step: Callable[[], object], count: int = 14) -> dict[str, Any]:
+    """The kernels that a step spends its time in, and its slowest matrix products by shape, in milliseconds."""
     import torch
     from torch.profiler import ProfilerActivity
 
-    examples = [trainer.train_dataset[row] for row in range(trainer.args.per_device_train_batch_size)]
-    batch = trainer.data_collator(examples)
-    batch = {name: value.to("cuda") for name, value in batch.items()}
     torch.cuda.synchronize()
     activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         start = time.perf_counter()
-        trainer.training_step(trainer.model, batch, torch.tensor(512, device="cuda"))
+        step()
         torch.cuda.synchronize()
         milliseconds = 1000 * (time.perf_counter() - start)
-    trainer.model.zero_grad()
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
     kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     shown = {event.key[:90]: [round(event.self_device_time_total / 1000, 2), event.count] for event in kernels[:count]}
@@ -493,8 +499,9 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         _, seconds = evaluation.timed(scorer.score, prompts)
         read = _computed_tokens(prompts, [chat.answer_tokens(tokenizer, label)[:-1] for label in LABELS])
         flops = 2 * models.parameter_count(model) * read / seconds
+        key = ladder.scoring_key(prompt, batch, kernels)
         yield {
-            "key": ladder.scoring_key(prompt, batch, kernels),
+            "key": key,
             "name": f"scoring, {prompt} prompt, {batch} articles at once, {KERNELS[kernels]} kernels",
             "parameters": models.parameter_count(model),
             "articles_per_second": len(prompts) / seconds,
@@ -504,6 +511,7 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "matrix_peak_tflops": peak / 1e12,
             "share_of_peak": flops / peak,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+            **(_kernels(functools.partial(scorer.score, prompts[:batch])) if key in options.profile else {}),
         }
         if (key := f"generation_{prompt}_{batch}") in ladder.GENERATED and kernels == "fused":
             _, seconds = evaluation.timed(evaluation.generate, model, tokenizer, prompts[:512], batch)

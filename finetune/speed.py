@@ -36,8 +36,9 @@ METHODS = {
         "lora_graphs_16x4",
         "lora_graphs_8x8",
         "lora_checkpointing",
-        "lora_unsloth_checkpointing",
         "lora_checkpointing_128",
+        "lora_unsloth_checkpointing",
+        "lora_unsloth_checkpointing_128",
     ),
     "QLoRA": (
         "qlora",
@@ -46,6 +47,8 @@ METHODS = {
         "qlora_graphs_8x8",
         "qlora_checkpointing",
         "qlora_checkpointing_128",
+        "qlora_unsloth_checkpointing_96",
+        "qlora_unsloth_checkpointing_128",
     ),
     "full": (
         "full_plain",
