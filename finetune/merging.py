@@ -13,7 +13,7 @@ from finetune.settings import Settings
 
 BASES = {
     "lora": "the base model's bf16 weights",
-    "qlora": "the base model's 4-bit weights, dequantised to bf16: those that the adapter was trained on",
+    "qlora": "the base model's weights in 4-bit NormalFloat, dequantised to bf16: what the adapter was trained on",
 }
 
 

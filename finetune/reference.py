@@ -12,7 +12,7 @@ import pandas as pd
 
 from data_prep import DataError, UserError
 from data_prep.store import replacing
-from finetune import comparison, contrasts, errors, paths, records, report, speed
+from finetune import captions, comparison, contrasts, errors, paths, records, report, speed
 from finetune.comparison import Comparison
 from finetune.contrasts import Contrast, NoContrast
 from finetune.wording import NAMES, markdown
@@ -236,11 +236,16 @@ def results_text(compared: Comparison) -> str:
     where = compared.records["base"].evaluation.environment
     data = compared.any_record.data
     return (
-        f"{markdown(pd.DataFrame(rows))}\n\n{compared.answer()}\n\n"
+        f"{markdown(pd.DataFrame(rows))}\n\n{compared.answer()}\n\n{_reading(compared)}\n\n"
         f"{compared.any_record.model} on {data.title} (fingerprint `{data.fingerprint}`, prompt `{data.prompt}`, "
         f"{data.train_rows:,} training and {data.test_rows:,} test rows); {where.machine}; commit "
         f"`{(where.commit or '')[:10]}`; `{where.command}`; records in `results/reference/{compared.profile}/`.\n"
     )
+
+
+def _reading(compared: Comparison) -> str:
+    """How the figures are to be read."""
+    return " ".join(filter(None, (captions.share_of_ag_news(compared), captions.forced(compared))))
 
 
 def _mean_over_seeds(compared: Comparison, run: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import base64
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +16,8 @@ from matplotlib.figure import Figure
 
 from data_prep import LABELS
 from data_prep.store import replacing
-from finetune import costs, errors, plots, records
+from finetune import captions, costs, errors, plots, records
+from finetune.baselines import Baseline
 from finetune.comparison import Comparison, percent_interval
 from finetune.contrasts import Contrast
 from finetune.metrics import accuracy_interval
@@ -75,9 +77,10 @@ def render(
         loader=PackageLoader("finetune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["code"] = _with_code
+    sources = provenance(comparison)
     return environment.get_template("report.html").render(
         comparison=comparison,
-        train_rows=_train_rows(comparison),
+        captions=captions,
         names=NAMES,
         labels=LABELS,
         format_p=format_p,
@@ -87,7 +90,8 @@ def render(
         mistakes=errors.mistakes(comparison, articles),
         suspects=_suspected(comparison, articles),
         without_suspects=errors.without_suspects(comparison),
-        provenance=provenance(comparison),
+        provenance=sources,
+        environments=[where for source in sources for where in source.environments],
         share_interval=_share_interval,
         pictures=_pictures(comparison),
         contrasts=contrasts,
@@ -99,7 +103,13 @@ def render(
 
 @dataclass(frozen=True)
 class Source:
-    """A record that figures of the report come from. `anchor` is what the tables link to, None for a variant's."""
+    """A record that figures of the report come from.
+
+    Attributes:
+        anchor: What the tables link to, None for a variant's.
+        trained, evaluated: The commits; `-` where nothing was trained.
+        trained_on, evaluated_on: The machines.
+    """
 
     name: str
     record: str
@@ -107,6 +117,8 @@ class Source:
     seed: str
     trained: str
     evaluated: str
+    trained_on: str
+    evaluated_on: str
     environments: list[records.Environment]
 
     @property
@@ -120,8 +132,7 @@ def provenance(comparison: Comparison) -> list[Source]:
     found = []
     for name in comparison.predictions:
         if name in comparison.baselines:
-            where = comparison.baselines[name].environment
-            found.append(Source(name, f"baselines/{name}/record.json", name, "-", "-", where.short_commit, [where]))
+            found.append(_source_of_baseline(comparison.baselines[name]))
             continue
         found.append(_source(comparison.records[name], name))
         variants = [*comparison.seeds.get(name, []), *comparison.curve.get(name, [])]
@@ -130,27 +141,48 @@ def provenance(comparison: Comparison) -> list[Source]:
 
 
 def _source(record: records.RunRecord, anchor: str | None) -> Source:
-    where = record.evaluation.environment
+    training, where = record.training, record.evaluation.environment
     return Source(
-        record.run,
-        "/".join(filter(None, (record.run, record.variant, records.RECORD))),
-        anchor,
-        str(record.seed) if record.training else "-",
-        record.training.environment.short_commit if record.training else "-",
-        where.short_commit,
-        record.environments,
+        name=record.run,
+        record="/".join(filter(None, (record.run, record.variant, records.RECORD))),
+        anchor=anchor,
+        seed=str(record.seed) if training else "-",
+        trained=training.environment.short_commit if training else "-",
+        evaluated=where.short_commit,
+        trained_on=_machine(training.environment) if training else "-",
+        evaluated_on=_machine(where),
+        environments=record.environments,
     )
+
+
+def _source_of_baseline(baseline: Baseline) -> Source:
+    where = baseline.environment
+    return Source(
+        name=baseline.name,
+        record=f"baselines/{baseline.name}/{records.RECORD}",
+        anchor=baseline.name,
+        seed="-",
+        trained="-",
+        evaluated=where.short_commit,
+        trained_on="-",
+        # What is no language model runs on the processor, whatever else is there.
+        evaluated_on=_machine(where) if baseline.model else _processor(where),
+        environments=[where],
+    )
+
+
+def _machine(where: records.Environment) -> str:
+    gpu = where.hardware["gpu"]
+    return f"{gpu}, {where.hardware['cores']} cores" if gpu else _processor(where)
+
+
+def _processor(where: records.Environment) -> str:
+    return f"{where.hardware['cpu']}, {where.hardware['cores']} cores"
 
 
 def _share_interval(share: float, rows: int) -> str:
     """Wilson's interval of a share of rows, in percent."""
     return percent_interval(*accuracy_interval(round(share * rows), rows))
-
-
-def _train_rows(comparison: Comparison) -> int:
-    """Of the trained runs, which all saw as many; of the base's data where none was trained."""
-    record = next(iter(comparison.tuned().values()), comparison.any_record)
-    return record.data.train_rows
 
 
 def _tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
@@ -219,15 +251,25 @@ def _with_code(text: str) -> Markup:
 
 
 def formatted(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of figures as text: one decimal (of rates from 100 on none), signs on differences, thousands apart."""
+    """A table of figures as text: one decimal (of rates from 100 on none), signs on differences, thousands apart.
+
+    A second decimal where one would make nothing of something.
+    """
     columns = {}
     for column in table:
         default = "{:+z.1f}" if column.endswith("against base") else "{:.1f}"
         numeric = pd.api.types.is_numeric_dtype(table[column])
         is_large = column in RATES and table[column].min() >= 100
         form = "{:,.0f}" if is_large else DECIMALS.get(column, default)
-        columns[column] = table[column].map(form.format) if numeric else table[column]
+        columns[column] = table[column].map(partial(_written, form)) if numeric else table[column]
     return pd.DataFrame(columns, index=table.index)
+
+
+def _written(form: str, value: float) -> str:
+    text = form.format(value)
+    # Less than half of a hundredth may be a sum's last digit.
+    is_lost = abs(value) >= 0.005 and float(text.replace(",", "")) == 0
+    return form.replace(".1f", ".2f").format(value) if is_lost else text
 
 
 def _embedded(figure: Figure) -> str:

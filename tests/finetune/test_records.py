@@ -227,7 +227,9 @@ class TestEnvironment:
     def test_it_names_packages_and_machine(self):
         environment = records.environment()
         assert environment.packages["torch"] == metadata.version("torch")
-        assert environment.packages["transformers"] == metadata.version("transformers")
+        # What computes the statistics, too.
+        for package in ("transformers", "scikit-learn", "scipy", "statsmodels", "cleanlab"):
+            assert environment.packages[package] == metadata.version(package)
         assert environment.hardware["cores"] == os.cpu_count()
         assert environment.hardware["memory_bytes"] > 1e8
 

@@ -90,6 +90,12 @@ class TestPublish:
         assert "records in `results/reference/agnews/`" in text
         assert "old figures" not in text and text.startswith("# A page") and text.endswith("The end.\n")
 
+    def test_how_its_figures_are_to_be_read_is_said_below(self, public, results):
+        """1,000 training and 100 validation rows of 120,000."""
+        reference.publish("cpu", "agnews")
+        text = reference.README.read_text()
+        assert "together are 1,100: 0.9 % of the 120,000" in text and "a label must follow." in text
+
     def test_what_was_published_before_is_replaced_and_other_files_stay(self, public, results):
         folder = reference.publish("cpu", "agnews")
         (folder / "report.png").write_text("a picture")

@@ -5,12 +5,16 @@ import re
 from dataclasses import replace
 from html import unescape
 
+import factories
+import numpy as np
+import pandas as pd
 import pytest
 from factories import right_on, write_run
 from test_baselines import write_baseline
 from test_variants import SETTINGS, write_variant
 
-from finetune import contrasts, paths, report
+from data_prep import LABELS
+from finetune import calibration, captions, contrasts, paths, records, report
 from finetune.comparison import load, load_folder
 
 HOSTILE = "<script>alert('x')</script>&\"{{ 7 * 7 }}"
@@ -91,6 +95,21 @@ class TestReport:
         assert shared["epochs"] == "3" and "seed" not in shared
         assert "epochs=3" in text_of(report.render(load("cpu"), {}))
 
+    def test_the_prompt_and_how_figures_are_to_be_read_are_told(self):
+        results = paths.results_folder("cpu")
+        write_run(results, "base", right_on(20, 40), settings=SETTINGS | {"model": "embedded"})
+        html = report.write_report(load("cpu"), results / "report.html", {}).read_text()
+        assert "<dd>World, Sports, Business or Sci/Tech?</dd>" in html
+        text = " ".join(text_of(html).split())
+        for caption in (captions.origin, captions.share_of_ag_news, captions.classes, captions.forced):
+            assert caption(load("cpu")) in text
+
+    def test_the_figures_of_guessing_are_right(self):
+        """All four alike: (3/4)² + 3 (1/4)² and ln 4, as this suite scores them."""
+        guess = calibration.score(list(LABELS), np.full((4, 4), 0.25))
+        said = f"a Brier score of {guess.brier.value:.2f} and a log loss of ln 4 = {guess.log_loss.value:.3f}"
+        assert said in " ".join(text_of(write_report()).split())
+
     def test_wrong_rows_can_be_filtered_by_run_and_label(self):
         """LoRA is right on rows 0 to 23: the other 16 are listed, with the classes that the filters go by."""
         html = write_report()
@@ -108,7 +127,8 @@ class TestReport:
     def test_accuracy_without_doubted_rows_is_marked(self):
         html = " ".join(text_of(write_report()).split())
         # All of LoRA's answers are as sure, so that its 16 errors are doubted, and with them its accuracy is 24 of 24.
-        assert "16 rows of 40 of which every tuned model is as sure" in html
+        assert "16 rows of 40 of which every tuned model is at least as sure" in html
+        assert "biased upwards, in favour of the models that chose them" in html
         assert "Not a result: accuracy without the suspected rows." in html
         assert "LoRA 60.0 100.0 86.2 to 100.0" in html
 
@@ -167,6 +187,49 @@ class TestProvenance:
         html = report.write_report(load("cpu"), results / "report.html", {}).read_text()
         assert html.count('id="record-lora"') == 1
         assert "baselines/svm/record.json" in html and "as it was made" in html
+
+    def test_each_training_and_evaluation_has_its_machine(self):
+        results = paths.results_folder("cpu")
+        trained, evaluated = (
+            factories.environment().model_copy(update={"hardware": {"cpu": "A processor", "cores": 8, "gpu": gpu}})
+            for gpu in ("GPU one", "GPU two")
+        )
+        base = write_run(results, "base", right_on(20, 40))
+        lora = write_run(results, "lora", right_on(30, 40), cost={"environment": trained})
+        write_baseline(results, "svm", right_on(28, 40), environment=evaluated)
+        write_baseline(results, "few_shot", right_on(29, 40), environment=evaluated)
+        moved = lora.model_copy(update={"evaluation": lora.evaluation.model_copy(update={"environment": evaluated})})
+        records.write(moved, results / "lora")
+        found = {source.name: (source.trained_on, source.evaluated_on) for source in report.provenance(load("cpu"))}
+        assert found == {
+            "svm": ("-", "A processor, 8 cores"),
+            "base": ("-", f"{base.evaluation.environment.hardware['cpu']}, 2 cores"),
+            "few_shot": ("-", "GPU two, 8 cores"),
+            "lora": ("GPU one, 8 cores", "GPU two, 8 cores"),
+        }
+        html = report.render(load("cpu"), {})
+        assert '<td data-head="trained on">GPU one, 8 cores</td>' in html
+
+    def test_merged_models_are_traced_to_their_files(self):
+        results = paths.results_folder("cpu")
+        write_run(results, "base", right_on(20, 40))
+        record = write_run(results, "lora", right_on(30, 40))
+        merged = records.Merged(
+            environment=factories.environment(), run="lora", base="the base", artefact="a", artefact_bytes=1,
+            adapter_digest=record.training.artefact_digest, artefact_digest="b", scoring=record.evaluation.scoring,
+            adapter_accuracy=0.75, agreement=1.0, largest_difference=0.0,
+        )  # fmt: skip
+        (results / "lora" / "merged.json").write_text(merged.model_dump_json())
+        text = " ".join(text_of(report.render(load("cpu"), {})).split())
+        assert "From lora/merged.json (commit 0123456789 ; A processor, 2 cores, no GPU)." in text
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.04, "+0.04"), (-0.01, "-0.01"), (0.0, "+0.0"), (0.06, "+0.1"), (1e-14, "+0.0")]
+)
+def test_a_small_difference_is_not_shown_as_none(value, shown):
+    table = report.formatted(pd.DataFrame({"against base": [value, 3.26]}))
+    assert list(table["against base"]) == [shown, "+3.3"]
 
 
 @pytest.mark.usefixtures("home")

@@ -468,6 +468,25 @@ def test_suspects(tables, raw):
         assert interval == wilson(outcomes[kept])
 
 
+def test_what_stands_beside_the_tables(page, tables, raw, results):
+    text = " ".join(re.sub("<[^>]+>", " ", page).split())
+    validations = {len(raw[run]["record"]["training"]["history"]) for run in TUNED}
+    assert f"Validations in each training: {validations.pop()};" in text and not validations
+    errors = [np.std([1] * share + [0] * (100 - share)) * 100 / np.sqrt(100) for share in (94, 90)]
+    assert f"They score 100 rows: the standard error of an accuracy is {errors[0]:.1f} points at 94 %" in text
+    assert f"{errors[1]:.1f} points at 90 %" in text
+    steps = [json.loads((results / "lora" / place / "record.json").read_text())["training"]["steps"]
+             for place in ("rows-250", "")]  # fmt: skip
+    assert f"fewer updates too: {steps[0]} with 250 rows, {steps[1]} with 1,000" in text
+    doubted_rows = [int(name.removeprefix("test-")) for name in tables["suspects"] if name != "head"]
+    kept = right(raw["svm"])[doubted_rows].sum()
+    assert f"gives the label in {kept} of {len(doubted_rows)}." in text
+    counts = Counter(read_rows(results / "lora" / "validation.jsonl")["label"])
+    assert " / ".join(f"{counts[label]} {label}" for label in LABELS) + " validation rows" in text
+    # 1,000 and 100 of 120,000, and 240 of 7,600.
+    assert "together are 1,100: 0.9 % of" in text and "test rows are 3.2 % of" in text
+
+
 @pytest.mark.parametrize("run", ["base", *TUNED])
 def test_generation(tables, raw, run):
     evaluation, shown = raw[run]["record"]["evaluation"], tables["generation"][NAMES[run]]
