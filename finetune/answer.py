@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from finetune.metrics import Metrics
 from finetune.pairs import SIGNIFICANT, Pair
-from finetune.records import RunRecord
-from finetune.wording import duration, format_p, listed, sentence, spoken
+from finetune.wording import duration, format_p, interval_of, listed, one_decimal, sentence, span, spoken
 
 if TYPE_CHECKING:
     from finetune.comparison import Comparison
@@ -23,11 +24,11 @@ def paragraph(comparison: Comparison) -> str:
     among = [pair for pair in comparison.pairs if {pair.first, pair.second} <= set(tuned)]
     sentences = [_setting(comparison), *([_reached(comparison)] if tuned else []), *_verdicts(comparison.pairs)]
     if among and all(pair.is_tie for pair in among):
-        sentences.append("Between the tuned models, cost decides.")
+        sentences.append(_what_may_decide(among))
     if comparison.pairs:
         sentences.append(test(comparison.pairs))
     if len(tuned) > 1:
-        sentences.append(sentence(_costs(tuned)))
+        sentences.append(_costs(comparison))
     return " ".join(sentences)
 
 
@@ -77,7 +78,7 @@ def _verdicts(pairs: list[Pair]) -> list[str]:
 def _ties(ties: list[Pair]) -> str:
     """What cannot be told apart, and for each the difference that could have been shown."""
     runs = list(dict.fromkeys(run for pair in ties for run in (pair.first, pair.second)))
-    is_whole = len(ties) == math.comb(len(runs), 2) and all(pair.detectable is not None for pair in ties)
+    is_whole = len(ties) == math.comb(len(runs), 2) and all(pair.judged.detectable is not None for pair in ties)
     if len(runs) > 2 and is_whole:
         return _all_alike(runs, ties)
     parts = [f"{pair.tie()}, {detectable(pair)}" for pair in ties]
@@ -89,15 +90,29 @@ def _ties(ties: list[Pair]) -> str:
 
 def _all_alike(runs: list[str], ties: list[Pair]) -> str:
     """Several runs of which no two can be told apart, in one sentence; the table of pairs has the rest."""
-    shown = [pair.over_seeds or pair for pair in ties]
-    widest = max(shown, key=lambda one: one.high - one.low)
-    seeds = "" if isinstance(widest, Pair) else f" over {widest.seeds} seeds"
+    widest = _widest(ties)
+    seeds = f" over {widest.over_seeds.seeds} seeds" if widest.over_seeds else ""
+    points = max(abs(pair.judged.points) for pair in ties)
+    apart = f"{spoken(widest.first)} minus {spoken(widest.second)}"
+    detected = max(pair.judged.detectable for pair in ties)
     return (
         f"No two of {listed([spoken(run) for run in runs])} can be told apart: they differ by up to "
-        f"{max(abs(one.points) for one in shown):.1f} points (widest interval {widest.low:+z.1f} to "
-        f"{widest.high:+z.1f}{seeds}; least p {format_p(min(pair.corrected_p for pair in ties))}), and a true "
-        f"difference of {max(pair.detectable for pair in ties):.1f} points would have been found four times in five "
-        "between any."
+        f"{one_decimal(points)} points (least p {format_p(min(pair.judged.corrected_p for pair in ties))}; the widest "
+        f"interval, of {apart}, is {interval_of(widest.judged.low, widest.judged.high, '+')}{seeds}), and a true "
+        f"difference of {one_decimal(detected)} points would have been found four times in five between any two."
+    )
+
+
+def _widest(pairs: list[Pair]) -> Pair:
+    return max(pairs, key=lambda pair: pair.judged.high - pair.judged.low)
+
+
+def _what_may_decide(among: list[Pair]) -> str:
+    """Ties are no proof of equality: how far the tuned models may still be apart."""
+    farthest = max(max(abs(pair.judged.low), abs(pair.judged.high)) for pair in among)
+    return (
+        f"That does not make them equal: the intervals allow differences of up to {one_decimal(farthest)} points. "
+        "Where that does not matter, cost decides between the tuned models."
     )
 
 
@@ -123,19 +138,20 @@ def _leads(pairs: list[Pair]) -> str:
     """How far several lead before one: `31.4 to 31.6 points (intervals within 30.5 to 32.5 over 3 seeds, p < 0.001)`;
     of the p-values the largest."""
     shown = [pair.lead_interval() for pair in pairs]
-    least, most = (f"{choose(points for points, _, _ in shown):.1f}" for choose in (min, max))
+    least, most = (one_decimal(choose(points for points, _, _ in shown)) for choose in (min, max))
     lows, highs = [low for _, low, _ in shown], [high for _, _, high in shown]
     seeds = {pair.over_seeds.seeds if pair.over_seeds else 1 for pair in pairs}
     over = f" over {listed([str(count) for count in sorted(seeds)])} seeds" if seeds != {1} else ""
     return (
-        f"{least if least == most else f'{least} to {most}'} points (intervals within {min(lows):.1f} to "
-        f"{max(highs):.1f}{over}, p {format_p(max(pair.corrected_p for pair in pairs))})"
+        f"{least if least == most else f'{least} to {most}'} points (intervals within "
+        f"{interval_of(min(lows), max(highs))}{over}, p {format_p(max(pair.judged.corrected_p for pair in pairs))})"
     )
 
 
 def detectable(pair: Pair) -> str:
     """The true difference that the test would have found four times in five."""
-    return "none could have been" if pair.detectable is None else f"{pair.detectable:.1f} points"
+    found = pair.judged.detectable
+    return "none could have been" if found is None else f"{one_decimal(found)} points"
 
 
 def _beaten(pairs: list[Pair]) -> str:
@@ -147,18 +163,33 @@ def _beaten(pairs: list[Pair]) -> str:
 def test(pairs: list[Pair]) -> str:
     """How the verdicts were reached, in parentheses."""
     corrected = f", corrected for {len(pairs)} pairs by Holm's method" if len(pairs) > 1 else ""
-    seeds = ", on the first seed; the interval over seeds must agree" if any(pair.over_seeds for pair in pairs) else ""
-    return f"(Differences with 95 % intervals; exact McNemar test{corrected}, level {100 * SIGNIFICANT:.0f} %{seeds}.)"
+    tests = {True: "t test over seeds and test rows", False: "exact McNemar test"}
+    used = [tests[is_over] for is_over in (True, False) if any(bool(pair.over_seeds) == is_over for pair in pairs)]
+    where = " where there is one training" if len(used) > 1 else ""
+    return f"(Differences with 95 % intervals; {', '.join(used)}{where}{corrected}, level {100 * SIGNIFICANT:.0f} %.)"
 
 
-def _costs(tuned: dict[str, RunRecord]) -> str:
-    """Who trained fastest and with the least memory, beside those at the other end."""
-    by_time = sorted(tuned, key=lambda run: tuned[run].training.seconds)
-    by_memory = sorted(tuned, key=lambda run: tuned[run].training.peak_memory_bytes)
-    times = [duration(tuned[run].training.seconds) for run in (by_time[0], by_time[-1])]
-    memory = [f"{tuned[run].training.peak_memory_bytes / 1e9:.1f} GB" for run in (by_memory[0], by_memory[-1])]
-    and_who = "and" if by_time[0] == by_memory[0] else f"and {spoken(by_memory[0])}"
-    return (
-        f"{spoken(by_time[0])} trained fastest ({times[0]}; {spoken(by_time[-1])} {times[1]}), "
-        f"{and_who} took the least memory ({memory[0]}; {spoken(by_memory[-1])} {memory[1]})"
-    )
+def _costs(comparison: Comparison) -> str:
+    """Training time and peak memory of each, the least first; over several seeds their ranges."""
+    trainings = {run: comparison.trainings(run) for run in comparison.tuned()}
+    seconds = {run: sorted(one.seconds for one in of) for run, of in trainings.items()}
+    memory = {run: sorted(one.peak_memory_bytes for one in of) for run, of in trainings.items()}
+    times = _ranges(seconds, duration)
+    peaks = _ranges(memory, lambda held: f"{held / 1e9:.1f} GB")
+    return f"Training took {times}{_always_fastest(seconds)}; its peak memory was {peaks}."
+
+
+def _ranges(values: dict[str, list[float]], shown: Callable[[float], str]) -> str:
+    """`32 to 59 seconds with full fine-tuning and ...`, by the middle values."""
+    by_middle = sorted(values, key=lambda run: statistics.median(values[run]))
+    return listed([f"{span([shown(value) for value in values[run]])} with {spoken(run)}" for run in by_middle])
+
+
+def _always_fastest(seconds: dict[str, list[float]]) -> str:
+    """Of several seeds, which run's slowest training was faster than any other run's; one training says nothing."""
+    if any(len(of) == 1 for of in seconds.values()):
+        return ""
+    fastest, second = sorted(seconds, key=lambda run: seconds[run][0])[:2]
+    if seconds[fastest][-1] < seconds[second][0]:
+        return f" ({spoken(fastest)} was always the fastest)"
+    return " (none was always the fastest)"

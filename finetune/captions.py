@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -82,6 +83,18 @@ def forced(comparison: Comparison) -> str:
     return " ".join(sentences)
 
 
+def trained_beside(comparison: Comparison) -> str:
+    """Whether other notebooks ran on the machine meanwhile, as the commands say; empty where none did."""
+    commands = [one.environment.command for run in comparison.tuned() for one in comparison.trainings(run)]
+    jobs = [int(found[1]) for command in commands if (found := re.search(r"--jobs (\d+)", command))]
+    if max(jobs, default=1) == 1:
+        return ""
+    return (
+        f"Up to {max(jobs)} notebooks ran at once on this machine and shared its processor (--jobs): seconds are upper "
+        "bounds, and differences of a few seconds are no difference."
+    )
+
+
 def validations(comparison: Comparison) -> str:
     """How fine and how sure the times to an accuracy are."""
     rows, tuned = comparison.any_record.data.validation_rows, comparison.tuned().values()
@@ -91,7 +104,7 @@ def validations(comparison: Comparison) -> str:
         for target in (max(costs.TARGETS), min(costs.TARGETS))
     ]
     text = (
-        f"Validations in each training: {_span(times)}; of several seeds the first is shown. They score {rows:,} rows: "
+        f"Validations in each training: {_span(times)}. They score {rows:,} rows: "
         f"the standard error of an accuracy is {listed(standard_errors)}."
     )
     if "svm" in comparison.baselines and all(of.training.environment.hardware["gpu"] for of in tuned):

@@ -16,7 +16,7 @@ from finetune.baselines import Baseline
 from finetune.calibration import COVERAGES, Calibration, Figure, Scores
 from finetune.metrics import Metrics
 from finetune.pairs import MeanOverSeeds, OverSeeds, Pair
-from finetune.records import Merged, Prediction, RunRecord
+from finetune.records import Merged, Prediction, RunRecord, Training
 from finetune.settings import RUNS
 from finetune.variants import Variant
 from finetune.wording import NAMES
@@ -80,8 +80,8 @@ class Comparison:
         tuned = list(self.tuned())
         references = [name for name in ("base", "svm") if name in self.predictions]
         names = [*product(tuned, references), *combinations(tuned, 2)]
-        tested = pairs.corrected([self.pair(*both) for both in names], len(self.labels))
-        return [replace(pair, over_seeds=self._over_seeds(pair.first, pair.second)) for pair in tested]
+        tested = [replace(self.pair(*both), over_seeds=self._over_seeds(*both)) for both in names]
+        return pairs.corrected(tested, len(self.labels))
 
     def right(self, name: str) -> np.ndarray:
         """Whether a run or baseline is right, shape (seeds, rows); the training that all tables show comes first."""
@@ -100,10 +100,25 @@ class Comparison:
         return {run: pairs.mean_over_seeds(self.labels, self.right(run)) for run in self.tuned() if self.seeds[run]}
 
     def _over_seeds(self, first: str, second: str) -> OverSeeds | None:
-        """None where one of the two could have been trained with several seeds, and was not."""
-        if any(name in self.tuned() and not self.seeds[name] for name in (first, second)):
+        """None where the two were not trained with the same seeds, several of them; base and SVM have none."""
+        seeds = {self.seeds_of(name) for name in (first, second) if name in self.tuned()}
+        if len(seeds) > 1 or len(seeds.pop()) == 1:
             return None
         return pairs.over_seeds(self.labels, self.right(first), self.right(second))
+
+    def seeds_of(self, run: str) -> tuple[int, ...]:
+        """The seeds that a tuned run was trained with, that of its record first."""
+        return (self.records[run].seed, *(variant.record.seed for variant in self.seeds[run]))
+
+    @property
+    def first_seed(self) -> str:
+        """What to call the trainings that are in the records themselves."""
+        seeds = {record.seed for record in self.tuned().values()}
+        return f"seed {seeds.pop()}" if len(seeds) == 1 else "the first seed"
+
+    def trainings(self, run: str) -> list[Training]:
+        """What a tuned run's trainings cost, that of its record first, then those with other seeds."""
+        return [self.records[run].training, *(variant.record.training for variant in self.seeds[run])]
 
     def seeds_table(self) -> pd.DataFrame:
         """Mean and spread over the seeds of each run that has several, and the interval over seeds and rows."""
@@ -199,7 +214,8 @@ class Comparison:
 
     def cost_table(self) -> pd.DataFrame:
         """What each training cost, and what its artefact weighs."""
-        return pd.concat([costs.table(record) for record in self.tuned().values()]) if self.tuned() else pd.DataFrame()
+        tables = [costs.table(record, *self.trainings(run)[1:]) for run, record in self.tuned().items()]
+        return pd.concat(tables) if tables else pd.DataFrame()
 
     def answer(self) -> str:
         """The comparison in one paragraph, true whatever the figures are."""

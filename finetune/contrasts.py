@@ -5,7 +5,7 @@ A comparison never puts such records into one table. Here the same run stands ag
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,23 @@ from typing import Any
 import pandas as pd
 
 from data_prep import DataError, UserError
-from finetune import answer, comparison, pairs
+from finetune import answer, comparison, costs, pairs
 from finetune.comparison import Comparison
 from finetune.pairs import OverSeeds, Pair
 from finetune.records import DataReference, RunRecord, Training
 from finetune.settings import meaning
 from finetune.variants import HARMLESS
-from finetune.wording import NAMES, capitalised, format_p, listed, sentence, spoken, value_in_words
+from finetune.wording import (
+    NAMES,
+    capitalised,
+    format_p,
+    interval_of,
+    listed,
+    one_decimal,
+    sentence,
+    spoken,
+    value_in_words,
+)
 
 # What says how a run was judged, or which of its trainings it is: test rows and seeds are compared themselves.
 NO_DIFFERENCE = HARMLESS | {"test_rows", "seed", "variant"}
@@ -88,14 +98,18 @@ class Contrast:
         """Both folders, with the commits and machines that their figures come from."""
         return f"{self._source(self.mine)} against {self._source(self.other)}"
 
-    def trainings(self) -> dict[str, tuple[Training, Training]]:
-        """What each trained run cost, in this folder and in the other; empty where these were other machines."""
+    def trainings(self) -> dict[str, tuple[list[Training], list[Training]]]:
+        """What each run's trainings cost, in this folder and in the other; empty where these were other machines."""
         both = {
-            pair.first: tuple(side.records[pair.first].training for side in (self.mine, self.other))
+            pair.first: (self.mine.trainings(pair.first), self.other.trainings(pair.first))
             for pair in self.pairs
             if pair.first in self.mine.tuned()
         }
-        same = all(mine.environment.machine == other.environment.machine for mine, other in both.values())
+        same = all(
+            ours.environment.machine == theirs.environment.machine
+            for mine, other in both.values()
+            for ours, theirs in zip(mine, other, strict=True)
+        )
         return both if same else {}
 
     def _source(self, side: Comparison) -> str:
@@ -104,27 +118,31 @@ class Contrast:
         return f"{side.profile} (commit {listed(commits)}; {listed(_distinct(where.machine for where in found))})"
 
     def _line(self, pair: Pair) -> dict[str, str]:
-        run, seeds = pair.first, pair.over_seeds
+        """First what the verdict rests on, then, beside several seeds, the first one alone, then costs."""
+        run, several = pair.first, any(of.over_seeds for of in self.pairs)
+        seeds = self.mine.first_seed
+        means = [100 * side.right(run).mean() for side in (self.other, self.mine)]
         line = {
-            "accuracy %": _arrow([100 * side.scoring[run].accuracy for side in (self.other, self.mine)], ".1f"),
-            "points (95 % interval)": f"{pair.points:+z.1f} ({pair.low:+z.1f} to {pair.high:+z.1f})",
-        }
-        if any(of.over_seeds for of in self.pairs):
-            means = [100 * side.right(run).mean() for side in (self.other, self.mine)]
-            line["mean over seeds %"] = f"{_arrow(means, '.1f')} ({seeds.seeds})" if seeds else "-"
-            points = f"{seeds.points:+z.1f} ({seeds.low:+z.1f} to {seeds.high:+z.1f})" if seeds else "-"
-            line["points over seeds (95 % interval)"] = points
-        return line | {
-            "p, corrected": format_p(pair.corrected_p),
+            f"{'mean ' * several}accuracy %": _arrow(means, ".1f"),
+            "points (95 % interval)": _difference(pair.judged),
+            "p, corrected": format_p(pair.judged.corrected_p),
             "verdict": "tie" if pair.is_tie else _verb(pair),
-            "detectable points": "none" if pair.detectable is None else f"{pair.detectable:.1f}",
-            **(self._costs(run) if self.trainings() else {}),
+            "detectable points": _detectable(pair.judged),
         }
+        if several:
+            alone = [100 * side.scoring[run].accuracy for side in (self.other, self.mine)]
+            line |= {
+                f"accuracy % ({seeds})": _arrow(alone, ".1f"),
+                f"points ({seeds})": _difference(pair),
+                f"McNemar's p, corrected ({seeds})": format_p(pair.corrected_p),
+            }
+        return line | (self._costs(run) if self.trainings() else {})
 
     def _costs(self, run: str) -> dict[str, str]:
+        """Medians over the trainings."""
         figures = {
             "training s": ("seconds", 1, ".0f"),
-            "articles/s": ("articles_per_second", 1, ",.1f"),
+            "articles/s": ("articles_per_second", 1, ",.0f"),
             "real tokens/s": ("tokens_per_second", 1, ",.0f"),
             "peak memory GB": ("peak_memory_bytes", 1e-9, ".1f"),
         }
@@ -132,9 +150,17 @@ class Contrast:
             return dict.fromkeys(figures, "-")
         mine, other = self.trainings()[run]
         return {
-            title: _arrow([scale * getattr(training, name) for training in (other, mine)], form)
+            title: _arrow([scale * costs.middle(of, name) for of in (other, mine)], form)
             for title, (name, scale, form) in figures.items()
         }
+
+
+def _difference(of: Pair | OverSeeds) -> str:
+    return f"{one_decimal(of.points, '+')} ({interval_of(of.low, of.high, '+')})"
+
+
+def _detectable(of: Pair | OverSeeds) -> str:
+    return "none" if of.detectable is None else one_decimal(of.detectable)
 
 
 def load(folder: Path, other: Path) -> Contrast:
@@ -238,15 +264,13 @@ def _require_same_seeds(mine: Comparison, other: Comparison, concerned: Iterable
 
 def _seeds(side: Comparison, run: str) -> list[int]:
     """The seeds of a run's trainings; none of the base model, which has no training."""
-    if run not in side.tuned():
-        return []
-    return [side.records[run].seed, *(variant.record.seed for variant in side.seeds[run])]
+    return list(side.seeds_of(run)) if run in side.tuned() else []
 
 
 def _pairs(mine: Comparison, other: Comparison, concerned: Iterable[str]) -> list[Pair]:
     alone = [pairs.compare(run, run, mine.labels, mine.answers(run), other.answers(run)) for run in concerned]
-    tested = pairs.corrected(alone, len(mine.labels))
-    return [replace(pair, over_seeds=_over_seeds(mine, other, pair.first)) for pair in tested]
+    tested = [replace(pair, over_seeds=_over_seeds(mine, other, pair.first)) for pair in alone]
+    return pairs.corrected(tested, len(mine.labels))
 
 
 def _over_seeds(mine: Comparison, other: Comparison, run: str) -> OverSeeds | None:
@@ -273,8 +297,8 @@ def _paragraph(contrast: Contrast) -> str:
     clear = [pair for pair in contrast.pairs if not pair.is_tie]
     parts = [
         f"{contrast.title}, on {record.data.test_rows:,} test rows of {record.data.title} ({record.model}):",
-        *_moved([pair for pair in clear if pair.points < 0]),
-        *_moved([pair for pair in clear if pair.points > 0]),
+        *_moved([pair for pair in clear if pair.judged.points < 0]),
+        *_moved([pair for pair in clear if pair.judged.points > 0]),
         *_tied([pair for pair in contrast.pairs if pair.is_tie]),
         answer.test(contrast.pairs),
         *_costs(contrast),
@@ -295,7 +319,7 @@ def _moved(of: list[Pair]) -> list[str]:
 
 
 def _verb(pair: Pair) -> str:
-    return "gains" if pair.points > 0 else "loses"
+    return "gains" if pair.judged.points > 0 else "loses"
 
 
 def _tied(of: list[Pair]) -> list[str]:
@@ -316,17 +340,19 @@ def _costs(contrast: Contrast) -> list[str]:
     both = contrast.trainings()
     if both:
         seconds = [
-            f"{spoken(run)} {mine.seconds:.0f} s instead of {other.seconds:.0f} s"
+            f"{spoken(run)} {costs.middle(mine, 'seconds'):.0f} s instead of {costs.middle(other, 'seconds'):.0f} s"
             for run, (mine, other) in both.items()
         ]
-        memory = [
-            f"{spoken(run)} {mine.peak_memory_bytes / 1e9:.1f} GB instead of {other.peak_memory_bytes / 1e9:.1f} GB"
-            for run, (mine, other) in both.items()
-        ]
-        return [f"Training time: {listed(seconds)}; peak memory: {listed(memory)}."]
+        memory = [f"{spoken(run)} {_peak(mine)} instead of {_peak(other)}" for run, (mine, other) in both.items()]
+        medians = " (medians over the seeds)" if any(len(mine) > 1 for mine, _ in both.values()) else ""
+        return [f"Training time{medians}: {listed(seconds)}; peak memory: {listed(memory)}."]
     if any(pair.first in contrast.mine.tuned() for pair in contrast.pairs):
         return ["The trainings ran on different machines: their costs say nothing of the change."]
     return []
+
+
+def _peak(trainings: Sequence[Training]) -> str:
+    return f"{costs.middle(trainings, 'peak_memory_bytes') / 1e9:.1f} GB"
 
 
 def _distinct(values: Iterable[str]) -> list[str]:

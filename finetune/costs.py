@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,16 +17,21 @@ if TYPE_CHECKING:
 TARGETS = (0.90, 0.92, 0.93, 0.94)
 
 
-def table(record: RunRecord) -> pd.DataFrame:
-    """What one training cost, as a table of one row; `-` where it was not measured."""
-    training = record.training
-    energy = training.energy_joules
+def table(record: RunRecord, *others: Training) -> pd.DataFrame:
+    """What a run's training cost, as a table of one row; `-` where it was not measured.
+
+    Args:
+        record: The run's.
+        others: Its trainings with other seeds, if any: costs are medians over all, the time with its range.
+    """
+    training, trainings = record.training, (record.training, *others)
+    energy = middle(trainings, "energy_joules")
     return pd.DataFrame(
         {
-            "training": _time(training.seconds),
-            "articles/s": training.articles_per_second,
-            "real tokens/s": training.tokens_per_second,
-            "peak memory GB": training.peak_memory_bytes / 1e9,
+            "training": time_with_range(trainings),
+            "articles/s": middle(trainings, "articles_per_second"),
+            "real tokens/s": middle(trainings, "tokens_per_second"),
+            "peak memory GB": middle(trainings, "peak_memory_bytes") / 1e9,
             "energy kJ": "-" if energy is None else f"{energy / 1000:.1f}",
             "trained parameters": training.trainable_parameters,
             "share of parameters %": 100 * training.trainable_parameters / training.parameters,
@@ -36,14 +42,29 @@ def table(record: RunRecord) -> pd.DataFrame:
     )
 
 
-def costs(training: Training) -> dict[str, float | None]:
-    """The costs that accuracy is held against, by axis title; None where one was not measured."""
+def middle(trainings: Sequence[Training], what: str) -> float | None:
+    """The median of a cost over trainings; None where one of them did not measure it."""
+    values = [getattr(training, what) for training in trainings]
+    return None if None in values else statistics.median(values)
+
+
+def time_with_range(trainings: Sequence[Training]) -> str:
+    """`32 s`; of several trainings the median and the range: `32 s (32 s to 59 s)`."""
+    seconds = sorted(training.seconds for training in trainings)
+    text = _time(statistics.median(seconds))
+    return text if len(seconds) == 1 else f"{text} ({_time(seconds[0])} to {_time(seconds[-1])})"
+
+
+def costs(trainings: Sequence[Training]) -> dict[str, float | None]:
+    """The costs that accuracy is held against, by axis title, medians over a run's trainings; None where one was not
+    measured."""
+    energy = middle(trainings, "energy_joules")
     return {
-        "training time (minutes)": training.seconds / 60,
-        "peak memory (GB)": training.peak_memory_bytes / 1e9,
-        "energy (kJ)": None if training.energy_joules is None else training.energy_joules / 1000,
-        "artefact (MB)": training.artefact_bytes / 1e6,
-        "trained parameters (millions)": training.trainable_parameters / 1e6,
+        "training time (minutes)": middle(trainings, "seconds") / 60,
+        "peak memory (GB)": middle(trainings, "peak_memory_bytes") / 1e9,
+        "energy (kJ)": None if energy is None else energy / 1000,
+        "artefact (MB)": trainings[0].artefact_bytes / 1e6,
+        "trained parameters (millions)": trainings[0].trainable_parameters / 1e6,
     }
 
 
@@ -67,16 +88,17 @@ def seconds_to(training: Training, target: float) -> float | None:
 
 
 def time_to_accuracy(comparison: Comparison) -> pd.DataFrame:
-    """Training time until each target was first seen on the validation rows, a column a target."""
-    trainings = {NAMES[run]: record.training for run, record in comparison.tuned().items()}
-    timed = {name: training for name, training in trainings.items() if _is_timed(training)}
-    rows = {name: {_title(target): _cell(training, target) for target in TARGETS} for name, training in timed.items()}
+    """Training time until each target was first seen on the validation rows, a column a target; of several seeds the
+    median and the range."""
+    trainings = {NAMES[run]: comparison.trainings(run) for run in comparison.tuned()}
+    timed = {name: of for name, of in trainings.items() if all(map(_is_timed, of))}
+    rows = {name: {_title(target): _cell(of, target) for target in TARGETS} for name, of in timed.items()}
     svm = comparison.baselines.get("svm")
     if svm:
         rows[NAMES["svm"]] = {
-            _title(target): _reached(
-                svm.fit_seconds if svm.validation_accuracy >= target else None, svm.validation_accuracy
-            )
+            _title(target): _time(svm.fit_seconds)
+            if svm.validation_accuracy >= target
+            else _never(svm.validation_accuracy)
             for target in TARGETS
         }
     return pd.DataFrame(rows).T if timed else pd.DataFrame()
@@ -107,15 +129,22 @@ def _is_timed(training: Training) -> bool:
     return any(point.training_seconds is not None for point in training.history)
 
 
-def _cell(training: Training, target: float) -> str:
-    best = max(point.validation_accuracy for point in training.history if point.validation_accuracy is not None)
-    return _reached(seconds_to(training, target), best)
+def _cell(trainings: Sequence[Training], target: float) -> str:
+    reached = sorted(found for training in trainings if (found := seconds_to(training, target)) is not None)
+    if not reached:
+        return _never(max(map(_best, trainings)))
+    low, high = _time(reached[0]), _time(reached[-1])
+    if len(reached) < len(trainings):
+        return f"{len(reached)} of {len(trainings)} seeds ({low if low == high else f'{low} to {high}'})"
+    return _time(statistics.median(reached)) + (f" ({low} to {high})" if len(trainings) > 1 else "")
 
 
-def _reached(seconds: float | None, best: float) -> str:
-    if seconds is None:
-        return f"never (best {100 * best:.1f} %)"
-    return _time(seconds)
+def _best(training: Training) -> float:
+    return max(point.validation_accuracy for point in training.history if point.validation_accuracy is not None)
+
+
+def _never(best: float) -> str:
+    return f"never (best {100 * best:.1f} %)"
 
 
 def _time(seconds: float) -> str:

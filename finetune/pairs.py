@@ -10,12 +10,12 @@ from scipy.optimize import brentq
 from scipy.stats import binom
 from statsmodels.stats.multitest import multipletests
 
-from finetune import resampling
+from finetune import resampling, seeds
 from finetune.metrics import mcnemar
-from finetune.wording import format_p, spoken
+from finetune.seeds import POWER, Estimate
+from finetune.wording import format_p, interval_of, one_decimal, spoken
 
 SIGNIFICANT = 0.05
-POWER = 0.8
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,29 @@ class MeanOverSeeds:
 
 @dataclass(frozen=True)
 class OverSeeds:
-    """Difference of two runs' mean accuracies over their seeds, in points, with its interval over seeds and rows."""
+    """Difference of two runs' mean accuracies over their seeds, in points, with its interval over seeds and rows.
+
+    Attributes:
+        seeds: How many; the same ones for both runs, and paired: the first training of one with that of the other.
+        p_value: t test over seeds and rows (`finetune.seeds`), of this pair alone.
+        corrected_p: The same after Holm's correction for all pairs that were tested with it.
+        detectable: The true difference that this test would have found four times in five; None where nothing varies.
+        estimate: The difference as a share, with its standard error.
+    """
 
     seeds: int
     points: float
     low: float
     high: float
-
-    @property
-    def holds_zero(self) -> bool:
-        return self.low <= 0 <= self.high
+    p_value: float
+    corrected_p: float
+    detectable: float | None
+    estimate: Estimate
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two runs on the same rows, the first minus the second.
+    """Two runs on the same rows, the first minus the second; but for `over_seeds`, of the first seed alone.
 
     Attributes:
         points, low, high: Difference of the accuracies in percentage points, with its 95 % bootstrap interval.
@@ -76,30 +84,33 @@ class Pair:
     over_seeds: OverSeeds | None = None
 
     @property
+    def judged(self) -> Pair | OverSeeds:
+        """What the verdict rests on: the difference over the seeds, if there are several."""
+        return self.over_seeds or self
+
+    @property
     def is_tie(self) -> bool:
-        """Not significant on the first seed; or, over all seeds, an interval that holds zero or points elsewhere."""
-        seeds = self.over_seeds
-        contradicted = seeds is not None and (seeds.holds_zero or (seeds.points > 0) != (self.points > 0))
-        return self.corrected_p >= SIGNIFICANT or contradicted
+        return self.judged.corrected_p >= SIGNIFICANT
 
     @property
     def winner(self) -> str:
         """The run with the higher accuracy; it says nothing where the pair is a tie."""
-        return self.first if self.points > 0 else self.second
+        return self.first if self.judged.points > 0 else self.second
 
     @property
     def loser(self) -> str:
-        return self.second if self.points > 0 else self.first
+        return self.second if self.judged.points > 0 else self.first
 
     def lead(self) -> str:
         """How far the winner leads: `14.1 points (12.9 to 15.3, p < 0.001)`; over the seeds, if there are several."""
         points, low, high = self.lead_interval()
-        return f"{points:.1f} points ({low:.1f} to {high:.1f}{self._of_seeds()}, p {format_p(self.corrected_p)})"
+        p_value = format_p(self.judged.corrected_p)
+        return f"{one_decimal(points)} points ({interval_of(low, high)}{self._of_seeds()}, p {p_value})"
 
     def lead_interval(self) -> tuple[float, float, float]:
         """The winner's lead in points, and its interval; over the seeds, if there are several."""
-        shown = self.over_seeds or self
-        low, high = (shown.low, shown.high) if self.points > 0 else (-shown.high, -shown.low)
+        shown = self.judged
+        low, high = (shown.low, shown.high) if shown.points > 0 else (-shown.high, -shown.low)
         return abs(shown.points), low, high
 
     def tie(self) -> str:
@@ -108,11 +119,14 @@ class Pair:
 
     def power(self) -> str:
         """What the test could have shown, as a clause."""
-        if self.detectable is None:
-            count = self.only_first + self.only_second
-            rows = {0: "no row", 1: "one row"}.get(count, f"{count} rows")
-            return f"with {rows} that one of them alone gets right, no difference could have been shown"
-        return f"a true difference of {self.detectable:.1f} points would have been found four times in five"
+        if self.judged.detectable is not None:
+            found = one_decimal(self.judged.detectable)
+            return f"a true difference of {found} points would have been found four times in five"
+        if self.over_seeds:
+            return "no row and no seed tells the two apart, and no difference could have been shown"
+        count = self.only_first + self.only_second
+        rows = {0: "no row", 1: "one row"}.get(count, f"{count} rows")
+        return f"with {rows} that one of them alone gets right, no difference could have been shown"
 
     def __str__(self) -> str:
         if self.is_tie:
@@ -122,9 +136,9 @@ class Pair:
 
     def difference(self) -> str:
         """`+0.2 points, -0.3 to +0.7, p = 0.510`; over the seeds, if there are several."""
-        shown = self.over_seeds or self
-        interval = f"{shown.low:+z.1f} to {shown.high:+z.1f}{self._of_seeds()}"
-        return f"{shown.points:+z.1f} points, {interval}, p {format_p(self.corrected_p)}"
+        shown = self.judged
+        interval = f"{interval_of(shown.low, shown.high, '+')}{self._of_seeds()}"
+        return f"{one_decimal(shown.points, '+')} points, {interval}, p {format_p(shown.corrected_p)}"
 
     def _of_seeds(self) -> str:
         return f" over {self.over_seeds.seeds} seeds" if self.over_seeds else ""
@@ -167,41 +181,67 @@ def compare(first: str, second: str, labels: Sequence[str], answers: Sequence[st
 
 def mean_over_seeds(labels: Sequence[str], right: np.ndarray) -> MeanOverSeeds:
     """The mean accuracy of a run that is right on the rows that `right`, of shape (seeds, rows), says."""
-    (drawn,) = resampling.over_seeds(labels, [right])
-    return MeanOverSeeds(right.mean(axis=1), *resampling.interval(drawn))
+    return MeanOverSeeds(right.mean(axis=1), *seeds.estimate(labels, right).interval())
 
 
 def over_seeds(labels: Sequence[str], first: np.ndarray, second: np.ndarray) -> OverSeeds:
-    """The difference of two runs over their seeds.
+    """The difference of two runs over their seeds, as the only pair that is tested.
 
     Args:
         labels: The true labels, row by row.
         first: Whether the first run's trainings are right, shape (seeds, rows).
-        second: The same of the second run; one seed stands for a method that has none.
+        second: The same of the second run, its seeds in the same order; or of shape (1, rows), of what has none.
     """
-    drawn = resampling.over_seeds(labels, [first, second])
-    low, high = resampling.interval(100 * (drawn[0] - drawn[1]))
-    return OverSeeds(max(len(first), len(second)), 100 * float(first.mean() - second.mean()), low, high)
+    found = seeds.estimate(labels, first.astype(float) - second)
+    p_value = found.p_value()
+    return OverSeeds(
+        max(len(first), len(second)),
+        100 * found.mean,
+        *(100 * end for end in found.interval()),
+        p_value,
+        p_value,
+        _percent(found.detectable(SIGNIFICANT)),
+        found,
+    )
 
 
 def corrected(pairs: Sequence[Pair], rows: int) -> list[Pair]:
-    """The pairs with p-values corrected for testing all of them (Holm 1979).
+    """The pairs with p-values corrected for testing all of them (Holm 1979): those that the verdicts rest on, and, of
+    pairs over several seeds, those of the first seed too.
 
     Holm asks of the pairs that stay ties that one of them reach 5 % divided by their number: that is the level at which
     their detectable difference is found.
     """
     if not pairs:
         return []
-    rejected, p_values, _, _ = multipletests([pair.p_value for pair in pairs], SIGNIFICANT, method="holm")
-    level = SIGNIFICANT / max(1, sum(~rejected))
-    return [
-        replace(
-            pair,
-            corrected_p=float(p_value),
-            detectable=detectable(pair.only_first + pair.only_second, rows, level),
+    alone, level_alone = _holm([pair.p_value for pair in pairs])
+    judged, level = _holm([pair.judged.p_value for pair in pairs])
+    found = []
+    for pair, p_alone, p_judged in zip(pairs, alone, judged, strict=True):
+        over, discordant = pair.over_seeds, pair.only_first + pair.only_second
+        found.append(
+            replace(
+                pair,
+                corrected_p=p_alone if over else p_judged,
+                detectable=detectable(discordant, rows, level_alone if over else level),
+                over_seeds=over and _at_level(over, p_judged, level),
+            )
         )
-        for pair, p_value in zip(pairs, p_values, strict=True)
-    ]
+    return found
+
+
+def _at_level(over: OverSeeds, corrected_p: float, level: float) -> OverSeeds:
+    return replace(over, corrected_p=corrected_p, detectable=_percent(over.estimate.detectable(level)))
+
+
+def _holm(p_values: Sequence[float]) -> tuple[list[float], float]:
+    """Corrected p-values, and the level that is asked of the least of those that stay above 5 %."""
+    rejected, corrected_p, _, _ = multipletests(p_values, SIGNIFICANT, method="holm")
+    return [float(p_value) for p_value in corrected_p], SIGNIFICANT / max(1, sum(~rejected))
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def detectable(discordant: int, rows: int, level: float) -> float | None:

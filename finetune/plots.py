@@ -161,11 +161,11 @@ def f1_by_class(comparison: Comparison) -> Figure:
 
 def pareto(comparison: Comparison) -> Figure:
     """Accuracy with its interval against each cost that was measured for all; a line joins what nothing beats. Of
-    several seeds the mean accuracy, and the first one's cost."""
+    several seeds the mean accuracy and the median cost."""
     tuned = comparison.tuned()
     if not tuned:
         return _nothing("No model was trained yet.")
-    measured = {run: costs.costs(record.training) for run, record in tuned.items()}
+    measured = {run: costs.costs(comparison.trainings(run)) for run in tuned}
     axis_titles = [
         title for title in next(iter(measured.values())) if all(of[title] is not None for of in measured.values())
     ]

@@ -12,9 +12,10 @@ import pandas as pd
 
 from data_prep import DataError, UserError
 from data_prep.store import replacing
-from finetune import captions, comparison, contrasts, errors, paths, records, report, speed
+from finetune import captions, comparison, contrasts, costs, errors, paths, records, report, speed
 from finetune.comparison import Comparison
 from finetune.contrasts import Contrast, NoContrast
+from finetune.metrics import Metrics
 from finetune.wording import NAMES, markdown
 
 README = paths.PROJECT / "README.md"
@@ -216,21 +217,15 @@ def with_results(readme: str, references: References | None = None) -> str:
 
 def results_text(compared: Comparison) -> str:
     """Table, answer and provenance of a comparison in Markdown."""
-    rows = []
+    rows, of_first = [], f", {compared.first_seed}" if compared.over_seeds else ""
     for run, scoring in compared.scoring.items():
-        record = compared.records.get(run)
-        training = record.training if record else None
         rows.append(
             {
                 "": NAMES[run],
-                "accuracy (95 % interval)": _share(scoring.accuracy, scoring.accuracy_low, scoring.accuracy_high),
+                f"accuracy{of_first} (95 % interval)": _share(scoring, "accuracy"),
                 **_mean_over_seeds(compared, run),
-                "macro-F1 (95 % interval)": _share(scoring.macro_f1, scoring.macro_f1_low, scoring.macro_f1_high),
-                "training": f"{training.seconds:.0f} s" if training else "-",
-                "real tokens/s": f"{training.tokens_per_second:.0f}" if training else "-",
-                "peak memory": f"{training.peak_memory_bytes / 1e9:.1f} GB" if training else "-",
-                "trained parameters": f"{training.trainable_parameters:,}" if training else "-",
-                "artefact": f"{training.artefact_bytes / 1e6:.0f} MB" if training else "-",
+                f"macro-F1{of_first} (95 % interval)": _share(scoring, "macro_f1"),
+                **_costs(compared, run),
             }
         )
     where = compared.records["base"].evaluation.environment
@@ -245,7 +240,8 @@ def results_text(compared: Comparison) -> str:
 
 def _reading(compared: Comparison) -> str:
     """How the figures are to be read."""
-    return " ".join(filter(None, (captions.share_of_ag_news(compared), captions.forced(compared))))
+    found = (captions.share_of_ag_news(compared), captions.forced(compared), captions.trained_beside(compared))
+    return " ".join(filter(None, found))
 
 
 def _mean_over_seeds(compared: Comparison, run: str) -> dict[str, str]:
@@ -253,11 +249,31 @@ def _mean_over_seeds(compared: Comparison, run: str) -> dict[str, str]:
     if not compared.over_seeds:
         return {}
     of = compared.over_seeds.get(run)
-    cell = f"{_share(of.mean, of.low, of.high)}, {len(of.accuracies)} seeds" if of else "-"
+    cell = f"{_with_interval(of.mean, of.low, of.high)}, {len(of.accuracies)} seeds" if of else "-"
     return {"mean over seeds (95 % interval)": cell}
 
 
-def _share(value: float, low: float, high: float) -> str:
+def _costs(compared: Comparison, run: str) -> dict[str, str]:
+    """What a run's training cost, medians over its seeds; dashes for what was not trained."""
+    columns = ("training", "real tokens/s", "peak memory", "trained parameters", "artefact")
+    if run not in compared.tuned():
+        return dict.fromkeys(columns, "-")
+    trainings = compared.trainings(run)
+    cells = (
+        costs.time_with_range(trainings),
+        f"{costs.middle(trainings, 'tokens_per_second'):,.0f}",
+        f"{costs.middle(trainings, 'peak_memory_bytes') / 1e9:.1f} GB",
+        f"{trainings[0].trainable_parameters:,}",
+        f"{trainings[0].artefact_bytes / 1e6:.0f} MB",
+    )
+    return dict(zip(columns, cells, strict=True))
+
+
+def _share(scoring: Metrics, what: str) -> str:
+    return _with_interval(*(getattr(scoring, f"{what}{end}") for end in ("", "_low", "_high")))
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
     return f"{value:.1%} ({low:.1%} to {high:.1%})"
 
 

@@ -22,7 +22,7 @@ from finetune.comparison import Comparison, percent_interval
 from finetune.contrasts import Contrast
 from finetune.metrics import accuracy_interval
 from finetune.recipes import Recipe
-from finetune.wording import NAMES, format_p
+from finetune.wording import NAMES, format_p, one_decimal
 
 RATES = ("articles/s", "real tokens/s")
 DECIMALS = {
@@ -84,6 +84,7 @@ def render(
         names=NAMES,
         labels=LABELS,
         format_p=format_p,
+        one_decimal=one_decimal,
         articles=articles,
         listed_errors=LISTED_ERRORS,
         judged=errors.judged(comparison),

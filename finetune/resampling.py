@@ -38,32 +38,6 @@ def confusions(labels: Sequence[str], *predictions: Sequence[str]) -> list[np.nd
     return results
 
 
-def over_seeds(labels: Sequence[str], right: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Mean accuracies of resampled trainings on resampled test rows, one array of shape (RESAMPLES,) a method.
-
-    Hierarchical: of each method's n seeds n - 1 are drawn, with replacement, which makes the variance of their mean
-    unbiased however few they are (Rao and Wu 1988); the rows are drawn within their classes, the same for all of them.
-
-    Args:
-        labels: The true labels, row by row.
-        right: Per method, whether each training is right on each row, shape (seeds, rows). One seed stands for itself.
-    """
-    generator = np.random.default_rng(0)
-    truth, outcomes = codes(labels), np.concatenate(right).T
-    accuracies = np.zeros((RESAMPLES, outcomes.shape[1]))
-    for label in np.unique(truth):
-        distinct, counts = np.unique(outcomes[truth == label], axis=0, return_counts=True)
-        draws = generator.multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES)
-        accuracies += draws @ distinct.astype(float) / len(truth)
-    results, first = [], 0
-    for of_method in right:
-        seeds = len(of_method)
-        drawn = generator.integers(first, first + seeds, size=(RESAMPLES, max(1, seeds - 1)))
-        results.append(np.take_along_axis(accuracies, drawn, axis=1).mean(axis=1))
-        first += seeds
-    return results
-
-
 def accuracy(counts: np.ndarray) -> np.ndarray:
     """Accuracy of confusion matrices of shape (..., labels, labels + 1)."""
     return np.trace(counts, axis1=-2, axis2=-1) / counts.sum(axis=(-2, -1))

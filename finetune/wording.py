@@ -28,6 +28,7 @@ _SPOKEN = {
 }
 # What a parameter's value means, where name and value say little.
 IN_WORDS = {
+    "article_loss": {0.0: "no auxiliary loss", 0.5: "an auxiliary loss of weight 0.5"},
     "cuda_graphs": {True: "steps as CUDA graphs", False: "steps without CUDA graphs"},
     "engine": {"transformers": "training with transformers", "unsloth": "training with Unsloth"},
     "lora_targets": {"attention": "adapters on attention alone", "all-linear": "adapters on attention and MLP"},
@@ -61,6 +62,25 @@ def listed(parts: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     *first, last = parts
     return f"{', '.join(first)} and {last}" if first else last
+
+
+def one_decimal(value: float, sign: str = "") -> str:
+    """`0.4`, or `0.04`: with two decimals where one would show nothing. `sign`: "+" for both signs."""
+    digits = 1 if value == 0 or round(abs(value), 1) else 2
+    return f"{value:{sign}z.{digits}f}"
+
+
+def interval_of(low: float, high: float, sign: str = "") -> str:
+    """`-0.3 to +0.5`."""
+    return f"{one_decimal(low, sign)} to {one_decimal(high, sign)}"
+
+
+def span(texts: Sequence[str]) -> str:
+    """The first and the last of several figures with their unit: `32 to 36 seconds`; one where they look alike."""
+    first, last = texts[0], texts[-1]
+    if first == last:
+        return first
+    return f"{first.removesuffix(last.partition(' ')[2]).strip()} to {last}"
 
 
 def duration(seconds: float) -> str:

@@ -117,14 +117,14 @@ class TestTimeToAccuracy:
         """Of 400 rows: sqrt(0.94 x 0.06 / 400) = 1.19 and sqrt(0.9 x 0.1 / 400) = 1.5 points."""
         rows = {"validation_rows": 400}
         said = captions.validations(compare(results, cost={"history": history(5)}, data=rows))
-        assert "each training: 5;" in said
+        assert "each training: 5." in said
         assert "400 rows: the standard error of an accuracy is 1.2 points at 94 % and 1.5 points at 90 %" in said
 
     def test_trainings_may_have_different_numbers_of_validations(self, results):
         write_run(results, "base", right_on(20, 40))
         write_run(results, "full", right_on(24, 40), cost={"history": history(3)})
         write_run(results, "lora", right_on(28, 40), cost={"history": history(5)})
-        assert "each training: 3 to 5;" in captions.validations(load("cpu"))
+        assert "each training: 3 to 5." in captions.validations(load("cpu"))
 
     @pytest.mark.parametrize(
         ("gpu", "svm", "said"), [(None, True, False), ("A GPU", True, True), ("A GPU", False, False)]
@@ -135,6 +135,15 @@ class TestTimeToAccuracy:
             write_baseline(results, "svm", right_on(28, 40))
         compared = compare(results, cost={"environment": where})
         assert ("SVM's seconds are a processor's" in captions.validations(compared)) == said
+
+
+@pytest.mark.parametrize(
+    ("command", "said"), [("python -m finetune run --jobs 6", "Up to 6 notebooks"), ("python -m finetune run", None)]
+)
+def test_notebooks_beside_each_other_are_owned_up_to(results, command, said):
+    where = factories.environment().model_copy(update={"command": command})
+    text = captions.trained_beside(compare(results, cost={"environment": where}))
+    assert text.startswith(said) if said else text == ""
 
 
 def test_updates_along_the_learning_curve_are_the_records(results):

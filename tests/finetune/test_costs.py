@@ -65,5 +65,5 @@ class TestTables:
         assert list(table["energy kJ"]) == ["12.3", "-"]
 
     def test_costs_have_the_units_of_their_titles(self, results):
-        found = costs.costs(load("cpu").records["full"].training)
+        found = costs.costs(load("cpu").trainings("full"))
         assert list(found.values()) == [1.5, 2.5, 12.34, 4, 0.02]

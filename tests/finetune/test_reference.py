@@ -134,7 +134,7 @@ class TestSeveralSeeds:
         reference.publish("cpu", "agnews")
         head, _, *rows = re.findall(r"^\|.*\|$", reference.README.read_text(), re.MULTILINE)
         accuracy, mean = (
-            head.split(" | ").index(f"{name} (95 % interval)") for name in ("accuracy", "mean over seeds")
+            head.split(" | ").index(f"{name} (95 % interval)") for name in ("accuracy, seed 42", "mean over seeds")
         )
         assert mean == accuracy + 1
         cells = {row.split(" | ")[0]: row.split(" | ") for row in rows}
@@ -158,7 +158,7 @@ class TestContrasts:
         assert reference.regenerate() == [reference.README]
         block = reference.README.read_text().partition("<!-- contrast:agnews-all:agnews -->\n")[2]
         assert block.startswith("**With supervise=all instead of supervise=not recorded**")
-        assert "| accuracy % | 90.0 → 55.0 |" in block
+        assert "| accuracy % (seed 42) | 90.0 → 55.0 |" in block
         assert "LoRA loses 32.5 points (" in block and " over 2 seeds, p < 0.001)" in block
         assert "agnews-all (commit 0123456789; A processor, 2 cores, no GPU) against agnews (commit" in block
         assert "`supervise`: Which tokens carry loss" in block

@@ -12,6 +12,7 @@ from math import comb
 import numpy as np
 import pytest
 from factories import generation, write_run
+from scipy import stats
 from sklearn.metrics import f1_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
@@ -111,7 +112,17 @@ def results(tmp_path_factory):
                 cost=cost, results_of_generation=generation(rows, 100),
             )  # fmt: skip
             for seed in (43, 44):
-                write_variant(folder, run, f"seed-{seed}", [], rows=predictions(skill, 100 * number + seed))
+                slower = {
+                    "seconds": cost["seconds"] * seed / 43.5,
+                    "peak_memory_bytes": cost["peak_memory_bytes"] + 10**8 * (seed - 43),
+                    "history": [
+                        point.model_copy(update={"validation_accuracy": point.validation_accuracy + 0.004 * (seed - 44),
+                                                 "training_seconds": point.training_seconds + seed - 42})
+                        for point in history
+                    ],
+                }  # fmt: skip
+                rows = predictions(skill, 100 * number + seed)
+                write_variant(folder, run, f"seed-{seed}", [], rows=rows, cost=cost | slower)
             write_variant(
                 folder, run, "rows-250", [], rows=predictions(skill - 0.6, 30 + number), data={"train_rows": 250},
                 cost={"seconds": 20.0 * number},
@@ -133,7 +144,7 @@ def tables(page) -> dict[str, dict[str, list[str]]]:
     """The tables in their order, by name, each a dict from the first cell of a row to the others; `head` is one too."""
     parser = Tables()
     parser.feed(page)
-    names = ["quality", "classes", "pairs", "seeds", "seed_pairs", "cost", "time", "curve", "calibration", "confused"]
+    names = ["quality", "classes", "seeds", "seed_pairs", "pairs", "cost", "time", "curve", "calibration", "confused"]
     names += ["errors", "suspects", "without", "generation", "sources"]
     return {
         name: {"head": rows[0][1:]} | {row[0]: row[1:] for row in rows[1:]}
@@ -194,7 +205,11 @@ def class_f1(rows, drawn) -> np.ndarray:
 def test_quality(tables, raw, name):
     rows = raw[name]
     alone = right(rows)[~np.array(rows["twin"])]
-    accuracy, interval, f1, f1_interval, rows_alone, accuracy_alone, interval_alone = tables["quality"][NAMES[name]]
+    accuracy, interval, mean, mean_interval, *others = tables["quality"][NAMES[name]]
+    f1, f1_interval, rows_alone, accuracy_alone, interval_alone = others
+    of_seeds = tables["seeds"].get(NAMES[name])
+    assert mean_interval == (of_seeds[2] if of_seeds else "-")
+    assert (mean == "-") if of_seeds is None else float(mean) == pytest.approx(float(of_seeds[1]), abs=0.0501)
     assert accuracy == f"{100 * right(rows).mean():.1f}"
     assert interval == wilson(right(rows))
     assert f1 == f"{100 * f1_score(rows['label'], rows['answer'], labels=LABELS, average='macro'):.1f}"
@@ -256,7 +271,7 @@ def test_pairs(tables, raw, p_values):
     resampled = draws()
     for ((first, second), (only_first, only_second, p)), p_holm in zip(p_values.items(), corrected, strict=True):
         shown = tables["pairs"][f"{NAMES[first]} against {NAMES[second]}"]
-        points, interval, p_shown, verdict, detectable, shown_first, shown_second, p_alone, f1, f1_interval = shown
+        points, interval, p_shown, is_below, detectable, shown_first, shown_second, p_alone, f1, f1_interval = shown
         a, b = right(raw[first]).astype(float), right(raw[second]).astype(float)
         assert points == f"{100 * (a.mean() - b.mean()):+.1f}"
         expected = np.percentile([100 * (a[d].mean() - b[d].mean()) for d in resampled], [2.5, 97.5])
@@ -271,7 +286,7 @@ def test_pairs(tables, raw, p_values):
         discordant = only_first + only_second
         share = (1 + float(detectable) / 100 * ROWS / discordant) / 2
         assert power(discordant, share, level) == pytest.approx(0.8, abs=0.02)
-        assert verdict in ("tie", "different") and (verdict == "tie" or p_holm < 0.05)
+        assert is_below == ("yes" if p_holm < 0.05 else "no")
 
 
 def over_seeds(results, run) -> np.ndarray:
@@ -287,53 +302,93 @@ def test_seeds(tables, results, raw):
         assert (seeds, mean) == ("3", f"{shares.mean():.2f}")
         assert deviation == f"{np.sqrt(((shares - shares.mean()) ** 2).sum() / 2):.2f}"
         assert (lowest, highest) == (f"{shares.min():.2f}", f"{shares.max():.2f}")
-        assert ends(interval) == pytest.approx(hierarchical(outcomes, None), abs=WANDER)
-    for first, second in PAIRS:
-        other = trained.get(second, right(raw[second])[None])
-        seeds, mean, interval = tables["seed_pairs"][f"{NAMES[first]} against {NAMES[second]}"]
-        assert (seeds, mean) == ("3", f"{100 * (trained[first].mean() - other.mean()):+.2f}")
-        assert ends(interval) == pytest.approx(hierarchical(trained[first], other), abs=WANDER)
-        verdict = tables["pairs"][f"{NAMES[first]} against {NAMES[second]}"][3]
-        low, high = ends(interval)
-        assert verdict == "tie" or low > 0 or high < 0
-
-
-def hierarchical(first: np.ndarray, second: np.ndarray | None) -> np.ndarray:
-    """Seeds and rows drawn one by one: 95 % interval, in percent, of a mean or a difference of means."""
-    generator = np.random.default_rng(8)
-    found = []
-    for drawn in draws():
-        means = [
-            of[generator.choice(len(of), max(1, len(of) - 1))][:, drawn].mean()
-            for of in (first, second)
-            if of is not None
+        assert ends(interval) == pytest.approx(SeedsAndRows(outcomes.astype(float)).interval, abs=0.051)
+    found = {
+        (first, second): SeedsAndRows(trained[first] - trained.get(second, right(raw[second])[None]).astype(float))
+        for first, second in PAIRS
+    }
+    corrected = holm([of.p_value for of in found.values()])
+    level = 0.05 / sum(p >= 0.05 for p in corrected)
+    for ((first, second), of), p in zip(found.items(), corrected, strict=True):
+        seeds, mean, interval, p_shown, verdict, detectable, p_alone = tables["seed_pairs"][
+            f"{NAMES[first]} against {NAMES[second]}"
         ]
-        found.append(100 * (means[0] - (means[1] if second is not None else 0)))
-    return np.percentile(found, [2.5, 97.5])
+        assert (seeds, mean) == ("3", f"{of.mean:+.2f}")
+        assert ends(interval) == pytest.approx(of.interval, abs=0.0051)
+        assert (p_shown, p_alone) == (written_p(p), written_p(of.p_value))
+        assert verdict == ("tie" if p >= 0.05 else "different")
+        assert of.power(float(detectable), level) == pytest.approx(0.8, abs=0.03)
+
+
+class SeedsAndRows:
+    """Mean of values of shape (seeds, ROWS) in percent, step by step: interval, p-value and power of a t test."""
+
+    def __init__(self, values: np.ndarray):
+        seeds = len(values)
+        self.mean = 100 * sum(map(sum, values)) / values.size
+        of_seeds = sum((100 * sum(row) / ROWS - self.mean) ** 2 for row in values) / (seeds - 1) / seeds
+        of_rows = 0.0
+        for label in range(4):
+            rows = [100 * sum(values[:, row]) / seeds for row in range(label, ROWS, 4)]
+            middle = sum(rows) / len(rows)
+            of_rows += len(rows) * sum((row - middle) ** 2 for row in rows) / (len(rows) - 1) / ROWS**2
+        self.freedom = (of_seeds + of_rows) ** 2 / (of_seeds**2 / (seeds - 1) + of_rows**2 / (ROWS - 4))
+        self.error = (of_seeds + of_rows) ** 0.5
+        self.interval = stats.t.interval(0.95, self.freedom, loc=self.mean, scale=self.error)
+        self.p_value = 2 * (1 - stats.t.cdf(abs(self.mean) / self.error, self.freedom))
+
+    def power(self, points: float, level: float) -> float:
+        """By drawing."""
+        generator = np.random.default_rng(6)
+        drawn = generator.normal(points / self.error, 1, 100_000)
+        drawn /= np.sqrt(generator.chisquare(self.freedom, 100_000) / self.freedom)
+        return float((2 * stats.t.sf(abs(drawn), self.freedom) < level).mean())
 
 
 @pytest.mark.parametrize("run", TUNED)
-def test_costs(tables, raw, run):
-    training = raw[run]["record"]["training"]
+def test_costs(tables, results, run):
+    trainings = of_all_seeds(results, run)
+    training = trainings[0]
+
+    def middle(what: str) -> float:
+        return sorted(one[what] for one in trainings)[1]
+
+    seconds = sorted(one["seconds"] for one in trainings)
     assert tables["cost"][NAMES[run]] == [
-        f"{training['seconds']:.0f} s" if training["seconds"] < 120 else f"{training['seconds'] / 60:.1f} min",
-        f"{training['articles_per_second']:.1f}",
-        f"{training['tokens_per_second']:,.0f}",
-        f"{training['peak_memory_bytes'] / 1e9:.1f}",
-        f"{training['energy_joules'] / 1e3:.1f}",
+        f"{in_words(seconds[1])} ({in_words(seconds[0])} to {in_words(seconds[2])})",
+        f"{middle('articles_per_second'):.1f}",
+        f"{middle('tokens_per_second'):,.0f}",
+        f"{middle('peak_memory_bytes') / 1e9:.1f}",
+        "-" if None in [one["energy_joules"] for one in trainings] else f"{middle('energy_joules') / 1e3:.1f}",
         f"{training['trainable_parameters']:,}",
         f"{100 * training['trainable_parameters'] / training['parameters']:.2f}",
         f"{training['artefact_bytes'] / 1e6:.1f}",
         "transformers",
     ]
     for target, shown in zip((0.9, 0.92, 0.93, 0.94), tables["time"][NAMES[run]], strict=True):
-        reached = [p["training_seconds"] for p in training["history"] if p["validation_accuracy"] >= target]
-        best = max(p["validation_accuracy"] for p in training["history"])
-        seconds = min(reached, default=None)
-        if seconds is None:
+        reached = sorted(filter(None, (first_reached(one, target) for one in trainings)))
+        best = max(p["validation_accuracy"] for one in trainings for p in one["history"])
+        if not reached:
             assert shown == f"never (best {100 * best:.1f} %)"
+        elif len(reached) < 3:
+            low, high = in_words(reached[0]), in_words(reached[-1])
+            assert shown == f"{len(reached)} of 3 seeds ({low if low == high else f'{low} to {high}'})"
         else:
-            assert shown == (f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min")
+            assert shown == f"{in_words(reached[1])} ({in_words(reached[0])} to {in_words(reached[2])})"
+
+
+def of_all_seeds(results, run) -> list[dict]:
+    places = ("", "seed-43", "seed-44")
+    return [json.loads((results / run / place / "record.json").read_text())["training"] for place in places]
+
+
+def in_words(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def first_reached(training, target: float) -> float | None:
+    reached = [p["training_seconds"] for p in training["history"] if p["validation_accuracy"] >= target]
+    return min(reached, default=None)
 
 
 def test_learning_curve(tables, results):
@@ -471,7 +526,7 @@ def test_suspects(tables, raw):
 def test_what_stands_beside_the_tables(page, tables, raw, results):
     text = " ".join(re.sub("<[^>]+>", " ", page).split())
     validations = {len(raw[run]["record"]["training"]["history"]) for run in TUNED}
-    assert f"Validations in each training: {validations.pop()};" in text and not validations
+    assert f"Validations in each training: {validations.pop()}." in text and not validations
     errors = [np.std([1] * share + [0] * (100 - share)) * 100 / np.sqrt(100) for share in (94, 90)]
     assert f"They score 100 rows: the standard error of an accuracy is {errors[0]:.1f} points at 94 %" in text
     assert f"{errors[1]:.1f} points at 90 %" in text
@@ -509,7 +564,7 @@ def test_generation(tables, raw, run):
     ]
 
 
-def test_the_answer_s_numbers_are_the_tables(page, tables, raw):
+def test_the_answer_s_numbers_are_the_tables(page, tables, results):
     text = re.search('<p class="answer">(.*?)</p>', page, re.DOTALL).group(1).replace("&lt;", "<")
     for name in ("base", "few_shot", "svm"):
         accuracy, interval, *_ = tables["quality"][NAMES[name]]
@@ -520,27 +575,40 @@ def test_the_answer_s_numbers_are_the_tables(page, tables, raw):
     for run, spoken in (("full", "full fine-tuning"), ("lora", "LoRA"), ("qlora", "QLoRA")):
         assert re.search(rf"{means[run]}% with [^%]*\b{spoken}\b", reached)
     of_base = [f"{NAMES[run]} against {NAMES['base']}" for run in TUNED]
-    assert all(tables["pairs"][name][3] == "different" for name in of_base), "then they are told of together"
+    assert all(tables["seed_pairs"][name][4] == "different" for name in of_base), "then they are told of together"
     [told] = re.findall(r"the base model by ([\d.]+) to ([\d.]+) points \(intervals within ([\d.]+) to ([\d.]+) ", text)
     leads = [float(tables["seed_pairs"][name][1]) for name in of_base]
     lows, highs = zip(*(ends(tables["seed_pairs"][name][2]) for name in of_base), strict=True)
     # The table has two decimals and the answer one.
     assert [*map(float, told)] == pytest.approx([min(leads), max(leads), min(lows), max(highs)], abs=0.0551)
-    assert f"over 3 seeds, p {max(tables['pairs'][name][2] for name in of_base)})" in text
+    assert f"over 3 seeds, p {max(tables['seed_pairs'][name][3] for name in of_base)})" in text
     for shown in [row for name, row in tables["seed_pairs"].items() if name not in ("head", *of_base)]:
         points, low, high = (abs(float(value)) for value in (shown[1], *shown[2].split(" to ")))
         # The table has two decimals and the answer one: either rounding of a five is right.
-        assert any(
-            re.search(
-                rf"[+-]?{a:.1f} points(,| \()[ ]?[+-]?({low:.1f} to [+-]?{high:.1f}|{high:.1f} to {low:.1f})", text
-            )
-            for a in (points - 0.004, points + 0.004)
-        ), shown
-    seconds = {run: raw[run]["record"]["training"]["seconds"] for run in TUNED}
-    memory = {run: raw[run]["record"]["training"]["peak_memory_bytes"] / 1e9 for run in TUNED}
-    # Seconds up to two minutes.
-    assert f"({min(seconds.values()):.0f} seconds; QLoRA {max(seconds.values()) / 60:.1f} minutes)" in text
-    assert f"({min(memory.values()):.1f} GB; full fine-tuning {max(memory.values()):.1f} GB)" in text
+        said = [
+            rf"({decimal(value - 0.004)}|{decimal(value + 0.004)}|{decimal(value)})" for value in (points, low, high)
+        ]
+        a, b, c = said
+        assert re.search(rf"[+-]?{a} points(,| \()[ ]?[+-]?({b} to [+-]?{c}|{c} to {b})", text), shown
+    for run, spoken in (("full", "full fine-tuning"), ("lora", "LoRA"), ("qlora", "QLoRA")):
+        seconds = sorted(one["seconds"] for one in of_all_seeds(results, run))
+        memory = sorted(one["peak_memory_bytes"] / 1e9 for one in of_all_seeds(results, run))
+        assert re.search(rf"{worded(seconds)} with {spoken}\b", text)
+        least, most = f"{memory[0]:.1f}", f"{memory[-1]:.1f}"
+        assert f"{least if least == most else f'{least} to {most}'} GB with {spoken}" in text
+
+
+def decimal(value: float) -> str:
+    """One decimal, or two where one would show nothing."""
+    return f"{value:.1f}" if round(value, 1) else f"{value:.2f}"
+
+
+def worded(seconds: list[float]) -> str:
+    """Seconds up to two minutes."""
+    low, high = (f"{one:.0f} seconds" if one < 120 else f"{one / 60:.1f} minutes" for one in (seconds[0], seconds[-1]))
+    if low == high:
+        return low
+    return f"{low.split()[0] if low.split()[1] == high.split()[1] else low} to {high}"
 
 
 def test_sources(page, results):

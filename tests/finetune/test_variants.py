@@ -8,7 +8,7 @@ import pytest
 from factories import right_on, write_run
 
 from data_prep import DataError
-from finetune import costs, paths, records, resampling
+from finetune import costs, paths, records
 from finetune.comparison import load
 from finetune.settings import plan
 
@@ -66,36 +66,6 @@ class TestSeeds:
         # √((0 + 25 + 25) / 2)
         assert row["standard deviation"] == pytest.approx(5)
 
-    def test_the_interval_has_the_variance_of_seeds_and_rows(self, results):
-        """Of independent trainings: between seeds s²/3, and between rows that of the rows' mean outcomes."""
-        labels = [("World", "Sports", "Business", "Sci/Tech")[row % 4] for row in range(2000)]
-        easy = np.random.default_rng(0).random(2000)
-        right = np.array(
-            [easy + np.random.default_rng(seed).normal(0, 0.2, 2000) > 0.2 + 0.02 * seed for seed in (1, 2, 3)]
-        )
-        drawn = resampling.over_seeds(labels, [right])[0]
-        between_seeds = right.mean(axis=1).var(ddof=1) / 3
-        within = [right.mean(axis=0)[c::4] for c in range(4)]
-        between_rows = sum(of.var() / len(of) for of in within) / 16
-        # What is left, seeds and rows together, only adds to it.
-        assert drawn.mean() == pytest.approx(right.mean(), abs=1e-3)
-        assert between_seeds + between_rows < drawn.var() < 1.6 * (between_seeds + between_rows)
-
-    def test_it_is_that_of_a_bootstrap_seed_by_seed_and_row_by_row(self):
-        labels = [("World", "Sports", "Business", "Sci/Tech")[row % 4] for row in range(80)]
-        first = np.array([random_right(0.8, 80, seed) for seed in (1, 2, 3)])
-        second = np.array([random_right(0.7, 80, seed) for seed in (4, 5)])
-        generator = np.random.default_rng(9)
-        classes = [np.arange(c, 80, 4) for c in range(4)]
-        differences = []
-        for _ in range(4000):
-            rows = np.concatenate([generator.choice(of_class, 20) for of_class in classes])
-            means = [right[generator.choice(len(right), len(right) - 1)][:, rows].mean() for right in (first, second)]
-            differences.append(means[0] - means[1])
-        drawn = resampling.over_seeds(labels, [first, second])
-        ours = resampling.interval(drawn[0] - drawn[1])
-        assert ours == pytest.approx(np.percentile(differences, [2.5, 97.5]), abs=0.012)
-
     def test_pairs_carry_the_difference_over_seeds(self, results):
         write_run(results, "base", right_on(200, 400))
         lora, qlora = (np.array(write_seeds(results, run, 0.9)) for run in ("lora", "qlora"))
@@ -115,6 +85,25 @@ class TestSeeds:
         assert by_names["lora", "qlora"] is None and by_names["qlora", "base"] is None
         assert by_names["lora", "base"] is not None
 
+    def test_other_seeds_are_no_pairs(self, results):
+        write_run(results, "base", right_on(200, 400))
+        write_seeds(results, "lora", 0.9)
+        write_run(results, "qlora", right_on(360, 400), settings=SETTINGS)
+        for seed in (43, 45):
+            write_variant(results, "qlora", f"seed-{seed}", right_on(350, 400))
+        by_names = {(pair.first, pair.second): pair.over_seeds for pair in load("cpu").pairs}
+        assert by_names["lora", "qlora"] is None and by_names["qlora", "base"] is not None
+
+    def test_the_same_seeds_stand_against_each_other(self, results):
+        """Seeds that differ, but always by the same rows: the difference has no error between seeds."""
+        write_run(results, "base", right_on(100, 400))
+        for run, more in (("lora", 20), ("qlora", 0)):
+            write_run(results, run, right_on(280 + more, 400), settings=SETTINGS)
+            write_variant(results, run, "seed-43", right_on(340 + more, 400))
+        over = load("cpu").pairs[-1].over_seeds
+        assert over.points == pytest.approx(5) and over.p_value < 0.001
+        assert over.high - over.low < 5
+
     def test_what_one_seed_shows_and_others_contradict_is_a_tie(self, results):
         write_run(results, "base", right_on(100, 400))
         write_run(results, "lora", right_on(360, 400), settings=SETTINGS)
@@ -124,7 +113,24 @@ class TestSeeds:
         pair = load("cpu").pairs[-1]
         assert pair.corrected_p < 0.001 and pair.is_tie
         assert "LoRA and QLoRA cannot be told apart (-5.0 points, " in str(pair)
-        assert " over 2 seeds, p < 0.001; " in str(pair)
+        assert re.search(r" over 2 seeds, p = 0\.\d{3}; a true difference of ", str(pair))
+
+    def test_what_all_seeds_show_is_a_difference_though_the_first_alone_does_not(self, results):
+        write_run(results, "base", right_on(100, 400))
+        for run, counts in (("lora", (361, 364, 367)), ("qlora", (357, 356, 358))):
+            write_run(results, run, right_on(counts[0], 400), settings=SETTINGS)
+            for seed, count in zip((43, 44), counts[1:], strict=True):
+                write_variant(results, run, f"seed-{seed}", right_on(count, 400))
+        pair = load("cpu").pairs[-1]
+        assert pair.p_value > 0.05 and not pair.is_tie and pair.winner == "lora"
+        assert re.match(r"LoRA beats QLoRA by 1\.8 points \([\d.]+ to [\d.]+ over 3 seeds, p = 0\.0\d\d\)", str(pair))
+
+    def test_costs_are_medians_and_the_time_has_its_range(self, results):
+        write_run(results, "base", right_on(20, 40))
+        write_run(results, "lora", right_on(30, 40), settings=SETTINGS, cost={"seconds": 50.0})
+        for seed, seconds in ((43, 100.0), (44, 30.0)):
+            write_variant(results, "lora", f"seed-{seed}", right_on(31, 40), cost={"seconds": seconds})
+        assert load("cpu").cost_table().loc["LoRA", "training"] == "50 s (30 s to 100 s)"
 
 
 class TestCurve:
