@@ -50,9 +50,7 @@ def middle(trainings: Sequence[Training], what: str) -> float | None:
 
 def time_with_range(trainings: Sequence[Training]) -> str:
     """`32 s`; of several trainings the median and the range: `32 s (32 s to 59 s)`."""
-    seconds = sorted(training.seconds for training in trainings)
-    text = _time(statistics.median(seconds))
-    return text if len(seconds) == 1 else f"{text} ({_time(seconds[0])} to {_time(seconds[-1])})"
+    return _median_and_range([training.seconds for training in trainings])
 
 
 def costs(trainings: Sequence[Training]) -> dict[str, float | None]:
@@ -130,13 +128,23 @@ def _is_timed(training: Training) -> bool:
 
 
 def _cell(trainings: Sequence[Training], target: float) -> str:
-    reached = sorted(found for training in trainings if (found := seconds_to(training, target)) is not None)
+    reached = [found for training in trainings if (found := seconds_to(training, target)) is not None]
     if not reached:
         return _never(max(map(_best, trainings)))
-    low, high = _time(reached[0]), _time(reached[-1])
     if len(reached) < len(trainings):
-        return f"{len(reached)} of {len(trainings)} seeds ({low if low == high else f'{low} to {high}'})"
-    return _time(statistics.median(reached)) + (f" ({low} to {high})" if len(trainings) > 1 else "")
+        return f"{len(reached)} of {len(trainings)} seeds ({_range(reached)})"
+    return _median_and_range(reached)
+
+
+def _median_and_range(seconds: Sequence[float]) -> str:
+    """`32 s (32 s to 59 s)`; of values that are written alike only one of them."""
+    median, span = _time(statistics.median(seconds)), _range(seconds)
+    return median if median == span else f"{median} ({span})"
+
+
+def _range(seconds: Sequence[float]) -> str:
+    low, high = _time(min(seconds)), _time(max(seconds))
+    return low if low == high else f"{low} to {high}"
 
 
 def _best(training: Training) -> float:

@@ -355,7 +355,7 @@ def test_costs(tables, results, run):
 
     seconds = sorted(one["seconds"] for one in trainings)
     assert tables["cost"][NAMES[run]] == [
-        f"{in_words(seconds[1])} ({in_words(seconds[0])} to {in_words(seconds[2])})",
+        middle_and_range(seconds),
         f"{middle('articles_per_second'):.1f}",
         f"{middle('tokens_per_second'):,.0f}",
         f"{middle('peak_memory_bytes') / 1e9:.1f}",
@@ -374,7 +374,12 @@ def test_costs(tables, results, run):
             low, high = in_words(reached[0]), in_words(reached[-1])
             assert shown == f"{len(reached)} of 3 seeds ({low if low == high else f'{low} to {high}'})"
         else:
-            assert shown == f"{in_words(reached[1])} ({in_words(reached[0])} to {in_words(reached[2])})"
+            assert shown == middle_and_range(reached)
+
+
+def middle_and_range(ordered: list[float]) -> str:
+    low, middle, high = map(in_words, ordered)
+    return low if low == high else f"{middle} ({low} to {high})"
 
 
 def of_all_seeds(results, run) -> list[dict]:

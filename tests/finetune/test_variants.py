@@ -132,6 +132,12 @@ class TestSeeds:
             write_variant(results, "lora", f"seed-{seed}", right_on(31, 40), cost={"seconds": seconds})
         assert load("cpu").cost_table().loc["LoRA", "training"] == "50 s (30 s to 100 s)"
 
+    def test_times_that_are_written_alike_stand_once(self, results):
+        write_run(results, "base", right_on(20, 40))
+        write_run(results, "lora", right_on(30, 40), settings=SETTINGS, cost={"seconds": 15.1})
+        write_variant(results, "lora", "seed-43", right_on(31, 40), cost={"seconds": 15.4})
+        assert load("cpu").cost_table().loc["LoRA", "training"] == "15 s"
+
 
 class TestCurve:
     def test_points_are_those_of_the_records(self, results):
