@@ -160,7 +160,7 @@ def _commands(each: RecordSet, options: argparse.Namespace) -> Iterator[list[str
     yield ["run", *common, *runs, "--seeds", str(options.seeds), *jobs]
     if each.is_main:
         rows = [part for count in options.rows for part in ("--rows", str(count))]
-        yield ["curve", *common, *runs[2:], *rows, *jobs]
+        yield ["curve", *common, "--only", "svm", *runs[2:], *rows, *jobs]
         yield from (["merge", run, *common] for run in each.runs if run in ("lora", "qlora"))
 
 

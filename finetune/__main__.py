@@ -14,6 +14,8 @@ python -m finetune results
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -22,10 +24,16 @@ from typing import Any
 from data_prep import UserError
 from finetune import paths, settings, wording
 
+# What `curve --only` knows besides the suite's runs.
+SVM = "svm"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 if all went well, 1 if a step failed, 2 if the command or its input was wrong."""
     options = _parser().parse_args(arguments)
+    # Records name the command that made them; a notebook's kernel, too, finds it here.
+    given = sys.argv[1:] if arguments is None else arguments
+    os.environ.setdefault("FINETUNE_COMMAND", shlex.join(["python", "-m", "finetune", *given]))
     try:
         return options.command(options)
     except UserError as error:
@@ -46,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     suite = argparse.ArgumentParser(add_help=False)
-    suite.add_argument("--only", action="append", default=[], metavar="RUN", help="base, full, lora, ..., compare")
+    runs = "base, full, lora, ..., compare; with curve svm too"
+    suite.add_argument("--only", action="append", default=[], metavar="RUN", help=runs)
     suite.add_argument("--fresh", action="store_true", help="run every step again, whatever could be reused")
     jobs = "execute up to N steps at once, each on one GPU; by default 1"
     suite.add_argument("--jobs", type=_positive, default=1, metavar="N", help=jobs)
@@ -55,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seeds", type=_positive, default=1, metavar="N", help="train each method with N seeds")
     run.set_defaults(command=_run)
 
-    curve = commands.add_parser("curve", parents=[common, suite], help="train each method on fewer rows too")
+    curve = commands.add_parser("curve", parents=[common, suite], help="train each method, and an SVM, on fewer rows")
     curve.add_argument("--rows", type=_positive, action="append", metavar="N", help="by default 250, 1000 and 4000")
     curve.set_defaults(command=_curve)
 
@@ -101,7 +110,29 @@ def _run(options: argparse.Namespace) -> int:
 def _curve(options: argparse.Namespace) -> int:
     from finetune.suite import CURVE_ROWS
 
-    return _execute(options, curve=tuple(options.rows or CURVE_ROWS))
+    rows, runs = tuple(options.rows or CURVE_ROWS), [name for name in options.only if name != SVM]
+    if not options.only or SVM in options.only:
+        _fit_svms(options, rows)
+        if options.only and not runs:
+            return 0
+    options.only = runs
+    return _execute(options, curve=rows)
+
+
+def _fit_svms(options: argparse.Namespace, rows: tuple[int, ...]) -> None:
+    """The linear SVM on fewer rows, before the comparison reads it; no notebook, because it takes a second."""
+    from finetune import baselines
+    from finetune.data import prepare_data
+
+    overrides = settings.applicable(settings.parse_assignments(options.assignments), "base")
+    for count in rows:
+        variant = {"train_rows": count, "variant": f"rows-{count}"}
+        resolved = settings.plan("base", options.profile, overrides | variant)
+        data = prepare_data(resolved)
+        if not options.fresh and baselines.svm_is_fitted(resolved, data):
+            print(f"reused: the linear SVM on {count:,} rows")
+        else:
+            print(f"the linear SVM on {count:,} rows: {baselines.fit_svm(resolved, data).scoring.accuracy:.1%} right")
 
 
 def _execute(options: argparse.Namespace, **trainings: Any) -> int:

@@ -1,6 +1,7 @@
 """What a tuned model has to beat: the majority class, a linear SVM on the same rows, and examples in the prompt.
 
-Each leaves `results/<profile>/baselines/<name>/record.json` and its predictions, and stands in the same tables.
+Each leaves `results/<profile>/baselines/<name>/record.json` and its predictions, and stands in the same tables; the SVM
+on fewer rows, for the learning curve, `svm/rows-250/record.json`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ SHOTS = 8
 # Of 20 settings (words, or pairs of words too; from one row or two; C from 0.1 to 2) the best on 2,000 validation rows
 # of AG News, with 14,390 training rows: 89.4 %; the others got from 87.3 to 89.4.
 NGRAMS, LEAST_ROWS, C = (1, 2), 2, 0.5
+REPAIR = "run `python -m finetune curve --only svm` again"
+SVM_DESCRIPTION = f"TF-IDF of words and pairs of words, linear SVM, C = {C}"
 
 
 class Baseline(Part):
@@ -59,7 +62,7 @@ def evaluate(settings: Settings, data: PreparedData) -> pd.DataFrame:
     """Evaluate all baselines, record them, and return their figures as a table."""
     found = [
         _classifier("majority", "the most frequent class of the training rows", _majority(), settings, data),
-        _classifier("svm", f"TF-IDF of words and pairs of words, linear SVM, C = {C}", _svm(), settings, data),
+        fit_svm(settings, data),
         _few_shot(settings, data),
     ]
     return pd.DataFrame(
@@ -72,6 +75,20 @@ def evaluate(settings: Settings, data: PreparedData) -> pd.DataFrame:
             for baseline in found
         }
     ).T
+
+
+def fit_svm(settings: Settings, data: PreparedData) -> Baseline:
+    """The linear SVM on these training rows, fitted, judged and recorded; a variant's record lies in its own folder."""
+    return _classifier("svm", SVM_DESCRIPTION, _svm(), settings, data)
+
+
+def svm_is_fitted(settings: Settings, data: PreparedData) -> bool:
+    """Whether the record of `fit_svm` is there already, of the same classifier on the same data."""
+    path = _folder(settings, "svm") / records.RECORD
+    if not path.is_file():
+        return False
+    found = _read(path)
+    return found.description == SVM_DESCRIPTION and found.data == data.reference
 
 
 def read_all(folder: Path) -> tuple[dict[str, Baseline], dict[str, list[Prediction]]]:
@@ -87,8 +104,38 @@ def read_all(folder: Path) -> tuple[dict[str, Baseline], dict[str, list[Predicti
     return read, rows
 
 
+def read_curve(folder: Path, main: Baseline, rows: Sequence[Prediction]) -> list[Baseline]:
+    """The SVMs on fewer training rows in a results folder, the fewest first; `main` is the one on all of them.
+
+    Args:
+        folder: The results folder.
+        main: Its record.
+        rows: Its predictions of the test rows.
+
+    Raises:
+        DataError: One is not a baseline's record, was fitted or judged on other data, or its predictions are not its
+            own.
+    """
+    found = []
+    for path in (baselines_folder(folder) / "svm").glob(f"rows-*/{records.RECORD}"):
+        baseline = _read(path)
+        if baseline.data.fingerprint != main.data.fingerprint:
+            raise DataError(
+                path, f"fingerprint is {baseline.data.fingerprint}, of all rows {main.data.fingerprint}; {REPAIR}"
+            )
+        judged = records.read_rows(path.parent / records.PREDICTIONS, baseline.predictions_digest)
+        if [row.id for row in judged] != [row.id for row in rows]:
+            raise DataError(path, f"was evaluated on other test rows than the SVM of all training rows; {REPAIR}")
+        found.append(baseline)
+    return sorted(found, key=lambda baseline: baseline.data.train_rows)
+
+
 def baselines_folder(results: Path) -> Path:
     return results / "baselines"
+
+
+def _folder(settings: Settings, name: Name) -> Path:
+    return baselines_folder(paths.results_folder(settings.profile)) / name / settings.experiment.variant
 
 
 def _majority() -> DummyClassifier:
@@ -143,7 +190,7 @@ def _articles_and_labels(examples: Sequence[Example]) -> tuple[list[str], list[s
 def _record(
     name: Name, description: str, settings: Settings, data: PreparedData, predicted: list[str], **how: Any
 ) -> Baseline:
-    folder = baselines_folder(paths.results_folder(settings.profile)) / name
+    folder = _folder(settings, name)
     labels = [row.label for row in data.test]
     alone = [row for row, example in enumerate(data.test) if not example.has_twin]
     rows = [

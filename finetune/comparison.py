@@ -33,6 +33,7 @@ class Comparison:
         validation: The runs' predictions of validation rows; None in records that are older than these.
         seeds: The trained runs' variants with other seeds; may be empty lists.
         curve: Those on fewer training rows.
+        svm_curve: The linear SVM on fewer training rows; may be empty.
         merged: What came of merging the runs' adapters, of those that were merged.
     """
 
@@ -43,6 +44,7 @@ class Comparison:
     validation: dict[str, list[Prediction] | None]
     seeds: dict[str, list[Variant]]
     curve: dict[str, list[Variant]]
+    svm_curve: list[Baseline]
     merged: dict[str, Merged]
 
     @property
@@ -274,9 +276,10 @@ def load_folder(folder: Path, profile: str) -> Comparison:
     trained = {run: record for run, record in evaluated.items() if record.training}
     seeds = {run: variants.read(found[run], main, predictions[run], "seed") for run, main in trained.items()}
     curve = {run: variants.read(found[run], main, predictions[run], "rows") for run, main in trained.items()}
+    svm_curve = baselines.read_curve(folder, beside["svm"], rows_beside["svm"]) if "svm" in beside else []
     merged = {run: of for run in trained if (of := records.read_merged(evaluated[run], found[run]))}
     ordered = {name: predictions[name] for name in NAMES if name in predictions}
-    return Comparison(profile, evaluated, beside, ordered, validation, seeds, curve, merged)
+    return Comparison(profile, evaluated, beside, ordered, validation, seeds, curve, svm_curve, merged)
 
 
 def against_base(record: RunRecord) -> Pair:

@@ -29,7 +29,14 @@ COLOURS = {
     "lora": "#E69F00",
     "qlora": "#009E73",
 }
-LINES = {"base": ":", "full": "-", "full_unsloth": (0, (4, 1, 1, 1, 1, 1)), "lora": "--", "qlora": "-."}
+LINES = {
+    "base": ":",
+    "svm": (0, (1, 1)),
+    "full": "-",
+    "full_unsloth": (0, (4, 1, 1, 1, 1, 1)),
+    "lora": "--",
+    "qlora": "-.",
+}
 MARKERS = {
     "majority": "x",
     "svm": "P",
@@ -185,16 +192,20 @@ def pareto(comparison: Comparison) -> Figure:
 
 
 def learning_curve(comparison: Comparison) -> Figure:
-    """Accuracy with its interval against the number of training rows, a line a method."""
+    """Accuracy with its interval against the number of training rows, a line a method; the linear SVM's too."""
     if not any(comparison.curve.values()):
         return _nothing("No model was trained on fewer rows: python -m finetune curve")
     figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
+    points = {}
     for run, main in comparison.tuned().items():
         records = [*(variant.record for variant in comparison.curve[run]), main]
-        if len(records) > 1:
-            _draw_points(
-                axes, run, [(of.data.train_rows, _of_test_rows(of.evaluation.scoring)) for of in records], LINES[run]
-            )
+        points[run] = [(of.data.train_rows, of.evaluation.scoring) for of in records]
+    if comparison.svm_curve:
+        fitted = (*comparison.svm_curve, comparison.baselines["svm"])
+        points["svm"] = [(of.data.train_rows, of.scoring) for of in fitted]
+    for run, of_run in points.items():
+        if len(of_run) > 1:
+            _draw_points(axes, run, [(rows, _of_test_rows(scoring)) for rows, scoring in of_run], LINES[run])
     axes.set(xlabel="training rows (logarithmic)", ylabel="accuracy on the test rows (%)", xscale="log")
     rows = sorted({of.record.data.train_rows for variants in comparison.curve.values() for of in variants})
     ticks = [*rows, *{record.data.train_rows for record in comparison.tuned().values()}]

@@ -129,11 +129,13 @@ class Source:
 
 
 def provenance(comparison: Comparison) -> list[Source]:
-    """Every record of the comparison: baselines, runs, and each run's variants."""
+    """Every record of the comparison: baselines, runs, and the variants of each."""
     found = []
     for name in comparison.predictions:
         if name in comparison.baselines:
-            found.append(_source_of_baseline(comparison.baselines[name]))
+            found.append(_source_of_baseline(comparison.baselines[name], name))
+            if name == "svm":
+                found.extend(_source_of_baseline(fitted, None) for fitted in comparison.svm_curve)
             continue
         found.append(_source(comparison.records[name], name))
         variants = [*comparison.seeds.get(name, []), *comparison.curve.get(name, [])]
@@ -156,12 +158,13 @@ def _source(record: records.RunRecord, anchor: str | None) -> Source:
     )
 
 
-def _source_of_baseline(baseline: Baseline) -> Source:
+def _source_of_baseline(baseline: Baseline, anchor: str | None) -> Source:
     where = baseline.environment
+    variant = "" if anchor else f"rows-{baseline.data.train_rows}"
     return Source(
         name=baseline.name,
-        record=f"baselines/{baseline.name}/{records.RECORD}",
-        anchor=baseline.name,
+        record="/".join(filter(None, ("baselines", baseline.name, variant, records.RECORD))),
+        anchor=anchor,
         seed="-",
         trained="-",
         evaluated=where.short_commit,

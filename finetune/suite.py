@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
-import shlex
 import sys
 import threading
 import time
@@ -165,7 +163,6 @@ class Suite:
         Returns:
             What became of each step, in the order in which they ended.
         """
-        os.environ.setdefault("FINETUNE_COMMAND", shlex.join(["python", "-m", "finetune", *sys.argv[1:]]))
         cells = {step.name: _code_cells(_notebook(step)) for step in self.steps}
         with (
             _Progress(cells, self.profile, self.jobs) as progress,

@@ -40,7 +40,7 @@ def test_with_a_gpu_each_set_changes_one_thing(commands, monkeypatch, capsys):
     all_runs = "--only full --only full_unsloth --only lora --only qlora"
     assert commands == [
         ("gpu", f"run {common} --only base {all_runs} --seeds 3 --jobs 4"),
-        ("gpu", f"curve {common} {all_runs} --rows 250 --rows 1000 --rows 4000 --jobs 4"),
+        ("gpu", f"curve {common} --only svm {all_runs} --rows 250 --rows 1000 --rows 4000 --jobs 4"),
         ("gpu", f"merge lora {common}"),
         ("gpu", f"merge qlora {common}"),
         ("gpu-answer", f"run {common} --set article_loss=0.0 {runs} --seeds 3 --jobs 4"),

@@ -1,6 +1,8 @@
 """The baselines: trained on the same rows, judged on the same rows, recorded, refused where they are not."""
 
 import json
+import re
+import shlex
 from collections import Counter
 
 import factories
@@ -10,7 +12,8 @@ from factories import right_on, write_run
 from data_prep import LABELS, PROMPTS, DataError
 from data_prep.schema import Example
 from data_prep.sources import sample
-from finetune import baselines, paths
+from finetune import baselines, paths, records
+from finetune.__main__ import main
 from finetune.comparison import load, load_folder
 from finetune.data import prepare_data
 from finetune.settings import plan
@@ -21,13 +24,13 @@ def examples(split: str) -> list[Example]:
     return [Example(f"{split}-{n}", lean.render(article)) for n, article in enumerate(sample().articles(split))]
 
 
-def write_baseline(results, name: str, right, has_twin=lambda row: False, **changes):
-    """A baseline as `evaluate` would have left it."""
+def write_baseline(results, place: str, right, has_twin=lambda row: False, **changes):
+    """A baseline as `evaluate` would have left it, at a place in the folder of baselines."""
     rows = [
         row.model_copy(update={"probabilities": {}, "has_twin": has_twin(number)})
         for number, row in enumerate(factories.predictions(right))
     ]
-    folder = results / "baselines" / name
+    folder, name = results / "baselines" / place, place.split("/")[0]
     scoring = factories.metrics.compute([row.label for row in rows], [row.prediction for row in rows])
     values = {
         "name": name,
@@ -75,6 +78,75 @@ class TestEvaluate:
         _, rows = baselines.read_all(paths.results_folder("cpu"))
         assert all(row.probabilities == {} for name in ("majority", "svm") for row in rows[name])
         assert len({row.prediction for row in rows["few_shot"]}) > 1
+
+
+class TestOnFewerRows:
+    @pytest.fixture
+    def planned(self, tiny):
+        """Settings on the 32 rows of the experiment, or on fewer."""
+        known = {name: value for name, value in tiny.items() if name not in ("epochs", "evaluations")}
+        return lambda **variant: plan("base", "cpu", known | variant)
+
+    @pytest.fixture
+    def curve(self, planned):
+        """The SVM on all rows and on 16 and 8 of them, fitted in this order."""
+        fitted = {}
+        for count in (32, 16, 8):
+            settings = planned() if count == 32 else planned(train_rows=count, variant=f"rows-{count}")
+            fitted[count] = baselines.fit_svm(settings, prepare_data(settings))
+        return fitted
+
+    def read(self):
+        found, rows = baselines.read_all(paths.results_folder("cpu"))
+        return baselines.read_curve(paths.results_folder("cpu"), found["svm"], rows["svm"])
+
+    def test_each_is_recorded_beside_the_one_on_all(self, curve, planned):
+        assert self.read() == [curve[8], curve[16]]
+        assert [fitted.data.train_rows for fitted in self.read()] == [8, 16]
+        rows = prepare_data(planned(train_rows=8, variant="rows-8"))
+        assert Counter(row.label for row in rows.train) == dict.fromkeys(LABELS, 2)
+        model = baselines._svm().fit(*baselines._articles_and_labels(rows.train))
+        answers = model.predict([row.article for row in rows.test])
+        file = paths.results_folder("cpu") / "baselines/svm/rows-8/predictions.jsonl"
+        recorded = records.read_rows(file, curve[8].predictions_digest)
+        assert [row.prediction for row in recorded] == list(answers)
+
+    def test_what_is_fitted_is_known(self, curve, planned, monkeypatch):
+        settings = planned(train_rows=8, variant="rows-8")
+        data = prepare_data(settings)
+        assert baselines.svm_is_fitted(settings, data)
+        assert not baselines.svm_is_fitted(settings, prepare_data(planned(train_rows=16)))
+        assert not baselines.svm_is_fitted(planned(train_rows=4, variant="rows-4"), data)
+        monkeypatch.setattr(baselines, "SVM_DESCRIPTION", "another")
+        assert not baselines.svm_is_fitted(settings, data)
+
+    def test_the_command_fits_what_is_missing_and_says_so(self, tiny, home, monkeypatch, capsys):
+        monkeypatch.delenv("FINETUNE_COMMAND", raising=False)
+        known = [part for name in ("model", "train_rows", "test_rows") for part in ("--set", f"{name}={tiny[name]}")]
+        command = ["curve", "--profile", "cpu", "--only", "svm", *known, "--rows", "8", "--rows", "16"]
+        assert main(command[:-2]) == 0
+        assert re.search(r"the linear SVM on 8 rows: [\d.]+% right", capsys.readouterr().out)
+        assert main(command) == 0
+        printed = capsys.readouterr().out
+        assert "reused: the linear SVM on 8 rows" in printed and "the linear SVM on 16 rows: " in printed
+        record = baselines.Baseline.model_validate_json(
+            (paths.results_folder("cpu") / "baselines/svm/rows-8/record.json").read_bytes()
+        )
+        assert record.environment.command == shlex.join(["python", "-m", "finetune", *command[:-2]])
+        assert main([*command, "--rows", "4000"]) == 2
+        assert "4000 rows are asked for, and there are" in capsys.readouterr().err
+
+    def test_of_other_data_or_rows_it_is_refused(self, home):
+        results = paths.results_folder("cpu")
+        write_baseline(results, "svm", right_on(28, 40))
+        write_baseline(results, "svm/rows-250", right_on(20, 40), data={"fingerprint": "ffffffffffff"})
+        with pytest.raises(
+            DataError, match=r"rows-250/record\.json: fingerprint is ffffffffffff, of all rows 0123456789ab"
+        ):
+            self.read()
+        write_baseline(results, "svm/rows-250", right_on(20, 39))
+        with pytest.raises(DataError, match=r"rows-250/record\.json: was evaluated on other test rows"):
+            self.read()
 
 
 def test_the_svm_learns_the_sample():

@@ -5,6 +5,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from factories import right_on, write_run
+from test_baselines import write_baseline
 from test_variants import SETTINGS, write_variant
 
 from data_prep import LABELS
@@ -36,7 +37,7 @@ def comparison(home):
 
 def test_every_run_has_a_colour_and_every_tuned_one_a_marker():
     assert plots.COLOURS.keys() == NAMES.keys()
-    assert plots.LINES.keys() == RUNS.keys()
+    assert plots.LINES.keys() == {*RUNS, "svm"}
     assert plots.MARKERS.keys() == NAMES.keys()
     assert len(set(plots.COLOURS.values())) == len(plots.COLOURS)
     assert len(set(plots.MARKERS.values())) == len(plots.MARKERS)
@@ -139,8 +140,11 @@ def test_a_learning_curve_joins_its_points(home):
     write_run(results, "base", right_on(20, 40))
     write_run(results, "lora", right_on(36, 40), settings=SETTINGS)
     write_variant(results, "lora", "rows-250", right_on(28, 40), data={"train_rows": 250})
+    write_baseline(results, "svm", right_on(34, 40))
+    write_baseline(results, "svm/rows-500", right_on(30, 40), data={"train_rows": 500})
     (axes,) = plots.learning_curve(load("cpu")).axes
-    np.testing.assert_allclose(axes.lines[0].get_xydata(), [(250, 70), (1000, 90)])
+    drawn = [bars.lines[0].get_xydata() for bars in axes.containers]
+    np.testing.assert_allclose(drawn, [[(250, 70), (1000, 90)], [(500, 75), (1000, 85)]])
 
 
 def test_without_trainings_the_pictures_say_so(home):

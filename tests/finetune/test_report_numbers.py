@@ -130,6 +130,8 @@ def results(tmp_path_factory):
         right = np.random.default_rng(3).random((3, ROWS)) < [[0.25], [0.8], [0.6]]
         for name, of in zip(("majority", "svm", "few_shot"), right, strict=True):
             write_baseline(folder, name, of.tolist(), has_twin=lambda row: row % 10 == 0)
+        fewer = (np.random.default_rng(4).random(ROWS) < 0.7).tolist()
+        write_baseline(folder, "svm/rows-250", fewer, data={"train_rows": 250}, fit_seconds=0.7)
         report.write_report(load("gpu"), folder / "report.html", {f"test-{row}": f"text {row}" for row in range(ROWS)})
         yield folder
 
@@ -397,11 +399,12 @@ def first_reached(training, target: float) -> float | None:
 
 
 def test_learning_curve(tables, results):
-    assert tables["curve"]["head"] == [NAMES[run] for run in TUNED]
+    assert tables["curve"]["head"] == [*(NAMES[run] for run in TUNED), NAMES["svm"]]
     for label, place in (("250 rows", "rows-250"), ("1,000 rows", "")):
-        for shown, run in zip(tables["curve"][label], TUNED, strict=True):
+        for shown, run in zip(tables["curve"][label], [*TUNED, "baselines/svm"], strict=True):
             outcomes = right(read_rows(results / run / place / "predictions.jsonl"))
-            seconds = json.loads((results / run / place / "record.json").read_text())["training"]["seconds"]
+            record = json.loads((results / run / place / "record.json").read_text())
+            seconds = record["training"]["seconds"] if run in TUNED else record["fit_seconds"]
             time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
             assert shown == f"{100 * outcomes.mean():.1f} ({wilson(outcomes)}), {time}"
 
