@@ -16,6 +16,9 @@ from finetune.hardware import PACKAGES
 from finetune.records import DataReference, Environment
 from finetune.wording import listed
 
+# Of a GPU, by their keys in a record's hardware.
+DRIVERS = {"CUDA": "cuda", "GPU driver": "driver"}
+
 
 def train_rows(comparison: Comparison) -> int:
     """Of the trained runs, which all saw as many; of the base's data where none was trained."""
@@ -149,11 +152,21 @@ def prompt(data: DataReference) -> list[Message]:
 
 def software(environments: Sequence[Environment]) -> str:
     """Versions of packages, Python, CUDA and the GPU's driver in all records, and what these do not hold."""
-    has_gpu = any(of.hardware["gpu"] for of in environments)
-    machine = {"Python": "python", **({"CUDA": "cuda", "GPU driver": "driver"} if has_gpu else {})}
-    found = {name: {of.packages.get(name) for of in environments} for name in PACKAGES}
-    found |= {name: {of.hardware.get(key) for of in environments} for name, key in machine.items()}
-    versions = [f"{name} {' or '.join(sorted(of - {None}))}" for name, of in found.items() if of - {None}]
-    unknown = [name for name in PACKAGES if not any(name in of.packages for of in environments)]
-    unknown += [name for name in machine if not found[name] - {None}]
-    return f"{', '.join(versions)}." + (f" Not recorded: {', '.join(unknown)}." if unknown else "")
+    on_gpu = [of for of in environments if of.hardware["gpu"]]
+    found = {name: [of.packages.get(name) for of in environments] for name in PACKAGES}
+    found["Python"] = [of.hardware.get("python") for of in environments]
+    if on_gpu:
+        found |= {name: [of.hardware.get(key) for of in on_gpu] for name, key in DRIVERS.items()}
+    versions = [f"{name} {' or '.join(sorted({*of} - {None}))}" for name, of in found.items() if any(of)]
+    # A package that is known and null was not installed, which is no gap.
+    held = {name: [of is not None for of in values] for name, values in found.items()}
+    held |= {name: [name in of.packages for of in environments] for name in PACKAGES}
+    return f"{', '.join(versions)}.{_gaps(held)}"
+
+
+def _gaps(held: dict[str, list[bool]]) -> str:
+    """What no record holds, and what only some do."""
+    nowhere = [name for name, of in held.items() if not any(of)]
+    partly = [name for name, of in held.items() if any(of) and not all(of)]
+    said = {"Not recorded": nowhere, "Not in all": partly}
+    return "".join(f" {words}: {', '.join(names)}." for words, names in said.items() if names)

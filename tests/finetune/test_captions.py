@@ -185,6 +185,12 @@ class TestSoftware:
     def test_a_gpu_has_a_driver(self):
         old, new = {"gpu": "A GPU", "cuda": "13.0"}, {"gpu": "A GPU", "cuda": "13.0", "driver": "580.1"}
         assert captions.software([self.environment({}, **old)]).endswith("GPU driver.")
-        assert "CUDA 13.0, GPU driver 580.1." in captions.software(
-            [self.environment({}, **old), self.environment({}, **new)]
-        )
+        said = captions.software([self.environment({}, **old), self.environment({}, **new)])
+        assert "CUDA 13.0, GPU driver 580.1." in said and said.endswith("Not in all: GPU driver.")
+
+    def test_what_only_some_records_hold_is_said(self):
+        found = [self.environment({"scipy": "1.17.1"}, python="3.12.3"), self.environment({}, python="3.12.3")]
+        gpu = self.environment({}, gpu="A GPU", cuda="13.0", driver="580.1", python="3.12.3")
+        said = captions.software([*found, gpu])
+        # Where there is no GPU, no driver is missing.
+        assert "scipy 1.17.1, " in said and said.endswith(", numpy. Not in all: scipy.")

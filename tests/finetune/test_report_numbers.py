@@ -406,6 +406,7 @@ def test_learning_curve(tables, results):
             record = json.loads((results / run / place / "record.json").read_text())
             seconds = record["training"]["seconds"] if run in TUNED else record["fit_seconds"]
             time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+            time = "< 1 s" if seconds < 1 else time
             assert shown == f"{100 * outcomes.mean():.1f} ({wilson(outcomes)}), {time}"
 
 
