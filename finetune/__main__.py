@@ -65,7 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     curve = commands.add_parser("curve", parents=[common, suite], help="train each method, and an SVM, on fewer rows")
-    curve.add_argument("--rows", type=_positive, action="append", metavar="N", help="by default 250, 1000 and 4000")
+    curve.add_argument(
+        "--rows",
+        type=_positive,
+        action="append",
+        metavar="N",
+        help="by default 250, 1000 and 4000 where there are more",
+    )
     curve.set_defaults(command=_curve)
 
     plan = commands.add_parser("plan", parents=[common], help="print every parameter and where its value came from")
@@ -108,15 +114,27 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _curve(options: argparse.Namespace) -> int:
-    from finetune.suite import CURVE_ROWS
-
-    rows, runs = tuple(options.rows or CURVE_ROWS), [name for name in options.only if name != SVM]
+    rows, runs = _fewer_rows(options), [name for name in options.only if name != SVM]
     if not options.only or SVM in options.only:
         _fit_svms(options, rows)
         if options.only and not runs:
             return 0
     options.only = runs
     return _execute(options, curve=rows)
+
+
+def _fewer_rows(options: argparse.Namespace) -> tuple[int, ...]:
+    """Those that were asked for; if none were, the usual numbers that are fewer than all."""
+    from finetune.data import prepare_data
+    from finetune.suite import CURVE_ROWS
+
+    overrides = settings.applicable(settings.parse_assignments(options.assignments), "base")
+    every = len(prepare_data(settings.plan("base", options.profile, overrides)).train)
+    rows = tuple(options.rows or (count for count in CURVE_ROWS if count < every))
+    if not rows or max(rows) >= every:
+        raise UserError(f"there are {every:,} training rows; ask for fewer than all of them: --rows {every // 2}")
+    print(f"A learning curve of {wording.listed([f'{count:,}' for count in rows])} of {every:,} training rows")
+    return rows
 
 
 def _fit_svms(options: argparse.Namespace, rows: tuple[int, ...]) -> None:

@@ -55,9 +55,18 @@ def _reached(comparison: Comparison) -> str:
     for run, share in sorted(shares.items(), key=lambda item: item[1]):
         by_share.setdefault(f"{share:.1%}", []).append(spoken(run))
     parts = [f"{share} with {listed(runs)}" for share, runs in by_share.items()]
-    seeds = {len(comparison.right(run)) for run in shares}
-    over = f" (means over {seeds.pop()} seeds)" if len(seeds) == 1 and seeds != {1} else ""
-    return f"Tuned, the model gets {listed(parts)}{over}."
+    return f"Tuned, the model gets {listed(parts)}{_over_seeds(comparison)}."
+
+
+def _over_seeds(comparison: Comparison) -> str:
+    """Of how many seeds the accuracies are means, by run where that differs; empty where each is of one."""
+    seeds = {run: len(comparison.right(run)) for run in comparison.tuned()}
+    counts = set(seeds.values())
+    if counts == {1}:
+        return ""
+    if len(counts) == 1:
+        return f" (means over {counts.pop()} seeds)"
+    return f" (means over seeds: {listed([f'{count} of {spoken(run)}' for run, count in seeds.items()])})"
 
 
 def _interval(scoring: Metrics) -> str:
@@ -111,7 +120,8 @@ def _what_may_decide(among: list[Pair]) -> str:
     """Ties are no proof of equality: how far the tuned models may still be apart."""
     farthest = max(max(abs(pair.judged.low), abs(pair.judged.high)) for pair in among)
     return (
-        f"That does not make them equal: the intervals allow differences of up to {one_decimal(farthest)} points. "
+        f"That does not make them equal: taken one by one, the intervals allow differences of up to "
+        f"{one_decimal(farthest)} points. "
         "Where that does not matter, cost decides between the tuned models."
     )
 
@@ -151,7 +161,7 @@ def _leads(pairs: list[Pair]) -> str:
 def detectable(pair: Pair) -> str:
     """The true difference that the test would have found four times in five."""
     found = pair.judged.detectable
-    return "none could have been" if found is None else f"{one_decimal(found)} points"
+    return f"none, {pair.what_tells_apart()}" if found is None else f"{one_decimal(found)} points"
 
 
 def _beaten(pairs: list[Pair]) -> str:
@@ -166,7 +176,8 @@ def test(pairs: list[Pair]) -> str:
     tests = {True: "t test over seeds and test rows", False: "exact McNemar test"}
     used = [tests[is_over] for is_over in (True, False) if any(bool(pair.over_seeds) == is_over for pair in pairs)]
     where = " where there is one training" if len(used) > 1 else ""
-    return f"(Differences with 95 % intervals; {', '.join(used)}{where}{corrected}, level {100 * SIGNIFICANT:.0f} %.)"
+    tested = f"{', '.join(used)}{where}{corrected}, level {100 * SIGNIFICANT:.0f} %"
+    return f"(Differences with 95 % intervals, each pair's own; {tested}.)"
 
 
 def _costs(comparison: Comparison) -> str:

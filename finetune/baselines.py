@@ -119,19 +119,24 @@ def read_curve(folder: Path, main: Baseline, rows: Sequence[Prediction]) -> list
     found = []
     for path in (baselines_folder(folder) / "svm").glob(f"rows-*/{records.RECORD}"):
         baseline = _read(path)
-        if baseline.data.fingerprint != main.data.fingerprint:
-            raise DataError(
-                path, f"fingerprint is {baseline.data.fingerprint}, of all rows {main.data.fingerprint}; {REPAIR}"
-            )
+        for what in ("name", "description"):
+            _require_same(what, getattr(baseline, what), getattr(main, what), path)
+        _require_same("fingerprint", baseline.data.fingerprint, main.data.fingerprint, path)
         judged = records.read_rows(path.parent / records.PREDICTIONS, baseline.predictions_digest)
         if [row.id for row in judged] != [row.id for row in rows]:
             raise DataError(path, f"was evaluated on other test rows than the SVM of all training rows; {REPAIR}")
+        records.require_own_accuracy(baseline.scoring, judged, path)
         found.append(baseline)
     return sorted(found, key=lambda baseline: baseline.data.train_rows)
 
 
 def baselines_folder(results: Path) -> Path:
     return results / "baselines"
+
+
+def _require_same(what: str, value: str, of_all: str, path: Path) -> None:
+    if value != of_all:
+        raise DataError(path, f"{what} is {value}, and {of_all} in the record of all rows; {REPAIR}")
 
 
 def _folder(settings: Settings, name: Name) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -81,20 +80,28 @@ def forced(comparison: Comparison) -> str:
         rows = generation.metrics.rows
         valid = round(generation.valid_share * rows)
         sentences.append(f"Free to write, the base model gave a valid answer to {valid:,} of {rows:,} test rows.")
+    label, share = comparison.most_frequent("base")
+    sentences.append(f"Its most frequent label by scoring is {label}, for {share:.0%} of all.")
     if "few_shot" in comparison.baselines:
-        sentences.append("The few-shot prompt holds one draw of examples: another may do better or worse.")
+        label, share = comparison.most_frequent("few_shot")
+        sentences.append(
+            f"With examples in its prompt this is {label}, for {share:.0%}; they are one draw: another may do better "
+            "or worse."
+        )
     return " ".join(sentences)
 
 
 def trained_beside(comparison: Comparison) -> str:
     """Whether other notebooks ran on the machine meanwhile, as the commands say; empty where none did."""
-    commands = [one.environment.command for run in comparison.tuned() for one in comparison.trainings(run)]
-    jobs = [int(found[1]) for command in commands if (found := re.search(r"--jobs (\d+)", command))]
-    if max(jobs, default=1) == 1:
+    most = max(
+        (one.environment.jobs for run in comparison.tuned() for one in comparison.trainings(run)),
+        default=1,
+    )
+    if most == 1:
         return ""
     return (
-        f"Up to {max(jobs)} notebooks ran at once on this machine and shared its processor (--jobs): seconds are upper "
-        "bounds, and differences of a few seconds are no difference."
+        f"Up to {most} notebooks of one command ran at once and shared the machine's processor (--jobs), perhaps "
+        "beside another command's: seconds are upper bounds, and differences of a few seconds are no difference."
     )
 
 
@@ -123,7 +130,8 @@ def updates(comparison: Comparison) -> str:
     many = [comparison.records[run].training.steps for run in curve]
     return (
         f"Fewer rows with as many epochs are fewer updates too: {_span(few)} with {fewest:,} rows, {_span(many)} with "
-        f"{train_rows(comparison):,}. Every point is one training with one seed, with the hyper-parameters of all rows."
+        f"{train_rows(comparison):,}. Every point is one training with one seed, with the hyper-parameters of all "
+        "rows. Intervals are of the test rows alone: other seeds, and other rows to train on, may reorder the points."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, product
@@ -16,10 +17,21 @@ from finetune.baselines import Baseline
 from finetune.calibration import COVERAGES, Calibration, Figure, Scores
 from finetune.metrics import Metrics
 from finetune.pairs import MeanOverSeeds, OverSeeds, Pair
-from finetune.records import Merged, Prediction, RunRecord, Training
+from finetune.records import DataReference, Merged, Prediction, RunRecord, Training
 from finetune.settings import RUNS
 from finetune.variants import Variant
 from finetune.wording import NAMES
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A point of a learning curve: a training, its accuracy on the test rows with Wilson's 95 % interval, its time."""
+
+    train_rows: int
+    accuracy: float
+    low: float
+    high: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,11 @@ class Comparison:
     def answers(self, run: str) -> list[str]:
         """A run's predicted labels, row by row."""
         return [row.prediction for row in self.predictions[run]]
+
+    def most_frequent(self, run: str) -> tuple[str, float]:
+        """The label that a run predicts most often, and for which share of the rows."""
+        [(label, count)] = Counter(self.answers(run)).most_common(1)
+        return label, count / len(self.labels)
 
     @cached_property
     def scoring(self) -> dict[str, Metrics]:
@@ -121,6 +138,21 @@ class Comparison:
     def trainings(self, run: str) -> list[Training]:
         """What a tuned run's trainings cost, that of its record first, then those with other seeds."""
         return [self.records[run].training, *(variant.record.training for variant in self.seeds[run])]
+
+    def learning_curve(self) -> dict[str, list[CurvePoint]]:
+        """The points of each run that was trained on fewer rows too, the fewest first, and then the linear SVM's.
+
+        Empty where no run was.
+        """
+        found = {
+            run: [_point(of.data, of.evaluation.scoring, of.training.seconds) for of in (*fewer, self.records[run])]
+            for run, variants in self.curve.items()
+            if (fewer := [variant.record for variant in variants])
+        }
+        if found and self.svm_curve:
+            fitted = (*self.svm_curve, self.baselines["svm"])
+            found["svm"] = [_point(of.data, of.scoring, of.fit_seconds) for of in fitted]
+        return found
 
     def seeds_table(self) -> pd.DataFrame:
         """Mean and spread over the seeds of each run that has several, and the interval over seeds and rows."""
@@ -222,6 +254,11 @@ class Comparison:
     def answer(self) -> str:
         """The comparison in one paragraph, true whatever the figures are."""
         return answer.paragraph(self)
+
+
+def _point(data: DataReference, scoring: Metrics, seconds: float) -> CurvePoint:
+    interval = metrics.accuracy_interval(round(scoring.accuracy * scoring.rows), scoring.rows)
+    return CurvePoint(data.train_rows, scoring.accuracy, *interval, seconds)
 
 
 def _calibration_row(of: Calibration) -> dict[str, str]:

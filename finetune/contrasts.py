@@ -300,6 +300,7 @@ def _paragraph(contrast: Contrast) -> str:
         *_moved([pair for pair in clear if pair.judged.points < 0]),
         *_moved([pair for pair in clear if pair.judged.points > 0]),
         *_tied([pair for pair in contrast.pairs if pair.is_tie]),
+        *_preferences(contrast),
         answer.test(contrast.pairs),
         *_costs(contrast),
     ]
@@ -335,6 +336,16 @@ def _tied(of: list[Pair]) -> list[str]:
     ]
 
 
+def _preferences(contrast: Contrast) -> list[str]:
+    """The label that a model without tuning prefers: of its accuracy a change may be no more than a change of that."""
+    sentences = []
+    for run in (pair.first for pair in contrast.pairs if pair.first not in contrast.mine.tuned()):
+        (label, share), (other, before) = (side.most_frequent(run) for side in (contrast.mine, contrast.other))
+        where = f"{label}, for {share:.0%} of the rows, instead of {other}, for {before:.0%}"
+        sentences.append(f"The most frequent label of {spoken(run)} is {where}.")
+    return sentences
+
+
 def _costs(contrast: Contrast) -> list[str]:
     """Training time and memory in both folders; of other machines, that they say nothing."""
     both = contrast.trainings()
@@ -345,7 +356,10 @@ def _costs(contrast: Contrast) -> list[str]:
         ]
         memory = [f"{spoken(run)} {_peak(mine)} instead of {_peak(other)}" for run, (mine, other) in both.items()]
         medians = " (medians over the seeds)" if any(len(mine) > 1 for mine, _ in both.values()) else ""
-        return [f"Training time{medians}: {listed(seconds)}; peak memory: {listed(memory)}."]
+        text = f"Training time{medians}: {listed(seconds)}; peak memory: {listed(memory)}."
+        if any(one.environment.jobs > 1 for sides in both.values() for side in sides for one in side):
+            text += " Other notebooks ran meanwhile: the load may have a part in the difference of the seconds."
+        return [text]
     if any(pair.first in contrast.mine.tuned() for pair in contrast.pairs):
         return ["The trainings ran on different machines: their costs say nothing of the change."]
     return []

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from finetune.metrics import Metrics
 from finetune.records import RunRecord, Training
 from finetune.wording import NAMES
 
 if TYPE_CHECKING:
-    from finetune.comparison import Comparison
+    from finetune.comparison import Comparison, CurvePoint
 
 TARGETS = (0.90, 0.92, 0.93, 0.94)
 
@@ -107,25 +106,16 @@ def curve_table(comparison: Comparison) -> pd.DataFrame:
     """Accuracy in percent with its interval, and training time: a line a number of training rows, a column a run; the
     linear SVM's, where it was fitted on fewer rows too."""
     columns = {
-        NAMES[run]: {
-            record.data.train_rows: _point(record.evaluation.scoring, record.training.seconds)
-            for record in [*(variant.record for variant in comparison.curve[run]), main]
-        }
-        for run, main in comparison.tuned().items()
-        if comparison.curve[run]
+        NAMES[run]: {point.train_rows: _point(point) for point in points}
+        for run, points in comparison.learning_curve().items()
     }
-    if columns and comparison.svm_curve:
-        columns[NAMES["svm"]] = {
-            fitted.data.train_rows: _point(fitted.scoring, fitted.fit_seconds)
-            for fitted in [*comparison.svm_curve, comparison.baselines["svm"]]
-        }
     table = pd.DataFrame(columns).sort_index().fillna("-")
     return table.set_axis([f"{count:,} rows" for count in table.index])
 
 
-def _point(scoring: Metrics, seconds: float) -> str:
-    interval = f"{100 * scoring.accuracy_low:.1f} to {100 * scoring.accuracy_high:.1f}"
-    return f"{100 * scoring.accuracy:.1f} ({interval}), {_time(seconds)}"
+def _point(point: CurvePoint) -> str:
+    interval = f"{100 * point.low:.1f} to {100 * point.high:.1f}"
+    return f"{100 * point.accuracy:.1f} ({interval}), {_time(point.seconds)}"
 
 
 def _is_timed(training: Training) -> bool:

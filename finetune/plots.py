@@ -193,22 +193,14 @@ def pareto(comparison: Comparison) -> Figure:
 
 def learning_curve(comparison: Comparison) -> Figure:
     """Accuracy with its interval against the number of training rows, a line a method; the linear SVM's too."""
-    if not any(comparison.curve.values()):
+    curves = comparison.learning_curve()
+    if not curves:
         return _nothing("No model was trained on fewer rows: python -m finetune curve")
     figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
-    points = {}
-    for run, main in comparison.tuned().items():
-        records = [*(variant.record for variant in comparison.curve[run]), main]
-        points[run] = [(of.data.train_rows, of.evaluation.scoring) for of in records]
-    if comparison.svm_curve:
-        fitted = (*comparison.svm_curve, comparison.baselines["svm"])
-        points["svm"] = [(of.data.train_rows, of.scoring) for of in fitted]
-    for run, of_run in points.items():
-        if len(of_run) > 1:
-            _draw_points(axes, run, [(rows, _of_test_rows(scoring)) for rows, scoring in of_run], LINES[run])
+    for run, points in curves.items():
+        _draw_points(axes, run, [(of.train_rows, (of.accuracy, of.low, of.high)) for of in points], LINES[run])
     axes.set(xlabel="training rows (logarithmic)", ylabel="accuracy on the test rows (%)", xscale="log")
-    rows = sorted({of.record.data.train_rows for variants in comparison.curve.values() for of in variants})
-    ticks = [*rows, *{record.data.train_rows for record in comparison.tuned().values()}]
+    ticks = sorted({point.train_rows for points in curves.values() for point in points})
     axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
     axes.minorticks_off()
     axes.legend(frameon=False, loc="lower right")

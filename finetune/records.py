@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import re
 import subprocess
 import zlib
 from collections.abc import Sequence
@@ -53,6 +54,12 @@ class Environment(Part):
     def machine(self) -> str:
         """The GPU; without one, the processor and its cores."""
         return self.hardware["gpu"] or f"{self.hardware['cpu']}, {self.hardware['cores']} cores, no GPU"
+
+    @property
+    def jobs(self) -> int:
+        """How many notebooks the command executed at once, at most."""
+        found = re.search(r"--jobs[ =](\d+)", self.command)
+        return int(found[1]) if found else 1
 
 
 class LogPoint(Part):
@@ -328,6 +335,19 @@ def read_rows(path: Path, digest: str) -> list[Prediction]:
     if hashlib.sha256(content).hexdigest() != digest:
         raise DataError(path, "not the predictions of record.json beside it (cut short, changed, or another run's)")
     return [Prediction.model_validate_json(line) for line in content.splitlines()]
+
+
+def require_own_accuracy(scoring: Metrics, rows: Sequence[Prediction], path: Path) -> None:
+    """Refuse the record at `path` if its accuracy is not that of its predictions.
+
+    Raises:
+        DataError: It is not.
+    """
+    right = sum(row.prediction == row.label for row in rows)
+    if round(scoring.accuracy * len(rows), 6) != right:
+        raise DataError(
+            path, f"holds an accuracy of {scoring.accuracy:.2%}, and its predictions give {right} of {len(rows)}"
+        )
 
 
 def require_artefact(settings: Settings, data: DataReference, notebook: str) -> tuple[Training, Path]:

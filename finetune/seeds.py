@@ -8,6 +8,10 @@ n seeds and N rows (crossed random effects) has the variance
 with s² the variance of the seeds' figures and s_c² that of class c's N_c rows, each a mean over the seeds. What a row
 does with one seed alone is in both, so that the sum is a little too large, never too small on average. A t
 distribution with Satterthwaite's degrees of freedom (1946) takes into account that few seeds tell little of s².
+
+These degrees of freedom are estimated too: with three seeds that differ by much more than the rows' error, a test at
+5 % rejects up to 8 % of true hypotheses, and one at 0.05 / 14 up to six times as many as it should (simulated); where
+the rows' error is the larger, not more than it should.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from scipy.optimize import brentq
 
 CONFIDENCE = 0.95
 POWER = 0.8
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,7 @@ class Estimate:
         return self.mean - reach, self.mean + reach
 
     def p_value(self) -> float:
-        """Two-sided, of the hypothesis that the true mean is zero."""
-        if self.error == 0:
-            # No seed and no row differs from the others: there is nothing to test with.
-            return float(self.mean == 0)
+        """Two-sided, of the hypothesis that the true mean is zero; there has to be an error to test with."""
         return float(2 * stats.t.sf(abs(self.mean) / self.error, self.freedom))
 
     def detectable(self, level: float) -> float | None:
@@ -80,7 +82,9 @@ def estimate(labels: Sequence[str], values: np.ndarray) -> Estimate:
     of_rows = sum(len(of) * _variance(of) for of in classes) / rows**2
     spread = of_seeds**2 / (seeds - 1) + of_rows**2 / max(rows - len(classes), 1)
     freedom = (of_seeds + of_rows) ** 2 / spread if spread else np.inf
-    return Estimate(float(values.mean()), float(np.sqrt(of_seeds + of_rows)), float(freedom))
+    error = float(np.sqrt(of_seeds + of_rows))
+    # Seeds whose means are the same may differ in the last digit.
+    return Estimate(float(values.mean()), error if error > ROUNDING else 0.0, float(freedom))
 
 
 def _variance(values: np.ndarray) -> float:

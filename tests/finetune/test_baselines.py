@@ -134,15 +134,31 @@ class TestOnFewerRows:
         )
         assert record.environment.command == shlex.join(["python", "-m", "finetune", *command[:-2]])
         assert main([*command, "--rows", "4000"]) == 2
-        assert "4000 rows are asked for, and there are" in capsys.readouterr().err
+        assert "there are 32 training rows; ask for fewer than all of them: --rows 16" in capsys.readouterr().err
+
+    def test_without_numbers_the_usual_ones_are_taken_where_there_are_more_rows(self, tiny, home, capsys):
+        known = [part for name in ("model", "test_rows") for part in ("--set", f"{name}={tiny[name]}")]
+        command = ["curve", "--profile", "cpu", "--only", "svm", *known]
+        assert main(command) == 0
+        assert "A learning curve of 250 of 288 training rows" in capsys.readouterr().out
+        assert main([*command, "--set", "train_rows=200"]) == 2
+        assert "there are 200 training rows; ask for fewer than all of them: --rows 100" in capsys.readouterr().err
 
     def test_of_other_data_or_rows_it_is_refused(self, home):
         results = paths.results_folder("cpu")
         write_baseline(results, "svm", right_on(28, 40))
         write_baseline(results, "svm/rows-250", right_on(20, 40), data={"fingerprint": "ffffffffffff"})
         with pytest.raises(
-            DataError, match=r"rows-250/record\.json: fingerprint is ffffffffffff, of all rows 0123456789ab"
+            DataError,
+            match=r"rows-250/record\.json: fingerprint is ffffffffffff, and 0123456789ab in the record of all",
         ):
+            self.read()
+        write_baseline(results, "svm/rows-250", right_on(20, 40), description="words only")
+        with pytest.raises(DataError, match=r"rows-250/record\.json: description is words only, and as it was made in"):
+            self.read()
+        other = factories.metrics.compute(["World", "Sports"], ["World", "World"])
+        write_baseline(results, "svm/rows-250", right_on(30, 40), scoring=other)
+        with pytest.raises(DataError, match=r"holds an accuracy of 50\.00%, and its predictions give 30 of 40"):
             self.read()
         write_baseline(results, "svm/rows-250", right_on(20, 39))
         with pytest.raises(DataError, match=r"rows-250/record\.json: was evaluated on other test rows"):

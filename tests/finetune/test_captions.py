@@ -6,7 +6,7 @@ from factories import generation, predictions, right_on, write_run
 from test_baselines import write_baseline
 from test_variants import SETTINGS, write_variant
 
-from data_prep import PROMPTS
+from data_prep import LABELS, PROMPTS
 from finetune import captions, paths
 from finetune.comparison import load
 from finetune.records import Environment, LogPoint
@@ -99,6 +99,17 @@ class TestForcedScoring:
     def test_without_generation_nothing_is_said_of_it(self, results):
         assert "Free to write" not in captions.forced(compare(results))
 
+    def test_the_label_that_is_preferred_is_counted(self, results):
+        """Of ten rows of each class World's are right, two of Sports', and all others are said to be World."""
+        rows = [
+            row.model_copy(update={"prediction": "Sports" if number in (10, 11) else "World"})
+            for number, row in enumerate(
+                sorted(predictions(right_on(40, 40)), key=lambda row: -LABELS.index(row.label))
+            )
+        ]
+        write_run(results, "base", [], rows=rows)
+        assert "Its most frequent label by scoring is World, for 95% of all." in captions.forced(load("cpu"))
+
     def test_examples_are_one_draw_where_there_are_any(self, results):
         assert "one draw" not in captions.forced(compare(results))
         write_baseline(results, "few_shot", right_on(15, 40))
@@ -138,7 +149,12 @@ class TestTimeToAccuracy:
 
 
 @pytest.mark.parametrize(
-    ("command", "said"), [("python -m finetune run --jobs 6", "Up to 6 notebooks"), ("python -m finetune run", None)]
+    ("command", "said"),
+    [
+        ("python -m finetune run --jobs 6", "Up to 6 notebooks of one command"),
+        ("python -m finetune run --jobs=3", "Up to 3 notebooks"),
+        ("python -m finetune run", None),
+    ],
 )
 def test_notebooks_beside_each_other_are_owned_up_to(results, command, said):
     where = factories.environment().model_copy(update={"command": command})

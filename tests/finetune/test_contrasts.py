@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -328,6 +329,29 @@ class TestWords:
         points, low, high = map(float, re.search(rf"LoRA {verb} (\S+) points \((\S+) to (\S+),", answer).groups())
         assert points == 4 and 0 < low < points < high
 
+    def test_of_a_model_without_tuning_the_preferred_label_is_said(self, tmp_path):
+        """All wrong answers are the label after the right one: of 200 rows 50 of each label, or 100 of World."""
+        labels = [row.label for row in predictions(right_on(200, 200))]
+        for name, prompt, wrong in (("lean", "lean", []), ("verbose", "verbose", [labels[3]])):
+            rows = [
+                row.model_copy(update={"prediction": labels[0]}) if row.label in wrong else row
+                for row in predictions(right_on(200, 200))
+            ]
+            write_run(tmp_path / name, "base", [], rows=rows, settings={"prompt": prompt}, data={"prompt": prompt})
+        said = contrasts.load(tmp_path / "verbose", tmp_path / "lean").answer()
+        assert f"most frequent label of the base model is {labels[0]}, for 50% of the rows, instead of " in said
+        assert "for 25%." in said
+
+    @pytest.mark.parametrize("jobs", ["", " --jobs 4"])
+    def test_other_notebooks_make_seconds_doubtful(self, contrast, jobs):
+        where = environment().model_copy(update={"command": f"python -m finetune run{jobs}"})
+        found = contrast({"settings": ALL, "lora": 150}, lora=180)
+        training = found.mine.records["lora"].training.model_copy(update={"environment": where})
+        record = found.mine.records["lora"].model_copy(update={"training": training})
+        mine = replace(found.mine, records=found.mine.records | {"lora": record})
+        said = replace(found, mine=mine).answer()
+        assert ("the load may have a part in the difference of the seconds" in said) == bool(jobs)
+
     def test_of_one_tie(self, contrast):
         answer = contrast({"settings": ALL, "lora": 181}, lora=180).answer()
         assert (
@@ -340,8 +364,8 @@ class TestWords:
         answer = contrast({"settings": ALL, "lora": 181, "qlora": 180}, lora=180, qlora=180).answer()
         assert (
             "The two results cannot be told apart, each with the true difference that would have been found four times "
-            "in five: LoRA (+0.5 points, +0.0 to +1.5, p = 1.000), none could have been; QLoRA (+0.0 points, "
-            "+0.0 to +0.0, p = 1.000), none could have been."
+            "in five: LoRA (+0.5 points, +0.0 to +1.5, p = 1.000), none, with one row that one of them alone gets "
+            "right; QLoRA (+0.0 points, +0.0 to +0.0, p = 1.000), none, with no row that one of them alone gets right."
         ) in answer
 
     def test_a_significant_difference_that_other_seeds_contradict_is_a_tie(self, tmp_path):

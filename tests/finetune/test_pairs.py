@@ -141,6 +141,12 @@ class TestSentence:
         text = str(pair(only_first=count[0], only_second=count[1], detectable=None))
         assert text.endswith(f"with {rows} that one of them alone gets right, no difference could have been shown)")
 
+    def test_rows_that_leave_no_error_are_tested_by_mcnemar(self):
+        """Of four rows in two classes all of one class are the first's alone: p = 2/2², not 0."""
+        first, second = np.array([[1, 1, 1, 1]] * 3), np.array([[1, 1, 0, 0]] * 3)
+        found = pairs.over_seeds(["World", "World", "Sports", "Sports"], first, second)
+        assert (found.points, found.estimate.error, found.p_value) == (50, 0, 0.5)
+
     @pytest.mark.parametrize(("p_value", "is_tie"), [(0.0499, False), (0.05, True), (0.0501, True)])
     def test_the_limit_is_five_percent(self, p_value, is_tie):
         assert pair(p_value=p_value).is_tie == is_tie

@@ -85,6 +85,23 @@ class TestSeeds:
         assert by_names["lora", "qlora"] is None and by_names["qlora", "base"] is None
         assert by_names["lora", "base"] is not None
 
+    def test_the_answer_says_of_how_many_seeds_each_mean_is(self, results):
+        write_run(results, "base", right_on(200, 400))
+        write_seeds(results, "lora", 0.9)
+        assert " (means over 3 seeds). " in load("cpu").answer()
+        write_run(results, "qlora", right_on(360, 400), settings=SETTINGS)
+        assert " (means over seeds: 3 of LoRA and 1 of QLoRA). " in load("cpu").answer()
+
+    @pytest.mark.parametrize("variant", ["seed-43", "rows-250"])
+    def test_a_figure_that_its_predictions_do_not_give_is_refused(self, results, variant):
+        write_run(results, "base", right_on(20, 40))
+        write_run(results, "lora", right_on(36, 40), settings=SETTINGS)
+        write_variant(results, "lora", variant, right_on(30, 40))
+        path = results / "lora" / variant / "record.json"
+        path.write_text(path.read_text().replace('"accuracy": 0.75', '"accuracy": 0.99', 1))
+        with pytest.raises(DataError, match=r"holds an accuracy of 99\.00%, and its predictions give 30 of 40"):
+            load("cpu")
+
     def test_other_seeds_are_no_pairs(self, results):
         write_run(results, "base", right_on(200, 400))
         write_seeds(results, "lora", 0.9)
