@@ -18,6 +18,7 @@ import os
 import shlex
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,7 @@ def _fewer_rows(options: argparse.Namespace) -> tuple[int, ...]:
     from finetune.data import prepare_data
     from finetune.suite import CURVE_ROWS
 
-    overrides = settings.applicable(settings.parse_assignments(options.assignments), "base")
-    every = len(prepare_data(settings.plan("base", options.profile, overrides)).train)
+    every = len(prepare_data(_plan_of_base(options)).train)
     rows = tuple(options.rows or (count for count in CURVE_ROWS if count < every))
     if not rows or max(rows) >= every:
         raise UserError(f"there are {every:,} training rows; ask for fewer than all of them: --rows {every // 2}")
@@ -142,15 +142,18 @@ def _fit_svms(options: argparse.Namespace, rows: tuple[int, ...]) -> None:
     from finetune import baselines
     from finetune.data import prepare_data
 
-    overrides = settings.applicable(settings.parse_assignments(options.assignments), "base")
     for count in rows:
-        variant = {"train_rows": count, "variant": f"rows-{count}"}
-        resolved = settings.plan("base", options.profile, overrides | variant)
+        resolved = _plan_of_base(options, settings.fewer_rows(count))
         data = prepare_data(resolved)
         if not options.fresh and baselines.svm_is_fitted(resolved, data):
             print(f"reused: the linear SVM on {count:,} rows")
         else:
             print(f"the linear SVM on {count:,} rows: {baselines.fit_svm(resolved, data).scoring.accuracy:.1%} right")
+
+
+def _plan_of_base(options: argparse.Namespace, variant: Mapping[str, Any] | None = None) -> settings.Settings:
+    overrides = settings.applicable(settings.parse_assignments(options.assignments), "base")
+    return settings.plan("base", options.profile, overrides | dict(variant or {}))
 
 
 def _execute(options: argparse.Namespace, **trainings: Any) -> int:

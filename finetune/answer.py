@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from finetune.metrics import Metrics
 from finetune.pairs import SIGNIFICANT, Pair
-from finetune.wording import duration, format_p, interval_of, listed, one_decimal, sentence, span, spoken
+from finetune.wording import duration, extent, format_p, interval_of, listed, one_decimal, sentence, span, spoken
 
 if TYPE_CHECKING:
     from finetune.comparison import Comparison
@@ -120,9 +120,8 @@ def _what_may_decide(among: list[Pair]) -> str:
     """Ties are no proof of equality: how far the tuned models may still be apart."""
     farthest = max(max(abs(pair.judged.low), abs(pair.judged.high)) for pair in among)
     return (
-        f"That does not make them equal: taken one by one, the intervals allow differences of up to "
-        f"{one_decimal(farthest)} points. "
-        "Where that does not matter, cost decides between the tuned models."
+        "That does not make them equal: taken one by one, the intervals allow differences of up to "
+        f"{one_decimal(farthest)} points. Where that does not matter, cost decides between the tuned models."
     )
 
 
@@ -148,14 +147,12 @@ def _leads(pairs: list[Pair]) -> str:
     """How far several lead before one: `31.4 to 31.6 points (intervals within 30.5 to 32.5 over 3 seeds, p < 0.001)`;
     of the p-values the largest."""
     shown = [pair.lead_interval() for pair in pairs]
-    least, most = (one_decimal(choose(points for points, _, _ in shown)) for choose in (min, max))
+    points = extent([one_decimal(choose(lead for lead, _, _ in shown)) for choose in (min, max)])
     lows, highs = [low for _, low, _ in shown], [high for _, _, high in shown]
     seeds = {pair.over_seeds.seeds if pair.over_seeds else 1 for pair in pairs}
     over = f" over {listed([str(count) for count in sorted(seeds)])} seeds" if seeds != {1} else ""
-    return (
-        f"{least if least == most else f'{least} to {most}'} points (intervals within "
-        f"{interval_of(min(lows), max(highs))}{over}, p {format_p(max(pair.judged.corrected_p for pair in pairs))})"
-    )
+    p_value = format_p(max(pair.judged.corrected_p for pair in pairs))
+    return f"{points} points (intervals within {interval_of(min(lows), max(highs))}{over}, p {p_value})"
 
 
 def detectable(pair: Pair) -> str:

@@ -35,7 +35,6 @@ SHOTS = 8
 # Of 20 settings (words, or pairs of words too; from one row or two; C from 0.1 to 2) the best on 2,000 validation rows
 # of AG News, with 14,390 training rows: 89.4 %; the others got from 87.3 to 89.4.
 NGRAMS, LEAST_ROWS, C = (1, 2), 2, 0.5
-REPAIR = "run `python -m finetune curve --only svm` again"
 SVM_DESCRIPTION = f"TF-IDF of words and pairs of words, linear SVM, C = {C}"
 
 
@@ -97,46 +96,25 @@ def read_all(folder: Path) -> tuple[dict[str, Baseline], dict[str, list[Predicti
     Raises:
         DataError: One is not a baseline's record, or its predictions are not its own.
     """
-    found = {name: baselines_folder(folder) / name for name in NAMES_OF_BASELINES}
+    return _read_those(folder, NAMES_OF_BASELINES)
+
+
+def read_svm_curve(folder: Path) -> tuple[dict[str, Baseline], dict[str, list[Prediction]]]:
+    """The same of the SVMs on fewer training rows, by their places (`svm/rows-250`), the fewest rows first."""
+    places = (baselines_folder(folder) / "svm").glob("rows-*")
+    found, rows = _read_those(folder, [f"svm/{place.name}" for place in places])
+    return dict(sorted(found.items(), key=lambda item: item[1].data.train_rows)), rows
+
+
+def _read_those(folder: Path, names: Sequence[str]) -> tuple[dict[str, Baseline], dict[str, list[Prediction]]]:
+    found = {name: baselines_folder(folder) / name for name in names}
     there = {name: path for name, path in found.items() if (path / records.RECORD).is_file()}
     read = {name: _read(path / records.RECORD) for name, path in there.items()}
-    rows = {name: records.read_rows(there[name] / records.PREDICTIONS, read[name].predictions_digest) for name in there}
-    return read, rows
-
-
-def read_curve(folder: Path, main: Baseline, rows: Sequence[Prediction]) -> list[Baseline]:
-    """The SVMs on fewer training rows in a results folder, the fewest first; `main` is the one on all of them.
-
-    Args:
-        folder: The results folder.
-        main: Its record.
-        rows: Its predictions of the test rows.
-
-    Raises:
-        DataError: One is not a baseline's record, was fitted or judged on other data, or its predictions are not its
-            own.
-    """
-    found = []
-    for path in (baselines_folder(folder) / "svm").glob(f"rows-*/{records.RECORD}"):
-        baseline = _read(path)
-        for what in ("name", "description"):
-            _require_same(what, getattr(baseline, what), getattr(main, what), path)
-        _require_same("fingerprint", baseline.data.fingerprint, main.data.fingerprint, path)
-        judged = records.read_rows(path.parent / records.PREDICTIONS, baseline.predictions_digest)
-        if [row.id for row in judged] != [row.id for row in rows]:
-            raise DataError(path, f"was evaluated on other test rows than the SVM of all training rows; {REPAIR}")
-        records.require_own_accuracy(baseline.scoring, judged, path)
-        found.append(baseline)
-    return sorted(found, key=lambda baseline: baseline.data.train_rows)
+    return read, {name: records.read_scored(name, read[name], there[name]) for name in there}
 
 
 def baselines_folder(results: Path) -> Path:
     return results / "baselines"
-
-
-def _require_same(what: str, value: str, of_all: str, path: Path) -> None:
-    if value != of_all:
-        raise DataError(path, f"{what} is {value}, and {of_all} in the record of all rows; {REPAIR}")
 
 
 def _folder(settings: Settings, name: Name) -> Path:

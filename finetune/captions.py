@@ -13,7 +13,7 @@ from finetune import costs, embedded, errors
 from finetune.comparison import Comparison
 from finetune.hardware import PACKAGES
 from finetune.records import DataReference, Environment
-from finetune.wording import listed
+from finetune.wording import extent, listed
 
 # Of a GPU, by their keys in a record's hardware.
 DRIVERS = {"CUDA": "cuda", "GPU driver": "driver"}
@@ -136,8 +136,7 @@ def updates(comparison: Comparison) -> str:
 
 
 def _span(numbers: Sequence[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    return extent([f"{min(numbers):,}", f"{max(numbers):,}"])
 
 
 def second_look(comparison: Comparison) -> str:

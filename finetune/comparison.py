@@ -17,7 +17,7 @@ from finetune.baselines import Baseline
 from finetune.calibration import COVERAGES, Calibration, Figure, Scores
 from finetune.metrics import Metrics
 from finetune.pairs import MeanOverSeeds, OverSeeds, Pair
-from finetune.records import DataReference, Merged, Prediction, RunRecord, Training
+from finetune.records import Merged, Prediction, RunRecord, Training
 from finetune.settings import RUNS
 from finetune.variants import Variant
 from finetune.wording import NAMES
@@ -25,13 +25,11 @@ from finetune.wording import NAMES
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A point of a learning curve: a training, its accuracy on the test rows with Wilson's 95 % interval, its time."""
+    """A point of a learning curve: on how many rows was trained, for how long, and what came of it."""
 
     train_rows: int
-    accuracy: float
-    low: float
-    high: float
     seconds: float
+    scoring: Metrics
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Comparison:
         validation: The runs' predictions of validation rows; None in records that are older than these.
         seeds: The trained runs' variants with other seeds; may be empty lists.
         curve: Those on fewer training rows.
-        svm_curve: The linear SVM on fewer training rows; may be empty.
+        svm_curve: The linear SVM on fewer training rows, by its place (`svm/rows-250`), the fewest first; may be empty.
         merged: What came of merging the runs' adapters, of those that were merged.
     """
 
@@ -56,7 +54,7 @@ class Comparison:
     validation: dict[str, list[Prediction] | None]
     seeds: dict[str, list[Variant]]
     curve: dict[str, list[Variant]]
-    svm_curve: list[Baseline]
+    svm_curve: dict[str, Baseline]
     merged: dict[str, Merged]
 
     @property
@@ -145,13 +143,16 @@ class Comparison:
         Empty where no run was.
         """
         found = {
-            run: [_point(of.data, of.evaluation.scoring, of.training.seconds) for of in (*fewer, self.records[run])]
-            for run, variants in self.curve.items()
-            if (fewer := [variant.record for variant in variants])
+            run: [
+                CurvePoint(of.data.train_rows, of.training.seconds, of.evaluation.scoring)
+                for of in (*(variant.record for variant in fewer), self.records[run])
+            ]
+            for run, fewer in self.curve.items()
+            if fewer
         }
         if found and self.svm_curve:
-            fitted = (*self.svm_curve, self.baselines["svm"])
-            found["svm"] = [_point(of.data, of.scoring, of.fit_seconds) for of in fitted]
+            fitted = (*self.svm_curve.values(), self.baselines["svm"])
+            found["svm"] = [CurvePoint(of.data.train_rows, of.fit_seconds, of.scoring) for of in fitted]
         return found
 
     def seeds_table(self) -> pd.DataFrame:
@@ -256,11 +257,6 @@ class Comparison:
         return answer.paragraph(self)
 
 
-def _point(data: DataReference, scoring: Metrics, seconds: float) -> CurvePoint:
-    interval = metrics.accuracy_interval(round(scoring.accuracy * scoring.rows), scoring.rows)
-    return CurvePoint(data.train_rows, scoring.accuracy, *interval, seconds)
-
-
 def _calibration_row(of: Calibration) -> dict[str, str]:
     row = {f"{name}, as it is": text for name, text in _scores(of.scores).items()}
     row["temperature"] = "not recorded" if of.temperature is None else f"{of.temperature:.2f}"
@@ -304,16 +300,17 @@ def load_folder(folder: Path, profile: str) -> Comparison:
     found = {run: folder / run for run in RUNS}
     evaluated = _read_evaluated(found, folder)
     beside, rows_beside = baselines.read_all(folder)
-    _require_same_question(evaluated, beside, folder)
+    svm_curve, rows_of_curve = baselines.read_svm_curve(folder)
+    _require_same_question(evaluated, beside | svm_curve, folder)
+    _require_same_svm(beside, svm_curve, folder)
     predictions = {run: records.read_predictions(record, found[run]) for run, record in evaluated.items()}
-    _require_same_rows(predictions | rows_beside, folder)
+    _require_same_rows(predictions | rows_beside | rows_of_curve, folder)
     _require_other_answers(evaluated, predictions, folder)
     predictions |= rows_beside
     validation = {run: records.read_validation(record, found[run]) for run, record in evaluated.items()}
     trained = {run: record for run, record in evaluated.items() if record.training}
     seeds = {run: variants.read(found[run], main, predictions[run], "seed") for run, main in trained.items()}
     curve = {run: variants.read(found[run], main, predictions[run], "rows") for run, main in trained.items()}
-    svm_curve = baselines.read_curve(folder, beside["svm"], rows_beside["svm"]) if "svm" in beside else []
     merged = {run: of for run in trained if (of := records.read_merged(evaluated[run], found[run]))}
     ordered = {name: predictions[name] for name in NAMES if name in predictions}
     return Comparison(profile, evaluated, beside, ordered, validation, seeds, curve, svm_curve, merged)
@@ -376,6 +373,17 @@ def _require_same_training_rows(evaluated: dict[str, RunRecord], beside: dict[st
             raise DataError(
                 _place(folder, name),
                 f"train_rows is {count}, and {rows[first]} in the record of {first}: train both on the same rows",
+            )
+
+
+def _require_same_svm(beside: dict[str, Baseline], fewer: dict[str, Baseline], folder: Path) -> None:
+    """A learning curve is of one classifier."""
+    for name, fitted in fewer.items():
+        if "svm" not in beside or fitted.description != beside["svm"].description:
+            raise DataError(
+                _place(folder, name),
+                f"{fitted.description} is not the classifier of baselines/svm; "
+                "run `python -m finetune curve --only svm` again",
             )
 
 

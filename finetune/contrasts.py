@@ -26,6 +26,7 @@ from finetune.wording import (
     interval_of,
     listed,
     one_decimal,
+    or_none,
     sentence,
     spoken,
     value_in_words,
@@ -127,7 +128,7 @@ class Contrast:
             "points (95 % interval)": _difference(pair.judged),
             "p, corrected": format_p(pair.judged.corrected_p),
             "verdict": "tie" if pair.is_tie else _verb(pair),
-            "detectable points": _detectable(pair.judged),
+            "detectable points": or_none(pair.judged.detectable),
         }
         if several:
             alone = [100 * side.scoring[run].accuracy for side in (self.other, self.mine)]
@@ -157,10 +158,6 @@ class Contrast:
 
 def _difference(of: Pair | OverSeeds) -> str:
     return f"{one_decimal(of.points, '+')} ({interval_of(of.low, of.high, '+')})"
-
-
-def _detectable(of: Pair | OverSeeds) -> str:
-    return "none" if of.detectable is None else one_decimal(of.detectable)
 
 
 def load(folder: Path, other: Path) -> Contrast:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from finetune.records import RunRecord, Training
-from finetune.wording import NAMES
+from finetune.wording import NAMES, extent
 
 if TYPE_CHECKING:
     from finetune.comparison import Comparison, CurvePoint
@@ -114,8 +114,9 @@ def curve_table(comparison: Comparison) -> pd.DataFrame:
 
 
 def _point(point: CurvePoint) -> str:
-    interval = f"{100 * point.low:.1f} to {100 * point.high:.1f}"
-    return f"{100 * point.accuracy:.1f} ({interval}), {_time(point.seconds)}"
+    scoring = point.scoring
+    interval = f"{100 * scoring.accuracy_low:.1f} to {100 * scoring.accuracy_high:.1f}"
+    return f"{100 * scoring.accuracy:.1f} ({interval}), {_time(point.seconds)}"
 
 
 def _is_timed(training: Training) -> bool:
@@ -134,13 +135,12 @@ def _cell(trainings: Sequence[Training], target: float) -> str:
 
 def _median_and_range(seconds: Sequence[float]) -> str:
     """`32 s (32 s to 59 s)`; of values that are written alike only one of them."""
-    median, span = _time(statistics.median(seconds)), _range(seconds)
-    return median if median == span else f"{median} ({span})"
+    median, reach = _time(statistics.median(seconds)), _range(seconds)
+    return median if median == reach else f"{median} ({reach})"
 
 
 def _range(seconds: Sequence[float]) -> str:
-    low, high = _time(min(seconds)), _time(max(seconds))
-    return low if low == high else f"{low} to {high}"
+    return extent([_time(min(seconds)), _time(max(seconds))])
 
 
 def _best(training: Training) -> float:

@@ -74,6 +74,26 @@ def compute(labels: Sequence[str], predictions: Sequence[str | None]) -> Metrics
     )
 
 
+def first_difference(recorded: Metrics, labels: Sequence[str], predictions: Sequence[str]) -> str | None:
+    """The name of the first of the recorded figures that these predictions do not give; None if there is none.
+
+    Intervals of the bootstrap are left out: it takes long.
+    """
+    counted = resampling.confusion(labels, predictions)
+    correct = int(np.trace(counted))
+    low, high = accuracy_interval(correct, len(labels))
+    given = {
+        "accuracy": correct / len(labels),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "macro_f1": resampling.f1(counted).mean(),
+        "confusion": counted[:, : len(LABELS)],
+    }
+    # Sums in another order may differ in the last digit.
+    differ = (what for what in given if not np.allclose(getattr(recorded, what), given[what], rtol=0, atol=1e-9))
+    return next(differ, None)
+
+
 def accuracy_interval(correct: int, rows: int) -> tuple[float, float]:
     """The 95 % interval of an accuracy (Wilson 1927)."""
     interval = binomtest(correct, rows).proportion_ci(resampling.CONFIDENCE, method="wilson")

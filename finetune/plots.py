@@ -198,7 +198,7 @@ def learning_curve(comparison: Comparison) -> Figure:
         return _nothing("No model was trained on fewer rows: python -m finetune curve")
     figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
     for run, points in curves.items():
-        _draw_points(axes, run, [(of.train_rows, (of.accuracy, of.low, of.high)) for of in points], LINES[run])
+        _draw_points(axes, run, [(of.train_rows, _of_test_rows(of.scoring)) for of in points], LINES[run])
     axes.set(xlabel="training rows (logarithmic)", ylabel="accuracy on the test rows (%)", xscale="log")
     ticks = sorted({point.train_rows for points in curves.values() for point in points})
     axes.set_xticks(ticks, [f"{count:,}" for count in ticks])

@@ -15,14 +15,14 @@ import zlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_prep import DataError, UserError
 from data_prep.store import replacing
 from finetune import hardware, models, paths
-from finetune.metrics import Metrics
+from finetune.metrics import Metrics, first_difference
 from finetune.settings import EVALUATION_ONLY, Settings
 
 RECORD = "record.json"
@@ -298,15 +298,37 @@ def write_predictions(predictions: Sequence[Prediction], folder: Path, name: str
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+class Scored(Protocol):
+    """What holds figures of test rows, and the digest of the predictions that they come from."""
+
+    scoring: Metrics
+    predictions_digest: str
+
+
 def read_predictions(record: RunRecord, folder: Path) -> list[Prediction]:
     """The predictions of the test rows that belong to a record.
 
     Raises:
-        DataError: They are missing, were changed, or are another record's.
+        DataError: They are missing, were changed, are another record's, or give other figures than the record holds.
     """
     if record.evaluation is None:
         raise DataError(folder / RECORD, f"{record.run} was not evaluated yet; run its performance notebook")
-    return read_rows(folder / PREDICTIONS, record.evaluation.predictions_digest)
+    return read_scored(record.run, record.evaluation, folder)
+
+
+def read_scored(name: str, recorded: Scored, folder: Path) -> list[Prediction]:
+    """The predictions of the test rows that a record's figures come from, from its folder.
+
+    Raises:
+        DataError: As `read_predictions`.
+    """
+    rows = read_rows(folder / PREDICTIONS, recorded.predictions_digest)
+    other = first_difference(recorded.scoring, [row.label for row in rows], [row.prediction for row in rows])
+    if other:
+        raise DataError(
+            folder / RECORD, f"the record of {name} holds another {other} than its predictions give; evaluate it again"
+        )
+    return rows
 
 
 def read_validation(record: RunRecord, folder: Path) -> list[Prediction] | None:
@@ -335,19 +357,6 @@ def read_rows(path: Path, digest: str) -> list[Prediction]:
     if hashlib.sha256(content).hexdigest() != digest:
         raise DataError(path, "not the predictions of record.json beside it (cut short, changed, or another run's)")
     return [Prediction.model_validate_json(line) for line in content.splitlines()]
-
-
-def require_own_accuracy(scoring: Metrics, rows: Sequence[Prediction], path: Path) -> None:
-    """Refuse the record at `path` if its accuracy is not that of its predictions.
-
-    Raises:
-        DataError: It is not.
-    """
-    right = sum(row.prediction == row.label for row in rows)
-    if round(scoring.accuracy * len(rows), 6) != right:
-        raise DataError(
-            path, f"holds an accuracy of {scoring.accuracy:.2%}, and its predictions give {right} of {len(rows)}"
-        )
 
 
 def require_artefact(settings: Settings, data: DataReference, notebook: str) -> tuple[Training, Path]:

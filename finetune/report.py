@@ -22,7 +22,7 @@ from finetune.comparison import Comparison, percent_interval
 from finetune.contrasts import Contrast
 from finetune.metrics import accuracy_interval
 from finetune.recipes import Recipe
-from finetune.wording import NAMES, format_p, one_decimal
+from finetune.wording import NAMES, format_p, one_decimal, or_none
 
 RATES = ("articles/s", "real tokens/s")
 DECIMALS = {
@@ -85,6 +85,7 @@ def render(
         labels=LABELS,
         format_p=format_p,
         one_decimal=one_decimal,
+        or_none=or_none,
         articles=articles,
         listed_errors=LISTED_ERRORS,
         judged=errors.judged(comparison),
@@ -133,9 +134,8 @@ def provenance(comparison: Comparison) -> list[Source]:
     found = []
     for name in comparison.predictions:
         if name in comparison.baselines:
-            found.append(_source_of_baseline(comparison.baselines[name], name))
-            if name == "svm":
-                found.extend(_source_of_baseline(fitted, None) for fitted in comparison.svm_curve)
+            places = comparison.baselines | comparison.svm_curve
+            found.extend(_source_of_baseline(place, of) for place, of in places.items() if of.name == name)
             continue
         found.append(_source(comparison.records[name], name))
         variants = [*comparison.seeds.get(name, []), *comparison.curve.get(name, [])]
@@ -158,13 +158,12 @@ def _source(record: records.RunRecord, anchor: str | None) -> Source:
     )
 
 
-def _source_of_baseline(baseline: Baseline, anchor: str | None) -> Source:
+def _source_of_baseline(place: str, baseline: Baseline) -> Source:
     where = baseline.environment
-    variant = "" if anchor else f"rows-{baseline.data.train_rows}"
     return Source(
         name=baseline.name,
-        record="/".join(filter(None, ("baselines", baseline.name, variant, records.RECORD))),
-        anchor=anchor,
+        record=f"baselines/{place}/{records.RECORD}",
+        anchor=baseline.name if place == baseline.name else None,
         seed="-",
         trained="-",
         evaluated=where.short_commit,

@@ -216,6 +216,11 @@ def parse_assignments(assignments: list[str]) -> dict[str, str]:
     return parsed
 
 
+def fewer_rows(count: int) -> dict[str, Any]:
+    """The overrides of a training on fewer rows, a point of a learning curve."""
+    return {"train_rows": count, "variant": f"rows-{count}"}
+
+
 def applicable(overrides: Mapping[str, Any], run: str) -> dict[str, Any]:
     """The overrides that mean something to a run: the base model has no learning rate."""
     unknown = set(overrides) - _names(Experiment) - _names(Recipe)

@@ -407,8 +407,7 @@ def _seeded(steps: tuple[Step, ...], first: int, seeds: int) -> tuple[Step, ...]
 
 def _curve(steps: tuple[Step, ...], rows: tuple[int, ...]) -> tuple[Step, ...]:
     """The steps of every trained run for each number of rows, and the comparison; all rows are the run itself."""
-    variants = [{"train_rows": count, "variant": f"rows-{count}"} for count in rows]
-    trained = _before_the_comparison(steps, variants)
+    trained = _before_the_comparison(steps, [settings.fewer_rows(count) for count in rows])
     return tuple(step for step in trained if step.variant or step.run is None)
 
 

@@ -44,7 +44,6 @@ def read(folder: Path, main: RunRecord, rows: Sequence[Prediction], kind: Litera
         if record.evaluation:
             _require_same_but(record, main, VARIED[kind] | HARMLESS, path)
             predictions = records.read_predictions(record, path.parent)
-            records.require_own_accuracy(record.evaluation.scoring, predictions, path)
             if [row.id for row in predictions] != [row.id for row in rows]:
                 raise DataError(path, f"was evaluated on other test rows than {main.run}")
             found.append(Variant(record, outcomes(predictions)))

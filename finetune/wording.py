@@ -75,12 +75,23 @@ def interval_of(low: float, high: float, sign: str = "") -> str:
     return f"{one_decimal(low, sign)} to {one_decimal(high, sign)}"
 
 
+def extent(texts: Sequence[str]) -> str:
+    """The first and the last of several figures: `32 s to 36 s`; one where they look alike."""
+    first, last = texts[0], texts[-1]
+    return first if first == last else f"{first} to {last}"
+
+
 def span(texts: Sequence[str]) -> str:
-    """The first and the last of several figures with their unit: `32 to 36 seconds`; one where they look alike."""
+    """The same of figures with their unit, which is said once if it is the same: `32 to 36 seconds`."""
     first, last = texts[0], texts[-1]
     if first == last:
         return first
-    return f"{first.removesuffix(last.partition(' ')[2]).strip()} to {last}"
+    return extent([first.removesuffix(last.partition(" ")[2]).strip(), last])
+
+
+def or_none(points: float | None) -> str:
+    """A detectable difference in points; `none` where no difference could have been shown."""
+    return "none" if points is None else one_decimal(points)
 
 
 def duration(seconds: float) -> str:

@@ -97,8 +97,7 @@ class TestOnFewerRows:
         return fitted
 
     def read(self):
-        found, rows = baselines.read_all(paths.results_folder("cpu"))
-        return baselines.read_curve(paths.results_folder("cpu"), found["svm"], rows["svm"])
+        return list(baselines.read_svm_curve(paths.results_folder("cpu"))[0].values())
 
     def test_each_is_recorded_beside_the_one_on_all(self, curve, planned):
         assert self.read() == [curve[8], curve[16]]
@@ -144,25 +143,30 @@ class TestOnFewerRows:
         assert main([*command, "--set", "train_rows=200"]) == 2
         assert "there are 200 training rows; ask for fewer than all of them: --rows 100" in capsys.readouterr().err
 
-    def test_of_other_data_or_rows_it_is_refused(self, home):
+    @pytest.mark.parametrize(
+        ("right", "changes", "said"),
+        [
+            (20, {"data": {"fingerprint": "ffffffffffff"}}, "fingerprint is ffffffffffff, and 0123456789ab in"),
+            (20, {"description": "words only"}, "words only is not the classifier of baselines/svm; run `python -m"),
+            (30, {"scoring": factories.metrics.compute(["World", "Sports"], ["World", "World"])},
+             "record.json: the record of svm/rows-250 holds another accuracy than its predictions give"),
+        ],
+    )  # fmt: skip
+    def test_of_other_data_or_figures_it_is_refused(self, home, right, changes, said):
         results = paths.results_folder("cpu")
+        write_run(results, "base", right_on(20, 40))
         write_baseline(results, "svm", right_on(28, 40))
-        write_baseline(results, "svm/rows-250", right_on(20, 40), data={"fingerprint": "ffffffffffff"})
-        with pytest.raises(
-            DataError,
-            match=r"rows-250/record\.json: fingerprint is ffffffffffff, and 0123456789ab in the record of all",
-        ):
-            self.read()
-        write_baseline(results, "svm/rows-250", right_on(20, 40), description="words only")
-        with pytest.raises(DataError, match=r"rows-250/record\.json: description is words only, and as it was made in"):
-            self.read()
-        other = factories.metrics.compute(["World", "Sports"], ["World", "World"])
-        write_baseline(results, "svm/rows-250", right_on(30, 40), scoring=other)
-        with pytest.raises(DataError, match=r"holds an accuracy of 50\.00%, and its predictions give 30 of 40"):
-            self.read()
-        write_baseline(results, "svm/rows-250", right_on(20, 39))
-        with pytest.raises(DataError, match=r"rows-250/record\.json: was evaluated on other test rows"):
-            self.read()
+        write_baseline(results, "svm/rows-250", right_on(right, 40), **changes)
+        with pytest.raises(DataError, match=rf"svm/rows-250.*{said}"):
+            load("cpu")
+
+    def test_on_other_test_rows_it_is_refused(self, home):
+        results = paths.results_folder("cpu")
+        write_run(results, "base", right_on(20, 40))
+        write_baseline(results, "svm", right_on(28, 40))
+        write_baseline(results, "svm/rows-250", right_on(20, 39), data={"test_rows": 40})
+        with pytest.raises(DataError, match="svm/rows-250: was evaluated on other test rows than the base"):
+            load("cpu")
 
 
 def test_the_svm_learns_the_sample():

@@ -145,3 +145,13 @@ def test_log_loss_works_where_a_class_is_absent():
 
 def test_log_loss_of_a_sure_error_is_finite():
     assert 10 < metrics.log_loss(["World"], np.array([[0.0, 1.0, 0.0, 0.0]])) < 1000
+
+
+@pytest.mark.parametrize("what", ["accuracy", "accuracy_low", "accuracy_high", "macro_f1"])
+def test_a_figure_that_predictions_do_not_give_is_named(what):
+    labels, answers = ["World", "Sports", "Business", "Sci/Tech"] * 5, ["World", "Sports", "", "World"] * 5
+    found = metrics.compute(labels, answers)
+    assert metrics.first_difference(found, labels, answers) is None
+    assert metrics.first_difference(found.model_copy(update={what: 0.7}), labels, answers) == what
+    moved = [[5, 0, 0, 0], [0, 5, 0, 0], [0, 0, 0, 0], [0, 5, 0, 0]]
+    assert metrics.first_difference(found.model_copy(update={"confusion": moved}), labels, answers) == "confusion"

@@ -81,12 +81,12 @@ def test_where_nothing_varies_there_is_no_error(value):
 def test_how_often_a_true_hypothesis_is_rejected(between_seeds, size, strict):
     """What the module says of its test, by drawing: three seeds, an error of the rows of 0.115."""
     generator = np.random.default_rng(0)
-    of_seeds, of_rows = generator.normal(0, between_seeds, (20_000, 3)), generator.normal(0, 0.115, (20_000, 1))
-    p_values = []
-    for values in of_seeds + of_rows:
-        variances = values.var(ddof=1) / 3, 0.115**2
-        freedom = sum(variances) ** 2 / (variances[0] ** 2 / 2 + variances[1] ** 2 / 7596)
-        p_values.append(Estimate(values.mean(), sum(variances) ** 0.5, freedom).p_value())
+
+    def p_value() -> float:
+        values = generator.normal(0, between_seeds, (3, 1)) + generator.normal(0, 0.115 * 200**0.5, (1, 200))
+        return seeds.estimate(["World"] * 200, values).p_value()
+
+    p_values = [p_value() for _ in range(12_000)]
     assert np.mean(np.array(p_values) < 0.05) == pytest.approx(size, abs=0.006)
     assert np.mean(np.array(p_values) < 0.05 / 14) * 14 / 0.05 == pytest.approx(strict, abs=0.8)
 
