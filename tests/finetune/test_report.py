@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from factories import right_on, write_run
+from statsmodels.stats.proportion import proportion_confint
 from test_baselines import write_baseline
 from test_variants import SETTINGS, write_variant
 
@@ -215,13 +216,16 @@ class TestProvenance:
         write_run(results, "base", right_on(20, 40))
         record = write_run(results, "lora", right_on(30, 40))
         merged = records.Merged(
-            environment=factories.environment(), run="lora", base="the base", artefact="a", artefact_bytes=1,
+            environment=factories.environment(), run="lora", base="the base", artefact="a", artefact_bytes=273_100_000,
             adapter_digest=record.training.artefact_digest, artefact_digest="b", scoring=record.evaluation.scoring,
-            adapter_accuracy=0.75, agreement=1.0, largest_difference=0.0,
+            adapter_accuracy=0.775, agreement=0.95, largest_difference=0.0625,
         )  # fmt: skip
         (results / "lora" / "merged.json").write_text(merged.model_dump_json())
         text = " ".join(text_of(report.render(load("cpu"), {})).split())
         assert "From lora/merged.json (commit 0123456789 ; A processor, 2 cores, no GPU)." in text
+        # Of 40 rows 30 are right when merged, and 31 with the adapter apart; 38 are labelled alike.
+        low, high = (f"{100 * end:.1f}" for end in proportion_confint(30, 40, method="wilson"))
+        assert f"LoRA the base 77.5 75.0 {low} to {high} 95.0 0.062 273.1" in text
 
 
 @pytest.mark.parametrize(
