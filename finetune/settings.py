@@ -274,4 +274,5 @@ def _names(part: type) -> set[str]:
 
 
 def _documentation(part: type) -> dict[str, str]:
-    return {name: field.description for name, field in part.__pydantic_fields__.items()}
+    # In a table, a docstring's line break would be shown as `\n`.
+    return {name: " ".join(field.description.split()) for name, field in part.__pydantic_fields__.items()}

@@ -317,6 +317,7 @@ class TestDocumentation:
         assert set(table.index) == EXPERIMENT_NAMES | RECIPE_NAMES
         assert list(table.loc["learning_rate"]) == ["0.0001", "override", "Peak learning rate."]
         assert (table["meaning"].str.len() > 0).all()
+        assert not table["meaning"].str.contains("\n").any()
 
     def test_the_notebook_shows_profile_and_engine_with_their_reasons(self):
         html = plan("lora", "cpu")._repr_html_()
