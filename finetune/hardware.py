@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import sys
 from importlib import metadata
+from pathlib import Path
 
+import joblib
 import pandas as pd
 import psutil
 import pynvml
@@ -57,6 +60,15 @@ def visible_gpus() -> tuple[str, ...]:
     names = map(str, range(count)) if chosen is None else map(str.strip, chosen.split(","))
     # A name that is no GPU ends the list.
     return tuple(names)[:count]
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use: its affinity and its control group's limit count."""
+    allowed = os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
+    topology = [Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list") for number in allowed]
+    siblings = {path.read_text() for path in topology if path.is_file()}
+    # joblib reads affinity and control group, but takes the two threads of a core for two.
+    return max(1, min(joblib.cpu_count(), len(siblings) or psutil.cpu_count(logical=False) or 1))
 
 
 def is_unified() -> bool:

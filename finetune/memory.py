@@ -16,7 +16,8 @@ from finetune import hardware
 from finetune.recipes import Recipe
 from finetune.settings import Settings
 
-BYTES = {"bfloat16": 2, "float32": 4}
+# `auto` is the type of the products; on a GPU, where memory is short, bfloat16.
+BYTES = {"auto": 2, "bfloat16": 2, "float32": 4}
 # AdamW's two moments: in the trained weights' precision, or in what the optimiser's name says.
 MOMENTS = 2
 MOMENT_BYTES = {"adamw_8bit": 1, "adamw_8bit_stochastic": 1, "adamw_4bit_stochastic": 0.5}

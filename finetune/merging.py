@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from data_prep import LABELS, UserError
 from finetune import cards, chat, evaluation, metrics, models, paths, records, segments
@@ -31,6 +32,9 @@ def merge(settings: Settings, data: PreparedData) -> records.Merged:
     before = records.read_predictions(record, run_folder)
     tokenizer = models.load_tokenizer(settings)
     model = models.merged(settings, adapter)
+    products = model.dtype
+    # Saved in the precision that models are used in, and judged as it is saved.
+    model.to(torch.bfloat16)
     folder = paths.artefact_folder(settings.profile, f"{settings.run}-merged", is_adapter=False)
     with replacing_folder(folder) as beside:
         model.save_pretrained(beside)
@@ -38,6 +42,7 @@ def merge(settings: Settings, data: PreparedData) -> records.Merged:
         (beside / "README.md").write_text(
             cards.merged_card(settings, data, models.model_name(settings), BASES[settings.run]), encoding="utf-8"
         )
+    model.to(products)
     prompts = [row.prompt for row in chat.encode(tokenizer, data.test, MAX_LENGTH)]
     scorer = evaluation.LabelScorer(segments.Backbone(model), tokenizer, settings.experiment.evaluation_batch_size)
     probabilities = scorer.score(prompts, progress="scoring")

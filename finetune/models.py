@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from data_prep import UserError
-from finetune import embedded, hardware, paths, segments
+from finetune import embedded, hardware, paths, precision, segments
+from finetune.precision import DTYPES, Precision
 from finetune.recipes import Recipe
 from finetune.settings import Settings
 
@@ -25,8 +26,6 @@ from finetune.settings import Settings
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # Liger, for its part, warns of each kernel that it has for other accelerators.
 logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,14 @@ def configuration(settings: Settings):
         return AutoConfig.from_pretrained(path)
 
 
+def choose_precision(settings: Settings) -> Precision:
+    """The type of all matrix products of a run, in training and evaluation."""
+    if settings.recipe and settings.recipe.weights == "bfloat16":
+        return precision.choose("bfloat16", 0)
+    hidden = configuration(settings).get_text_config().hidden_size
+    return precision.choose(settings.experiment.compute_dtype, hidden)
+
+
 def load_for_training(settings: Settings, checkpointing: str = "off"):
     """The model as its method trains it: whole, or frozen with an adapter.
 
@@ -119,7 +126,11 @@ def load_for_training(settings: Settings, checkpointing: str = "off"):
     """
     if settings.engine == "unsloth":
         return _load_with_unsloth(settings, {"unsloth": "unsloth", "plain": True, "off": False}[checkpointing])
-    model = _load_plain(model_path(settings), weights=settings.recipe.weights, quantised=settings.recipe.load_in_4bit)
+    compute, weights = choose_precision(settings).name, settings.recipe.weights
+    # What is only read lies in the type that it is multiplied in, so that no step converts it.
+    model = _load_plain(
+        model_path(settings), compute if weights == "auto" else weights, compute, settings.recipe.load_in_4bit
+    )
     if uses_liger(settings):
         _fuse_kernels(model, "fused_kernels=False")
     return _with_adapter(model, settings) if settings.recipe.adapter else model
@@ -175,10 +186,10 @@ def load_for_evaluation(settings: Settings, artefact: Path | None):
     """
     from peft import PeftModel
 
-    dtype = settings.experiment.evaluation_dtype
+    dtype = choose_precision(settings).name
     has_adapter = artefact is not None and settings.recipe.adapter
     path = model_path(settings) if artefact is None or has_adapter else str(artefact)
-    model = _load_plain(path, dtype, quantised=has_adapter and settings.recipe.load_in_4bit)
+    model = _load_plain(path, dtype, dtype, quantised=has_adapter and settings.recipe.load_in_4bit)
     if settings.experiment.evaluation_kernels == "fused" and hardware.has_cuda():
         _fuse_kernels(model, "evaluation_kernels=plain")
     if has_adapter:
@@ -188,13 +199,14 @@ def load_for_evaluation(settings: Settings, artefact: Path | None):
 
 
 def merged(settings: Settings, adapter: Path):
-    """The base model with an adapter merged into it, in bf16; of a 4-bit base, into its dequantised weights.
+    """The base model with an adapter merged into it; of a 4-bit base, into its dequantised weights.
 
     Merging into 4-bit weights themselves would round the merged ones to 4 bits again.
     """
     from peft import PeftModel
 
-    base = _load_plain(model_path(settings), "bfloat16", settings.recipe.load_in_4bit)
+    dtype = choose_precision(settings).name
+    base = _load_plain(model_path(settings), dtype, dtype, settings.recipe.load_in_4bit)
     if settings.recipe.load_in_4bit:
         base = base.dequantize()
     return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().eval()
@@ -240,7 +252,7 @@ def parameter_count(model) -> int:
     )
 
 
-def _load_plain(path: str, weights: str, quantised: bool):
+def _load_plain(path: str, weights: str, compute: str, quantised: bool):
     from transformers import AutoModelForCausalLM
 
     with _loading(path):
@@ -248,7 +260,7 @@ def _load_plain(path: str, weights: str, quantised: bool):
             path,
             dtype=DTYPES[weights],
             attn_implementation="sdpa",
-            quantization_config=_four_bit(DTYPES[weights]) if quantised else None,
+            quantization_config=_four_bit(DTYPES[compute]) if quantised else None,
             device_map={"": hardware.device()},
         )
 

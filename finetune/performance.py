@@ -10,6 +10,7 @@ import pandas as pd
 from data_prep import LABELS, Example
 from finetune import chat, comparison, evaluation, hardware, metrics, models, paths, records, segments, turns
 from finetune.data import PreparedData
+from finetune.precision import Precision
 from finetune.settings import Settings
 
 # A prompt must fit, whatever it was trained with; no article of AG News comes near this.
@@ -31,10 +32,12 @@ def evaluate(settings: Settings, data: PreparedData, notebook: str | None = None
     if notebook is not None:
         training, artefact = records.require_artefact(settings, data.reference, notebook)
     tokenizer = models.load_tokenizer(settings)
+    precision = models.choose_precision(settings)
+    print(f"precision: {precision}")
     model = models.load_for_evaluation(settings, artefact)
     hardware.reset_peak_memory()
     digest = training.artefact_digest if training else None
-    result = _evaluate_model(model, tokenizer, settings, data, digest)
+    result = _evaluate_model(model, precision, tokenizer, settings, data, digest)
     record = records.new_record(settings, data.reference, training=training, evaluation=result)
     records.write(record, folder_of(settings))
     return record
@@ -106,7 +109,7 @@ def folder_of(settings: Settings) -> Path:
 
 
 def _evaluate_model(
-    model, tokenizer, settings: Settings, data: PreparedData, artefact_digest: str | None
+    model, precision: Precision, tokenizer, settings: Settings, data: PreparedData, artefact_digest: str | None
 ) -> records.Evaluation:
     experiment, examples, folder = settings.experiment, data.test, folder_of(settings)
     prompts = _prompts(tokenizer, examples)
@@ -126,7 +129,8 @@ def _evaluate_model(
         articles_per_second=len(examples) / seconds,
         peak_memory_bytes=hardware.peak_memory()[0],
         batch_size=experiment.evaluation_batch_size,
-        dtype=experiment.evaluation_dtype,
+        dtype=precision.name,
+        precision=str(precision),
         scoring=metrics.compute(labels, predicted),
         log_loss=metrics.log_loss(labels, probabilities),
         without_twins=metrics.compute([labels[r] for r in alone], [predicted[r] for r in alone]) if alone else None,

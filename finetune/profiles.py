@@ -74,7 +74,6 @@ PROFILES = {
             "saves": 2,
             "generation_rows": 32,
             "evaluation_batch_size": 16,
-            "evaluation_dtype": "float32",
         },
         by_method={
             "full": {"learning_rate": 5e-5},

@@ -50,8 +50,9 @@ class Recipe:
     objective (Radford et al. 2018)."""
     label_smoothing: Share = 0.0
     """Share of each target that goes to the other tokens of the vocabulary (Szegedy et al. 2016)."""
-    weights: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision that the trained model's weights are held in; matrix products are bfloat16 either way."""
+    weights: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type that the model's weights are held in; `auto`: the type of the products. Adapters are always held in
+    float32."""
     optimizer: Optimizer = "adamw_torch_fused"
     """AdamW; `adamw_8bit` (bitsandbytes) holds its two moments in a byte each, `adamw_8bit_stochastic` (torchao) also
     rounds bfloat16 weights up or down at random, so that small updates count on average; `adamw_4bit_stochastic` does

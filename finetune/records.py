@@ -115,7 +115,8 @@ class Generation(Part):
 class Evaluation(Part):
     """Test metrics by scoring, on all rows and on those without a twin in train; and by generation.
 
-    The validation rows were scored too, for what is fitted on them; older records hold no digest of that.
+    `dtype` is the type of matrix products, and `precision` the reason for it. The validation rows were scored too, for
+    what is fitted on them. Older records hold neither reason nor digest.
     """
 
     environment: Environment
@@ -131,6 +132,7 @@ class Evaluation(Part):
     generation: Generation | None
     predictions_digest: str
     validation_digest: str | None = None
+    precision: str = ""
 
 
 class DataReference(Part):

@@ -25,7 +25,7 @@ from finetune.profiles import PROFILES, choose_profile
 from finetune.recipes import FULL, FULL_UNSLOTH, LORA, QLORA, STRICT, Count, Recipe, check
 
 ENVIRONMENT_PREFIX = "FINETUNE_"
-EVALUATION_ONLY = {"test_rows", "generation_rows", "evaluation_batch_size", "evaluation_dtype", "evaluation_kernels"}
+EVALUATION_ONLY = {"test_rows", "generation_rows", "evaluation_batch_size", "evaluation_kernels"}
 # Settings of the process, not parameters of an experiment.
 NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND", "FINETUNE_TURNS"}
 
@@ -54,8 +54,8 @@ class Experiment:
     """Test rows that are also answered by generation, to compare with scoring; 0 skips it."""
     evaluation_batch_size: Count = 64
     """Articles per forward pass of the evaluation; the result does not depend on it."""
-    evaluation_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the evaluation."""
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of matrix products in training and evaluation; `auto`: bfloat16 on a GPU, the faster of both on a CPU."""
     evaluation_kernels: Literal["fused", "plain"] = "fused"
     """Kernels of the evaluation on a GPU: Liger's for norms, rotary embeddings and activations, or PyTorch's."""
     seed: Annotated[int, Field(ge=0)] = 42
@@ -158,7 +158,11 @@ def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = 
     recipe = _build(Recipe, values, recipe) if recipe else None
     if recipe:
         check(recipe, RUNS[run].method)
+        if recipe.weights == "bfloat16" and experiment.compute_dtype == "float32":
+            raise UserError("compute_dtype=float32 contradicts weights=bfloat16: bfloat16 weights multiply in bfloat16")
     engine, engine_reason = _choose_engine(recipe.engine) if recipe else ("transformers", "evaluation only")
+    if engine == "unsloth" and experiment.compute_dtype == "float32":
+        raise UserError("compute_dtype=float32 needs engine=transformers: Unsloth multiplies in bfloat16")
     used = {field.name for part in filter(None, (experiment, recipe)) for field in fields(part)}
     origins = {name: origins.get(name, "default" if name in _names(Experiment) else "recipe") for name in used}
     return Settings(run, profile, reason, engine, engine_reason, experiment, recipe, origins)

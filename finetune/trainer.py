@@ -15,6 +15,7 @@ from trl import SFTTrainer
 from finetune import segments
 from finetune.chat import IGNORED
 from finetune.graphs import GraphedPasses
+from finetune.precision import Precision
 from finetune.updates import update_in_backward
 
 # A row's tokens are the inner dimension of gradients' products, and tensor cores want 16 bytes of it: without, those of
@@ -108,6 +109,7 @@ class RowTrainer(SFTTrainer):
 
     Args:
         backbone: The model as `segments` runs it.
+        precision: The type of matrix products.
         graphed: Run the passes as CUDA graphs; the collator must give fixed shapes.
         label_smoothing: Share of a target that goes to the other tokens of the vocabulary.
         updates_in_backward: Update each weight in the backward pass (`updates`).
@@ -117,6 +119,7 @@ class RowTrainer(SFTTrainer):
     def __init__(
         self,
         backbone: segments.Backbone,
+        precision: Precision,
         graphed: bool = False,
         label_smoothing: float = 0.0,
         updates_in_backward: bool = False,
@@ -124,6 +127,7 @@ class RowTrainer(SFTTrainer):
     ):
         super().__init__(**arguments)
         self._backbone = backbone
+        self._precision = precision
         self._label_smoothing = label_smoothing
         self._updates_in_backward = updates_in_backward
         self._trained = [parameter for parameter in backbone.model.parameters() if parameter.requires_grad]
@@ -177,7 +181,7 @@ class RowTrainer(SFTTrainer):
 
     def _loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
         row = batch["row"]
-        with torch.autocast(row.input_ids.device.type, dtype=torch.bfloat16):
+        with self._precision.autocast():
             hidden = self._backbone(row, batch.get("embeddings"))
             logits = self._backbone.head(hidden.index_select(0, batch["predicts"]))
         losses = functional.cross_entropy(

@@ -27,6 +27,7 @@ from data_prep.store import write_json
 from finetune import cards, chat, energy, evaluation, hardware, memory, metrics, models, paths, records, segments, turns
 from finetune.data import PreparedData
 from finetune.files import folder_bytes, folder_digest, replacing_folder
+from finetune.precision import Precision
 from finetune.recipes import Recipe
 from finetune.settings import Settings
 from finetune.trainer import FixedShapes, RowCollator, RowTrainer
@@ -134,24 +135,25 @@ def prepare_training(settings: Settings, data: PreparedData) -> Session:
     encode = partial(chat.encode, tokenizer, max_length=recipe.max_length)
     encoded = encode(data.train)
     attention = models.choose_attention(settings)
+    precision = models.choose_precision(settings)
     checkpointing = memory.choose_checkpointing(settings, models.configuration(settings), list(map(len, encoded)))
-    choices = _choices(settings, attention, checkpointing)
+    choices = _choices(settings, attention, precision, checkpointing)
     for name, choice in choices.items():
         print(f"{name}: {choice}")
     model = models.load_for_training(settings, checkpointing.mode)
     choices["memory"] = memory.require_room(recipe, sum(models.trainable_table(model).values()))
     backbone = models.training_backbone(model, settings)
     clock = Clock(settings)
-    watch = ValidationWatch(backbone, tokenizer, data.validation, encode(data.validation), settings)
+    watch = ValidationWatch(backbone, precision, tokenizer, data.validation, encode(data.validation), settings)
     callbacks = [clock, watch, StopOnNonFiniteLoss()]
-    trainer = _trainer(settings, backbone, tokenizer, encoded, checkpointing.mode, callbacks)
+    trainer = _trainer(settings, backbone, precision, tokenizer, encoded, checkpointing.mode, callbacks)
     if recipe.adapter:
         _hold_in_fp32(model)
     watch.trainer, watch.clock = trainer, clock
     _set_pace(trainer, settings)
     supervision = check_supervision(trainer, tokenizer)
     if recipe.packing:
-        choices["isolation"] = check_isolation(backbone, encoded)
+        choices["isolation"] = check_isolation(backbone, precision, encoded)
     for name in ("memory", "isolation"):
         print(f"{name}: {choices.get(name, 'nothing to check: padded batches')}")
     tokens = sum(map(len, encoded))
@@ -161,6 +163,7 @@ def prepare_training(settings: Settings, data: PreparedData) -> Session:
 def _trainer(
     settings: Settings,
     backbone: segments.Backbone,
+    precision: Precision,
     tokenizer,
     encoded: Sequence[chat.Encoded],
     checkpointing: str,
@@ -169,7 +172,7 @@ def _trainer(
     recipe = settings.recipe
     arguments = {
         "model": backbone.model,
-        "args": _arguments(settings, checkpointing),
+        "args": _arguments(settings, precision, checkpointing),
         "train_dataset": Dataset.from_list([row.row(recipe.supervise) for row in encoded]),
         "processing_class": tokenizer,
         "callbacks": callbacks,
@@ -182,7 +185,7 @@ def _trainer(
     shapes = _fixed_shapes(recipe, encoded, shared) if use_graphs(recipe, checkpointing) else None
     collator = RowCollator(shared, shapes, _article_weight(recipe, encoded, shared))
     options = shapes is not None, recipe.label_smoothing, recipe.update_in_backward
-    return RowTrainer(backbone, *options, data_collator=collator, **arguments)
+    return RowTrainer(backbone, precision, *options, data_collator=collator, **arguments)
 
 
 def _hold_in_fp32(model) -> None:
@@ -244,7 +247,7 @@ def _labelled_stretches(ids: torch.Tensor, labelled: torch.Tensor) -> list[list[
 
 
 @torch.no_grad()
-def check_isolation(backbone: segments.Backbone, encoded: Sequence[chat.Encoded]) -> str:
+def check_isolation(backbone: segments.Backbone, precision: Precision, encoded: Sequence[chat.Encoded]) -> str:
     """Two articles in one row behind what they share, against each of them alone in the model's own attention.
 
     Returns:
@@ -260,7 +263,7 @@ def check_isolation(backbone: segments.Backbone, encoded: Sequence[chat.Encoded]
     for sequence in sequences:
         forest.add(sequence, root)
     models.evaluating(backbone.model)
-    with torch.autocast(backbone.device.type, dtype=torch.bfloat16):
+    with precision.autocast():
         together = backbone(forest.row().to(backbone.device)).float()[len(shared) :].split([*map(len, sequences)])
         alone = [backbone.alone(shared + sequence).float()[len(shared) :] for sequence in sequences]
     backbone.model.train()
@@ -370,12 +373,14 @@ class ValidationWatch(TrainerCallback):
     def __init__(
         self,
         backbone: segments.Backbone,
+        precision: Precision,
         tokenizer,
         examples: Sequence[Example],
         encoded: Sequence[chat.Encoded],
         settings: Settings,
     ):
         self._scorer = evaluation.LabelScorer(backbone, tokenizer, settings.experiment.evaluation_batch_size)
+        self._precision = precision
         self._labels = [example.label for example in examples]
         self._prompts = [row.prompt for row in encoded]
         self._times = settings.recipe.evaluations
@@ -393,8 +398,8 @@ class ValidationWatch(TrainerCallback):
     def _validate(self, model, control) -> None:
         self.clock.pause()
         models.evaluating(model)
-        # The same products in bf16 as in training; the labels' probabilities are formed in fp32.
-        with torch.autocast(self._scorer.backbone.device.type, dtype=torch.bfloat16):
+        # The same products as in training; the labels' probabilities are formed in fp32.
+        with self._precision.autocast():
             probabilities = self._scorer.score(self._prompts)
         model.train()
         predicted = evaluation.predicted_labels(probabilities)
@@ -422,17 +427,20 @@ class StopOnNonFiniteLoss(TrainerCallback):
             )
 
 
-def _choices(settings: Settings, attention: models.Attention, checkpointing: memory.Checkpointing) -> dict[str, str]:
+def _choices(
+    settings: Settings, attention: models.Attention, precision: Precision, checkpointing: memory.Checkpointing
+) -> dict[str, str]:
     """What was decided for the user, each with its reason."""
     recipe = settings.recipe
-    precision = "4-bit NormalFloat base" if recipe.load_in_4bit else f"{recipe.weights} weights"
+    weights = precision.name if recipe.weights == "auto" else recipe.weights
+    held = "4-bit NormalFloat base" if recipe.load_in_4bit else f"{weights} weights"
     return {
         "device": hardware.gpu_name() or "CPU",
         "engine": f"{settings.engine}: {settings.engine_reason}",
         "attention": f"{attention.implementation}: {attention.reason}",
         "packing": "on: a batch is one row, and what prompts share is computed once" if recipe.packing else "off",
         "gradient checkpointing": f"{checkpointing.mode}: {checkpointing.reason}",
-        "precision": f"{precision}, bfloat16 products",
+        "precision": f"{held}, {precision}",
         "kernels": _kernels_choice(settings),
         "gradients": _gradients_choice(recipe),
         "CUDA graphs": _graphs_choice(recipe, checkpointing.mode),
@@ -468,7 +476,7 @@ _OPTIMIZERS = {
 }
 
 
-def _arguments(settings: Settings, checkpointing: str) -> SFTConfig:
+def _arguments(settings: Settings, precision: Precision, checkpointing: str) -> SFTConfig:
     recipe, seed = settings.recipe, settings.experiment.seed
     # transformers 5 takes the folder of TensorBoard's logs from the environment alone.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(settings.run_folder / "tensorboard")
@@ -491,7 +499,7 @@ def _arguments(settings: Settings, checkpointing: str) -> SFTConfig:
         padding_free=False,
         train_sampling_strategy="random" if recipe.packing else "group_by_length",
         gradient_checkpointing=checkpointing != "off",
-        bf16=True,
+        bf16=precision.name == "bfloat16",
         use_cpu=not hardware.has_cuda(),
         dataloader_pin_memory=hardware.has_cuda(),
         seed=seed,
