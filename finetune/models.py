@@ -96,7 +96,7 @@ def _packed_attention() -> Attention:
     if segments.kernel_for(torch.empty(1, 1, 1, 64, device=hardware.device(), dtype=torch.bfloat16)) == "flash":
         return Attention("flash", "FlashAttention-2 of PyTorch, all articles of a row at once")
     lacking = "a GPU of compute capability 8.0 or later" if hardware.has_cuda() else "a GPU"
-    return Attention("loop", f"one article after the other: FlashAttention needs {lacking}")
+    return Attention("padded", f"articles of similar length together, in fp32: FlashAttention needs {lacking}")
 
 
 def configuration(settings: Settings):

@@ -22,7 +22,26 @@ import torch
 from torch.nn import functional
 
 NAME = "segments"
-Kernel = Literal["flash", "loop"]
+Kernel = Literal["flash", "padded"]
+# Keys of a group of padded segments, at most: on a CPU 16,384 of them take 25 MB a layer of SmolLM2-135M.
+GROUP_KEYS = 16_384
+
+
+@dataclass(frozen=True)
+class Group:
+    """S segments of a row, padded to L queries and K keys: how attention without FlashAttention reads them.
+
+    Attributes:
+        queries: Place in the row of each query, shape (S, L).
+        is_query: Which of them are real, shape (S, L).
+        keys: Place in the row of each key, shape (S, K).
+        mask: Which keys a query sees, shape (S, L, K).
+    """
+
+    queries: torch.Tensor
+    is_query: torch.Tensor
+    keys: torch.Tensor
+    mask: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,39 @@ class Row:
     key_ends: torch.Tensor
     longest_query: int
     longest_keys: int
+
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        """The segments in groups of similar length."""
+        lengths, sees = np.diff(self.query_ends.cpu().numpy()), np.diff(self.key_ends.cpu().numpy())
+        groups, members = [], []
+        for segment in np.argsort(lengths, kind="stable"):
+            together = [*members, segment]
+            is_alike = lengths[segment] <= 2 * lengths[together[0]]
+            if members and not (is_alike and len(together) * sees[together].max() <= GROUP_KEYS):
+                groups.append(self._group(members))
+                together = [segment]
+            members = together
+        return [*groups, self._group(members)]
+
+    @functools.cached_property
+    def places(self) -> torch.Tensor:
+        """Where in the groups' queries, one group behind the other, each token of the row stands, shape (T)."""
+        return torch.cat([group.queries[group.is_query] for group in self.groups]).argsort()
+
+    def _group(self, members: Sequence[int]) -> Group:
+        query_ends, key_ends = self.query_ends.cpu(), self.key_ends.cpu()
+        device, starts, seen = self.input_ids.device, query_ends[members], key_ends[members]
+        lengths, sees = query_ends.diff()[members], key_ends.diff()[members]
+        query, key = torch.arange(int(lengths.max())), torch.arange(int(sees.max()))
+        is_query = query < lengths[:, None]
+        # Places of padding stay within the row; what is computed there is dropped.
+        queries = torch.where(is_query, starts[:, None] + query, 0)
+        places = torch.where(key < sees[:, None], seen[:, None] + key, 0)
+        # A segment's last query sees all of its keys, the one before it all but one.
+        last = (sees - lengths)[:, None] + query
+        mask = key <= torch.minimum(last, sees[:, None] - 1)[:, :, None]
+        return Group(queries.to(device), is_query.to(device), self.key_index.cpu()[places].to(device), mask.to(device))
 
     def to(self, device, non_blocking: bool = True) -> Row:
         """The row with its tensors on a device."""
@@ -169,16 +221,16 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: Row
     Returns:
         Shape (1, T, heads, width).
     """
-    run = _flash if kernel_for(query) == "flash" else _loop
+    run = _flash if kernel_for(query) == "flash" else _padded
     return run(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), row, scale)[None]
 
 
 def kernel_for(query: torch.Tensor) -> Kernel:
     """`flash`: FlashAttention-2 in PyTorch, for all segments at once, in bf16 (compute capability 8.0 or later, heads
-    of up to 256). `loop`: one segment after the other, in fp32."""
+    of up to 256). `padded`: segments of similar length together, in fp32, through PyTorch's own attention."""
     fits = query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
     half = query.dtype == torch.bfloat16 or torch.is_autocast_enabled(query.device.type)
-    return "flash" if query.is_cuda and fits and half and torch.cuda.get_device_capability()[0] >= 8 else "loop"
+    return "flash" if query.is_cuda and fits and half and torch.cuda.get_device_capability()[0] >= 8 else "padded"
 
 
 def _flash(query, key, value, row: Row, scale: float | None) -> torch.Tensor:
@@ -205,25 +257,26 @@ def _repeated(part: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return (part.float() if part.requires_grad else part).index_select(0, index).bfloat16()
 
 
-def _loop(query, key, value, row: Row, scale: float | None) -> torch.Tensor:
+def _padded(query, key, value, row: Row, scale: float | None) -> torch.Tensor:
     # fp32: on a CPU that is no slower for so few products, and without it gradients of what is shared would be rounded
     # at each addition. Autocast would take it back.
     with torch.autocast(query.device.type, enabled=False):
-        queries = query.float().split(row.query_ends.diff().tolist())
-        lengths = row.key_ends.diff().tolist()
-        keys, values = (part.float().index_select(0, row.key_index).split(lengths) for part in (key, value))
-        parts = [_one(*segment, scale) for segment in zip(queries, keys, values, strict=True)]
-    return torch.cat(parts).to(value.dtype)
+        parts = [_group(query.float(), key.float(), value.float(), group, scale) for group in row.groups]
+    return torch.cat(parts).index_select(0, row.places).to(value.dtype)
 
 
-def _one(query, key, value, scale: float | None) -> torch.Tensor:
-    """One segment: its queries, shape (queries, heads, width), are the last of its keys."""
-    length, total = len(query), len(key)
-    mask = torch.ones(length, total, dtype=torch.bool, device=query.device).tril(total - length)
-    groups = query.shape[1] // key.shape[1]
-    key, value = (part.repeat_interleave(groups, dim=1).transpose(0, 1) for part in (key, value))
-    output = functional.scaled_dot_product_attention(query.transpose(0, 1), key, value, attn_mask=mask, scale=scale)
-    return output.transpose(0, 1)
+def _group(query, key, value, group: Group, scale: float | None) -> torch.Tensor:
+    """Attention of the segments of a group, padded; of queries those that are real, shape (queries, heads, width)."""
+    segments, longest = group.queries.shape
+    heads, key_heads = query.shape[1], key.shape[1]
+    # The heads that share keys stand behind one another as further queries, so that no key is repeated for them.
+    queries = query[group.queries].view(segments, longest, key_heads, heads // key_heads, -1)
+    queries = queries.permute(0, 2, 3, 1, 4).flatten(2, 3)
+    keys, values = (part[group.keys].transpose(1, 2) for part in (key, value))
+    mask = group.mask.repeat(1, heads // key_heads, 1)[:, None]
+    output = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    output = output.view(segments, key_heads, heads // key_heads, longest, -1).permute(0, 3, 1, 2, 4)
+    return output.flatten(2, 3)[group.is_query]
 
 
 @functools.cache

@@ -131,7 +131,7 @@ def test_a_merged_adapter_answers_as_apart(engine, run):
     assert merged["agreement"] > 0.9
 
 
-def test_flash_and_loop_attend_alike():
+def test_flash_and_padded_attend_alike():
     from finetune import segments
 
     forest = segments.Forest()
@@ -143,10 +143,10 @@ def test_flash_and_loop_attend_alike():
     shape = (row.input_ids.shape[1],)
     states = [torch.randn(*shape, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (28, 4, 4)]
     results = []
-    for kernel in (segments._flash, segments._loop):
+    for kernel in (segments._flash, segments._padded):
         inputs = [state.clone().requires_grad_() for state in states]
         output = kernel(*inputs, row, None)
         output.backward(states[0])
         results.append([output.detach(), *(state.grad for state in inputs)])
-    for flash, loop in zip(*results, strict=True):
-        assert (flash.float() - loop.float()).norm() < 1e-2 * loop.float().norm()
+    for flash, padded in zip(*results, strict=True):
+        assert (flash.float() - padded.float()).norm() < 1e-2 * padded.float().norm()
