@@ -6,8 +6,8 @@ READY := $(VENV)/.ready
 PROFILE ?= auto
 
 # Without an NVIDIA driver, PyTorch's own index has a build without gigabytes of CUDA; where that index cannot be
-# reached, the default one serves.
-TORCH_INDEX := $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
+# reached (asked once, for three seconds), the default one serves.
+TORCH_CPU := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint lab data evidence results lock clean
@@ -40,20 +40,29 @@ evidence: $(READY) ## the whole experiment: seeds, learning curve, prompts, loss
 results: $(READY) ## make reports and README tables anew from results/reference, and check the records
 	@$(PY) -m finetune results
 
-lock: ## resolve requirements/base.txt anew (needs uv)
-	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate -o $(VENV)/lock.txt
-	grep -vE '^(torch|triton|nvidia-[^m]|cuda-)' $(VENV)/lock.txt > requirements/base.txt
+lock: $(READY) ## resolve requirements/base.txt anew: one line a package, with hashes
+	$(VENV)/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate \
+		--generate-hashes -o $(VENV)/lock.txt
+	sed -e ':line' -e '/\\$$/{N;s/ *\\\n */ /;b line' -e '}' $(VENV)/lock.txt | grep -vE '^(torch|triton|nvidia-[^m]|cuda-)' > requirements/base.txt
 
 clean: ## remove what runs made (data, models, results), but neither .venv nor reference results
 	rm -rf datasets/*/ checkpoints/*/ checkpoints/.[!.]*/ adapters/*/ adapters/.[!.]*/ datasets/.*.lock checkpoints/.*.lock
 	find results -mindepth 1 -maxdepth 1 -type d ! -name reference -exec rm -rf {} +
 
-$(READY): requirements/base.txt requirements/torch.txt pyproject.toml
+# pip installs uv and torch, uv the rest: it takes seconds where pip takes minutes, but does not find the CPU build of
+# torch where pip is configured to. uv is told the index that pip uses.
+$(READY): requirements/base.txt requirements/torch.txt requirements/uv.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12"; exit 1; }
 	@echo "Setting up $(VENV) (once; about 700 MB of packages)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install -qq --disable-pip-version-check $(TORCH_INDEX) -c requirements/base.txt -r requirements/torch.txt
-	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps -r requirements/base.txt
-	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps -e .
+	@$(PY) -m pip install -qq --disable-pip-version-check --require-hashes -r requirements/uv.txt
+	@index=$$($(PY) -m pip config get global.index-url 2>/dev/null || true); \
+		export UV_DEFAULT_INDEX="$${PIP_INDEX_URL:-$${index:-https://pypi.org/simple}}" UV_PYTHON=$(PY); \
+		$(VENV)/bin/uv pip install -q --no-deps --require-hashes -r requirements/base.txt && \
+		$(VENV)/bin/uv pip install -q --no-deps --no-build-isolation -e .
+	@cpu=$$(command -v nvidia-smi >/dev/null && exit; \
+		$(PY) -c 'import urllib.request as r; r.urlopen("$(TORCH_CPU)/torch/", timeout=3)' 2>/dev/null \
+		&& echo "--extra-index-url $(TORCH_CPU)"); \
+		$(PY) -m pip install -qq --disable-pip-version-check --no-compile $$cpu -r requirements/torch.txt
 	@touch $@

@@ -1,7 +1,7 @@
 """The command line.
 
-python -m finetune run      [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--jobs N] [--seeds N]
-python -m finetune curve    [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--jobs N] [--rows N ...]
+python -m finetune run      [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--seeds N]
+python -m finetune curve    [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--rows N ...]
 python -m finetune plan     RUN [--profile P] [--set NAME=VALUE ...]
 python -m finetune data     [--profile P] [--set NAME=VALUE ...]
 python -m finetune merge    RUN [--profile P] [--set NAME=VALUE ...]
@@ -58,8 +58,6 @@ def _parser() -> argparse.ArgumentParser:
     runs = "base, full, lora, ..., compare; with curve svm too"
     suite.add_argument("--only", action="append", default=[], metavar="RUN", help=runs)
     suite.add_argument("--fresh", action="store_true", help="run every step again, whatever could be reused")
-    jobs = "execute up to N steps at once, each on one GPU; by default 1"
-    suite.add_argument("--jobs", type=_positive, default=1, metavar="N", help=jobs)
 
     run = commands.add_parser("run", parents=[common, suite], help="execute the notebooks headless, in their order")
     run.add_argument("--seeds", type=_positive, default=1, metavar="N", help="train each method with N seeds")
@@ -127,7 +125,7 @@ def _curve(options: argparse.Namespace) -> int:
 def _fewer_rows(options: argparse.Namespace) -> tuple[int, ...]:
     """Those that were asked for; if none were, the usual numbers that are fewer than all."""
     from finetune.data import prepare_data
-    from finetune.suite import CURVE_ROWS
+    from finetune.runner import CURVE_ROWS
 
     every = len(prepare_data(_plan_of_base(options)).train)
     rows = tuple(options.rows or (count for count in CURVE_ROWS if count < every))
@@ -157,12 +155,12 @@ def _plan_of_base(options: argparse.Namespace, variant: Mapping[str, Any] | None
 
 
 def _execute(options: argparse.Namespace, **trainings: Any) -> int:
-    from finetune.suite import Suite
+    from finetune.runner import Suite
 
     # pyzmq's advice about event loops on Windows, and nbclient's about cell ids, are not for our users.
     warnings.filterwarnings("ignore", module="(zmq|nbformat|nbclient|papermill)")
     overrides = settings.parse_assignments(options.assignments)
-    suite = Suite(options.profile, overrides, tuple(options.only), options.fresh, jobs=options.jobs, **trainings)
+    suite = Suite(options.profile, overrides, tuple(options.only), options.fresh, **trainings)
     reason = settings.plan("base", options.profile, suite.overrides_for("base")).profile_reason
     print(f"Profile {suite.profile} ({reason}); the executed notebooks go to {suite.folder}")
     outcomes = suite.execute()

@@ -21,7 +21,7 @@ from sklearn.svm import LinearSVC
 from data_prep import DataError, Example
 from data_prep.schema import Message
 from data_prep.store import replacing
-from finetune import chat, evaluation, metrics, models, paths, records, segments, turns
+from finetune import chat, evaluation, metrics, models, paths, records, segments
 from finetune.data import PreparedData, evenly
 from finetune.metrics import Metrics
 from finetune.records import DataReference, Environment, Part, Prediction
@@ -30,8 +30,6 @@ from finetune.wording import NAMES
 
 Name = Literal["majority", "svm", "few_shot"]
 NAMES_OF_BASELINES: tuple[Name, ...] = ("majority", "svm", "few_shot")
-# Two of each class.
-SHOTS = 8
 # Of 20 settings (words, or pairs of words too; from one row or two; C from 0.1 to 2) the best on 2,000 validation rows
 # of AG News, with 14,390 training rows: 89.4 %; the others got from 87.3 to 89.4.
 NGRAMS, LEAST_ROWS, C = (1, 2), 2, 0.5
@@ -132,10 +130,9 @@ def _svm() -> Pipeline:
 
 def _classifier(name: Name, description: str, classifier, settings: Settings, data: PreparedData) -> Baseline:
     """Fit a classifier on the articles of the training rows, and judge it."""
-    with turns.alone():
-        start = time.perf_counter()
-        classifier.fit(*_articles_and_labels(data.train))
-        seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    classifier.fit(*_articles_and_labels(data.train))
+    seconds = time.perf_counter() - start
     fitted = {
         "fit_seconds": seconds,
         "validation_accuracy": classifier.score(*_articles_and_labels(data.validation)),
@@ -148,12 +145,10 @@ def _few_shot(settings: Settings, data: PreparedData) -> Baseline:
     """The untuned model with examples from the training rows before every article."""
     tokenizer = models.load_tokenizer(settings)
     model = models.load_for_evaluation(settings, None)
-    shots = evenly(data.train, SHOTS, settings.experiment.data_seed)
+    shots = evenly(data.train, settings.experiment.few_shot_examples, settings.experiment.data_seed)
     prompts = chat.encode_prompts(tokenizer, [few_shot_prompt(shots, row) for row in data.test])
     scorer = evaluation.LabelScorer(segments.Backbone(model), tokenizer, settings.experiment.evaluation_batch_size)
-    # Not timed, but it would keep the device from what is.
-    with turns.alone():
-        predicted = evaluation.predicted_labels(scorer.score(prompts, progress="scoring with examples"))
+    predicted = evaluation.predicted_labels(scorer.score(prompts, progress="scoring with examples"))
     description = f"the untuned model with {len(shots)} training rows and their answers in the prompt"
     model_name = models.model_name(settings)
     unfitted = {"fit_seconds": None, "validation_accuracy": None}

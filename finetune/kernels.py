@@ -1,16 +1,25 @@
-"""Notebooks executed in kernels of their own: several at once, each on one GPU, and interruptible."""
+"""Executes notebooks, each in a kernel of its own.
+
+On a CPU the kernels are forked from one process that has imported the libraries: torch, transformers, trl and peft take
+12 s to import on two cores, which eight notebooks would pay eight times. Where CUDA is, kernels start afresh: Unsloth
+has to be imported before transformers, and a process that has touched CUDA cannot be forked.
+"""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
@@ -18,43 +27,38 @@ from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from traitlets.config import Config
 
-from finetune import hardware, turns
+from finetune import hardware
+
+SECONDS_BETWEEN_INTERRUPTS = 10
+# Linux' limit for the path of a socket.
+LONGEST_SOCKET = 107
+# Runs as the kernel's process: asks the server for a fork, passes signals on to it, and ends when it does.
+PROXY = """\
+import json, os, signal, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect(sys.argv[1])
+request = {"arguments": sys.argv[2:], "folder": os.getcwd(), "environment": dict(os.environ)}
+socket.send_fds(server, [json.dumps(request).encode() + b"\\n"], [0, 1, 2])
+kernel = int(server.makefile().readline())
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: os.kill(kernel, number))
+server.recv(1)
+"""
 
 
 class Kernels:
-    """Executes notebooks, up to `jobs` at once, each in a thread of the caller's.
-
-    With several jobs each kernel sees one GPU, the one with the fewest of them, and takes turns with those that share
-    it. With one it sees what this process does.
-    """
-
-    def __init__(self, jobs: int):
-        self.jobs = jobs
-        self.gpus = hardware.visible_gpus() if jobs > 1 else ()
-        self._notebooks = Counter(dict.fromkeys(self.gpus or ("CPU",), 0))
-        self._lock = threading.Lock()
-        self._clients: set[NotebookClient] = set()
-        self._interrupted = threading.Event()
+    """Executes notebooks one after the other, with a thread for the one that runs; a context manager."""
 
     def __enter__(self) -> Kernels:
-        self._scratch = tempfile.TemporaryDirectory(prefix="finetune-jobs-")
+        self._scratch = tempfile.TemporaryDirectory(prefix="finetune-")
+        self._server = None if hardware.has_cuda() else self._serve(Path(self._scratch.name))
         return self
 
     def __exit__(self, *_) -> None:
+        if self._server:
+            self._server.stdin.close()
+            self._server.wait()
         self._scratch.cleanup()
-
-    def __str__(self) -> str:
-        """How many at once and where, with the reason."""
-        if not self.gpus:
-            return (
-                f"Up to {self.jobs} steps at once on the CPU, for want of a GPU: they take turns while they are "
-                "measured, but others import and load meanwhile, so take times from a run without --jobs"
-            )
-        where = f"GPU {self.gpus[0]}" if len(self.gpus) == 1 else f"the GPUs {', '.join(self.gpus)}"
-        return (
-            f"Up to {self.jobs} steps at once on {where}, all that are visible: each on the one that has the fewest; "
-            "those that share one take turns while they are measured, and their models share its memory"
-        )
 
     def execute(
         self,
@@ -62,101 +66,161 @@ class Kernels:
         folder: Path,
         on_cell_start: Callable[[int], None],
         on_cell_executed: Callable[[], None],
+        every_second: Callable[[], None],
     ) -> None:
         """Execute a notebook in place; its kernel has ended when this returns.
+
+        Ctrl-C interrupts the cell that runs, ends the kernel and goes up.
 
         Args:
             notebook: Gets the outputs.
             folder: The kernel's working folder.
             on_cell_start: Called with the number of each cell, from 0.
             on_cell_executed: Called after each cell of code.
+            every_second: Called meanwhile.
 
         Raises:
-            CellExecutionError: A cell failed, or was interrupted.
+            CellExecutionError: A cell failed.
             DeadKernelError: The kernel died, or did not start.
-            Interrupted: `interrupt` was called between two cells.
         """
-
-        def start(cell: NotebookNode, cell_index: int) -> None:
-            if self._interrupted.is_set():
-                raise Interrupted
-            # Not before: a kernel that is starting would die of an interrupt, and show a traceback.
-            self._clients.add(client)
-            on_cell_start(cell_index)
-
         client = NotebookClient(
             notebook,
             timeout=None,
             # Ten seconds on an idle machine; minutes on one that swaps.
             startup_timeout=300,
-            kernel_name="python3",
+            kernel_name="forked" if self._server else "python3",
             resources={"metadata": {"path": str(folder)}},
-            config=self._sockets(),
-            on_cell_start=start,
+            config=self._config(),
+            on_cell_start=lambda cell, cell_index: on_cell_start(cell_index),
             on_cell_executed=lambda **_: on_cell_executed(),
         )
-        with self._environment() as environment:
+        errors: list[BaseException] = []
+
+        def run() -> None:
             try:
-                client.execute(env=environment)
-            except RuntimeError as error:
-                # nbclient's own word for it covers only what happens after the start.
-                raise DeadKernelError(str(error)) from error
-            finally:
-                self._clients.discard(client)
-                # nbclient 0.11 leaves it behind where a kernel did not start: the process would end in a traceback.
-                atexit.unregister(client._cleanup_kernel)
+                client.execute(env=dict(os.environ))
+            except BaseException as error:  # re-raised below, in the thread that waits
+                errors.append(error)
 
-    def interrupt(self) -> None:
-        """Interrupt the cells that run now, and let no notebook begin another."""
-        self._interrupted.set()
-        for client in tuple(self._clients):
-            manager = client.km
-            # A kernel that has just ended has no manager, or none that can reach it; it needs no interrupt.
-            if manager is not None:
-                with contextlib.suppress(RuntimeError):
-                    run_sync(manager.interrupt_kernel)()
-
-    def _sockets(self) -> Config:
-        """Files to talk to one more kernel through. Ports are chosen free and taken later: of many kernels that start
-        at once one finds its port taken, and dies."""
-        folder = tempfile.mkdtemp(prefix="kernel-", dir=self._scratch.name)
-        return Config({"KernelManager": {"transport": "ipc", "ip": str(Path(folder, "socket"))}})
-
-    @contextlib.contextmanager
-    def _environment(self) -> Iterator[dict[str, str]]:
-        """The environment of one more kernel."""
-        if self.jobs == 1:
-            yield dict(os.environ)
-            return
-        scratch = Path(self._scratch.name)
-        with self._device() as device:
-            name = f"GPU {device.replace('/', '-')}" if self.gpus else device
-            own: dict[str, Any] = {
-                turns.VARIABLE: str(turns.folder() / name),
-                # Unsloth checks what it wrote there, and gives up on the folder when another's settings wrote the same
-                # files anew. It writes them at each start anyway: a folder of its own costs nothing.
-                "UNSLOTH_COMPILE_LOCATION": tempfile.mkdtemp(prefix="unsloth-", dir=scratch),
-            }
-            yield os.environ | own | (self._share_of_cores() | {"CUDA_VISIBLE_DEVICES": device} if self.gpus else {})
-
-    def _share_of_cores(self) -> dict[str, str]:
-        """Threads of one kernel among several: each takes all cores otherwise, and torch starts a compiler for every
-        core when Unsloth imports it."""
-        cores = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        return {"OMP_NUM_THREADS": cores, "TORCHINDUCTOR_COMPILE_THREADS": cores, "TORCH_WARM_POOL": "0"}
-
-    @contextlib.contextmanager
-    def _device(self) -> Iterator[str]:
-        """The device with the fewest notebooks, which has one more while the block lasts."""
-        with self._lock:
-            device = min(self._notebooks, key=self._notebooks.__getitem__)
-            self._notebooks[device] += 1
+        # In the main thread nbclient 0.11 takes SIGINT for itself, shuts the kernel down twice and ends in an
+        # AssertionError.
+        thread = threading.Thread(target=run)
+        thread.start()
         try:
-            yield device
+            while thread.is_alive():
+                thread.join(1)
+                every_second()
+        except KeyboardInterrupt:
+            # Again and again: one gets lost in a kernel that has not begun with its cell, or in a library that swallows
+            # it while it is imported.
+            while thread.is_alive():
+                # A kernel that has just ended has no manager, or none that can reach it; it needs no interrupt.
+                with contextlib.suppress(RuntimeError, AttributeError):
+                    run_sync(client.km.interrupt_kernel)()
+                thread.join(SECONDS_BETWEEN_INTERRUPTS)
+            raise
         finally:
-            with self._lock:
-                self._notebooks[device] -= 1
+            # nbclient 0.11 leaves it behind where a kernel did not start: the process would end in a traceback.
+            atexit.unregister(client._cleanup_kernel)
+        for error in errors:
+            # nbclient's own word for a dead kernel covers only what happens after the start.
+            raise DeadKernelError(str(error)) if type(error) is RuntimeError else error
+
+    def _config(self) -> Config:
+        """Files to talk to the kernel through (ports are chosen free and taken later: another process may have), and
+        where the forked kernel's specification lies."""
+        folder = tempfile.mkdtemp(prefix="kernel-", dir=self._scratch.name)
+        return Config(
+            {
+                "KernelManager": {"transport": "ipc", "ip": str(Path(folder, "socket"))},
+                "KernelSpecManager": {"kernel_dirs": [str(Path(self._scratch.name, "kernels"))]},
+            }
+        )
+
+    def _serve(self, scratch: Path) -> subprocess.Popen | None:
+        """Start the process that kernels are forked from; None where a socket's path would be too long."""
+        address = scratch / "server"
+        if sys.platform != "linux" or len(str(address)) > LONGEST_SOCKET:
+            return None
+        proxy = scratch / "proxy.py"
+        proxy.write_text(PROXY)
+        specification = scratch / "kernels" / "forked" / "kernel.json"
+        specification.parent.mkdir(parents=True)
+        # -S -E: the proxy needs no packages, and starts in a fiftieth of a second.
+        command = [sys.executable, "-S", "-E", str(proxy), str(address), "-f", "{connection_file}"]
+        specification.write_text(json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}))
+        # It listens before it imports, so that a kernel that is asked for meanwhile waits.
+        server = subprocess.Popen(
+            [sys.executable, "-m", "finetune.kernels", str(address)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            # Ctrl-C is for the kernel alone.
+            start_new_session=True,
+        )
+        server.stdout.readline()
+        return server
 
 
-class Interrupted(Exception):
-    """A notebook was not executed to its end, because of `Kernels.interrupt`."""
+def serve(address: str) -> None:
+    """Fork a kernel for each that asks at `address`, until standard input ends."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    print("listening", flush=True)
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+    import finetune.baselines
+    import finetune.performance
+    import finetune.training  # noqa: F401
+
+    # Nobody waits for kernels: their proxies see the connection end.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    waiting = selectors.DefaultSelector()
+    for source in (listener, sys.stdin):
+        waiting.register(source, selectors.EVENT_READ)
+    while True:
+        ready = {key.fileobj for key, _ in waiting.select()}
+        if sys.stdin in ready:
+            return
+        connection, _ = listener.accept()
+        message, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+        while not message.endswith(b"\n"):
+            message += connection.recv(1 << 20)
+        kernel = os.fork()
+        if kernel == 0:
+            _become_kernel(connection, json.loads(message), descriptors, listener)
+        connection.sendall(f"{kernel}\n".encode())
+        connection.close()
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _become_kernel(connection: socket.socket, request: dict, descriptors: list[int], listener: socket.socket) -> None:
+    """The forked process, as if it had been started with the proxy's arguments, folder, environment and streams."""
+    os.setsid()
+    listener.close()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.chdir(request["folder"])
+    # ipykernel ends itself when its parent is another than this.
+    own = {"JPY_PARENT_PID": str(os.getppid()), "MPLBACKEND": os.environ["MPLBACKEND"]}
+    os.environ.clear()
+    os.environ.update(request["environment"] | own)
+    sys.path[0] = ""
+
+    def end_with_proxy() -> None:
+        connection.recv(1)
+        os._exit(1)
+
+    threading.Thread(target=end_with_proxy, daemon=True).start()
+    from ipykernel.kernelapp import launch_new_instance
+
+    try:
+        launch_new_instance(argv=request["arguments"])
+    finally:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

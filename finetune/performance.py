@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from data_prep import LABELS, Example
-from finetune import chat, comparison, evaluation, hardware, metrics, models, paths, records, segments, turns
+from finetune import chat, comparison, evaluation, hardware, metrics, models, paths, records, segments
 from finetune.data import PreparedData
 from finetune.precision import Precision
 from finetune.settings import Settings
@@ -114,12 +114,10 @@ def _evaluate_model(
     experiment, examples, folder = settings.experiment, data.test, folder_of(settings)
     prompts = _prompts(tokenizer, examples)
     scorer = evaluation.LabelScorer(segments.Backbone(model), tokenizer, experiment.evaluation_batch_size)
-    with turns.alone():
-        probabilities, seconds = evaluation.timed(scorer.score, prompts, progress="scoring")
-        labels, predicted = [example.label for example in examples], evaluation.predicted_labels(probabilities)
-        generation, answers = _generate(model, tokenizer, settings, prompts, labels, predicted)
-        # Not timed, but it would keep the device from what is.
-        validation = scorer.score(_prompts(tokenizer, data.validation), progress="scoring validation rows")
+    probabilities, seconds = evaluation.timed(scorer.score, prompts, progress="scoring")
+    labels, predicted = [example.label for example in examples], evaluation.predicted_labels(probabilities)
+    generation, answers = _generate(model, tokenizer, settings, prompts, labels, predicted)
+    validation = scorer.score(_prompts(tokenizer, data.validation), progress="scoring validation rows")
     digest = records.write_predictions(_predictions(examples, probabilities, answers), folder)
     alone = [row for row, example in enumerate(examples) if not example.has_twin]
     return records.Evaluation(

@@ -25,9 +25,9 @@ from finetune.profiles import PROFILES, choose_profile
 from finetune.recipes import FULL, FULL_UNSLOTH, LORA, QLORA, STRICT, Count, Recipe, check
 
 ENVIRONMENT_PREFIX = "FINETUNE_"
-EVALUATION_ONLY = {"test_rows", "generation_rows", "evaluation_batch_size", "evaluation_kernels"}
+EVALUATION_ONLY = {"test_rows", "generation_rows", "few_shot_examples", "evaluation_batch_size", "evaluation_kernels"}
 # Settings of the process, not parameters of an experiment.
-NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND", "FINETUNE_TURNS"}
+NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND"}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -52,6 +52,8 @@ class Experiment:
     """Test rows to use, drawn evenly from the classes; all if not given."""
     generation_rows: Annotated[int, Field(ge=0)] = 1000
     """Test rows that are also answered by generation, to compare with scoring; 0 skips it."""
+    few_shot_examples: Annotated[int, Field(ge=1)] = 8
+    """Training rows in the prompt of the few-shot baseline, drawn evenly from the classes."""
     evaluation_batch_size: Count = 64
     """Articles per forward pass of the evaluation; the result does not depend on it."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"

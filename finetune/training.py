@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from data_prep import Example, UserError
 from data_prep.store import write_json
-from finetune import cards, chat, energy, evaluation, hardware, memory, metrics, models, paths, records, segments, turns
+from finetune import cards, chat, energy, evaluation, hardware, memory, metrics, models, paths, records, segments
 from finetune.data import PreparedData
 from finetune.files import folder_bytes, folder_digest, replacing_folder
 from finetune.precision import Precision
@@ -85,8 +85,7 @@ class Session:
         if checkpoint:
             print(f"Resuming from {checkpoint.name}: an earlier run of these settings was interrupted there")
         hardware.reset_peak_memory()
-        with turns.alone(is_long=True):
-            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         peak_bytes, peak_kind = hardware.peak_memory()
         folder = save_artefact(self)
         record = self._record(folder, peak_bytes, peak_kind)
@@ -383,13 +382,14 @@ class ValidationWatch(TrainerCallback):
         self._precision = precision
         self._labels = [example.label for example in examples]
         self._prompts = [row.prompt for row in encoded]
-        self._times = settings.recipe.evaluations
+        self._times, self._on_start = settings.recipe.evaluations, settings.recipe.eval_on_start
 
     def on_train_begin(self, args, state, control, model=None, **_) -> None:
         """The model as it begins: where the curve starts. It also is the longest row that the model will see, so that
         what grows with rows (Unsloth's tables of rotary embeddings) has its size and place before a CUDA graph reads
         it: replaced later, it left graphs with freed memory, and losses of NaN."""
-        self._validate(model, control)
+        if self._on_start:
+            self._validate(model, control)
 
     def on_step_end(self, args, state, control, model=None, **_) -> None:
         if state.global_step in _spread(state.max_steps, self._times):

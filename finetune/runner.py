@@ -1,22 +1,21 @@
-"""Run the notebooks headless, in their order, as a user would with Run All; with `--jobs`, several at once.
+"""Run the notebooks headless, one after the other in their order, as a user would with Run All.
 
-A step is reused when nothing that it depends on has changed since it last succeeded: its notebook, the engine's
-sources, its settings, the data, and the steps before it. A step that this machine cannot run is skipped, with the
-reason, and so are the steps that need it; neither counts as passed.
+A step is reused when nothing that its result depends on has changed since it last succeeded: the code cells of its
+notebook, its settings, the data, the artefacts or records that it reads, and the modules that compute it (`COMPUTES`).
+Comments, tables, pictures and templates train no model again. A step that this machine or its settings do not allow
+is skipped, with the reason, and so are the steps that need it; neither counts as passed.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import json
 import re
 import sys
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,16 +28,25 @@ from tqdm import tqdm
 
 from data_prep import UserError
 from data_prep.store import MANIFEST, replacing, write_json
-from finetune import paths, settings
+from finetune import paths, records, settings
 from finetune.kernels import Kernels
 
 NOTEBOOKS = paths.PROJECT / "notebooks"
-# finetune.records knows this name too, but imports transformers, which the runner does without.
-RECORD = "record.json"
+RECORD = records.RECORD
 # A killed training leaves its progress behind; a step of a 7B model on a DGX Spark takes about 20 seconds.
 STALE_SECONDS = 300
-SECONDS_BETWEEN_INTERRUPTS = 10
+SECONDS_BETWEEN_LINES = 30
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+# The modules whose code a step's result comes from, besides data_prep and the notebook. Values from the registries
+# (profiles, recipes) are in the settings. Not here: what records, shows, explains or watches. A test
+# holds these lists against what the modules import.
+_MODEL = ("chat", "data", "embedded", "models", "precision", "segments")
+COMPUTES: dict[str, tuple[str, ...]] = {
+    "train": (*_MODEL, "graphs", "trainer", "training", "updates"),
+    "evaluate": (*_MODEL, "baselines", "evaluation", "metrics", "performance"),
+    "compare": ("calibration", "comparison", "contrasts", "costs", "errors", "metrics", "plots", "report"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,12 @@ class Step:
     @property
     def name(self) -> str:
         return self.title or self.notebook
+
+    @property
+    def kind(self) -> Literal["train", "evaluate", "compare"]:
+        if self.run is None:
+            return "compare"
+        return "train" if self.notebook.startswith("fine_tuning") else "evaluate"
 
     def of_variant(self, variant: Mapping[str, Any]) -> Step:
         """The same step with other overrides, and with the steps of these before it."""
@@ -124,10 +138,9 @@ class Suite:
         fresh: Run every step, whatever can be reused.
         seeds: Trainings of each method, with the seed that is planned and those after it.
         curve: Numbers of training rows to train and evaluate each method on, instead of all.
-        jobs: Steps to execute at once, where none needs another.
 
     Raises:
-        UserError: An unknown profile, parameter, value or run, before anything is executed.
+        UserError: An unknown profile, parameter or run, or values that no run allows, before anything is executed.
     """
 
     def __init__(
@@ -138,15 +151,23 @@ class Suite:
         fresh: bool = False,
         seeds: int = 1,
         curve: tuple[int, ...] = (),
-        jobs: int = 1,
     ):
         self.overrides = dict(overrides or {})
         base = settings.plan("base", profile, self.overrides_for("base"))
         self.profile = base.profile
         self.steps = _curve(_selected(only), curve) if curve else _seeded(_selected(only), base.experiment.seed, seeds)
         self.fresh = fresh
-        self.jobs = jobs
-        self._keys: dict[str, str] = {}
+        self._plans: dict[str, settings.Settings] = {}
+        self._refused: dict[str, UserError] = {}
+        for step in self.steps:
+            try:
+                self._plans[step.name] = self._plan(step)
+            except UserError as error:
+                self._refused[step.name] = error
+        trained = [step.name for step in self.steps if step.kind == "train"]
+        refused = [self._refused[name] for name in trained if name in self._refused]
+        if trained and len(refused) == len(trained) and not isinstance(refused[0], settings.UnavailableHere):
+            raise refused[0]
 
     @property
     def folder(self) -> Path:
@@ -163,70 +184,36 @@ class Suite:
         Returns:
             What became of each step, in the order in which they ended.
         """
-        cells = {step.name: _code_cells(_notebook(step)) for step in self.steps}
-        with (
-            _Progress(cells, self.profile, self.jobs) as progress,
-            Kernels(self.jobs) as kernels,
-            # In threads even where there is one: in the main one nbclient 0.11 takes SIGINT for itself, shuts the
-            # kernel down twice and ends in an AssertionError.
-            ThreadPoolExecutor(self.jobs) as pool,
-        ):
-            if self.jobs > 1:
-                progress.write(str(kernels))
-            running: set[Future[Outcome]] = set()
-            with _interruptible(running, kernels):
-                return self._execute_all(running, kernels, pool, progress)
-
-    def _execute_all(
-        self, running: set[Future[Outcome]], kernels: Kernels, pool: ThreadPoolExecutor, progress: _Progress
-    ) -> list[Outcome]:
-        """Begin with each step as soon as it can be; `running` holds those that are being executed."""
         outcomes: list[Outcome] = []
-        waiting = list(self.steps)
-
-        def end(outcome: Outcome) -> None:
-            outcomes.append(outcome)
-            progress.finish(outcome)
-
-        while True:
-            while len(running) < self.jobs and (step := self._next(waiting, outcomes)):
-                waiting.remove(step)
-                if outcome := self._without_executing(step, outcomes):
-                    end(outcome)
-                else:
-                    running.add(pool.submit(self._execute, step, kernels, progress))
-            if not running:
-                return outcomes
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                running.remove(future)
-                end(future.result())
-
-    def _next(self, waiting: list[Step], outcomes: list[Outcome]) -> Step | None:
-        """The first of the steps in waiting that all it reads of have ended for."""
-        unfinished = {step.name for step in self.steps} - {outcome.step.name for outcome in outcomes}
-        return next((step for step in waiting if not self._awaited(step) & unfinished), None)
-
-    def _awaited(self, step: Step) -> set[str]:
-        """The steps that must have ended, if they are to run at all, before one begins."""
-        if step.run is None:
-            return {other.name for other in self.steps if other.run}
-        return {*step.needs, BASE} if step.needs else set()
+        with contextlib.ExitStack() as stack:
+            progress = stack.enter_context(_Progress(self.steps, self.profile))
+            kernels: Kernels | None = None
+            for step in self.steps:
+                outcome = self._without_executing(step, outcomes)
+                if outcome is None:
+                    # Not before a step needs them: the first one imports the libraries.
+                    kernels = kernels or stack.enter_context(Kernels())
+                    outcome = self._execute(step, kernels, progress)
+                outcomes.append(outcome)
+                progress.finish(outcome)
+        return outcomes
 
     def _without_executing(self, step: Step, before: list[Outcome]) -> Outcome | None:
         """What becomes of a step that need not or cannot be executed."""
+        if step.name in self._refused:
+            return Outcome(step, "skipped", reason=str(self._refused[step.name]))
         status = {outcome.step.name: outcome.status for outcome in before}
-        # The comparison does without what this machine cannot run, but not without what went wrong.
-        failed = [name for name in status if name in self._awaited(step) and status[name] == "failed"]
+        # Evaluations end with a comparison with the base. The comparison does without what this machine cannot run, but
+        # not without what went wrong.
+        needs = status.keys() if step.kind == "compare" else {*step.needs, *([BASE] if step.needs else [])}
+        failed = [name for name in status if name in needs and status[name] == "failed"]
         skipped = [name for name in step.needs if status.get(name) == "skipped"]
         if failed or skipped:
             return Outcome(step, "skipped", reason=f"{failed[0]} failed" if failed else f"{skipped[0]} was skipped")
-        try:
-            key = self._key(step)
-        except settings.UnavailableHere as error:
-            return Outcome(step, "skipped", reason=str(error))
-        if not self.fresh and self._is_done(step, key):
-            return Outcome(step, "reused", reason="nothing that it depends on has changed")
-        return None
+        made = None if self.fresh else self._made(step)
+        if made is None:
+            return None
+        return Outcome(step, "reused", reason=f"made by commit {made}; nothing that it depends on has changed")
 
     def _execute(self, step: Step, kernels: Kernels, progress: _Progress) -> Outcome:
         notebook = parameterize_notebook(
@@ -236,13 +223,9 @@ class Suite:
         stamp = self._stamp(step)
         stamp.unlink(missing_ok=True)
         start = time.perf_counter()
+        progress.start(step, len(notebook.cells))
         try:
-            kernels.execute(
-                notebook,
-                NOTEBOOKS,
-                on_cell_start=lambda number: progress.cell(step, number + 1, len(notebook.cells)),
-                on_cell_executed=lambda: progress.advance(step),
-            )
+            kernels.execute(notebook, NOTEBOOKS, progress.cell, progress.advance, progress.tick)
         except CellExecutionError as error:
             return Outcome(step, "failed", reason=f"{error.ename}: {ANSI.sub('', error.evalue)}")
         except DeadKernelError:
@@ -251,132 +234,118 @@ class Suite:
             with replacing(self.folder / f"{step.name}.ipynb") as file:
                 nbformat.write(notebook, file)
         seconds = time.perf_counter() - start
-        # The data may just have been prepared: the key that a later run computes includes it.
-        self._keys.pop(step.name, None)
-        write_json(stamp, {"key": self._key(step), "seconds": round(seconds, 1)})
+        # The data may just have been prepared, so that the key is computed now.
+        commit = records.environment().short_commit
+        write_json(stamp, {"key": self._key(step), "seconds": round(seconds, 1), "commit": commit})
         return Outcome(step, "done", seconds)
 
-    def _is_done(self, step: Step, key: str) -> bool:
+    def _made(self, step: Step) -> str | None:
+        """The commit that made the step's result, if that is still what would come out; None otherwise."""
         stamp = self._stamp(step)
-        return stamp.is_file() and json.loads(stamp.read_text())["key"] == key and self._result(step).exists()
+        if not stamp.is_file() or not self._result(step).exists():
+            return None
+        made = json.loads(stamp.read_text())
+        return made.get("commit", "unknown") if made["key"] == self._key(step) else None
 
     def _stamp(self, step: Step) -> Path:
         return self.folder / f".{step.name}.json"
 
-    def _trains(self, step: Step) -> bool:
-        return step.notebook.startswith("fine_tuning")
-
     def _result(self, step: Step) -> Path:
         """What a step leaves behind, and is nothing without."""
-        if step.run is None:
+        if step.kind == "compare":
             return paths.results_folder(self.profile) / "report.html"
-        plan = self._plan(step)
-        return plan.artefact_folder if self._trains(step) else plan.run_folder / "predictions.jsonl"
+        plan = self._plans[step.name]
+        return plan.artefact_folder if step.kind == "train" else plan.run_folder / records.PREDICTIONS
 
     def _plan(self, step: Step) -> settings.Settings:
         return settings.plan(step.run or "base", self.profile, self.overrides_for(step.run, step.variant))
 
     def _key(self, step: Step) -> str:
         """Changes when anything does that the step's result depends on."""
-        if step.name not in self._keys:
-            plan = self._plan(step)
-            manifest = paths.dataset_folder(plan.experiment.source) / MANIFEST
-            parts = [
-                (NOTEBOOKS / f"{step.notebook}.ipynb").read_bytes(),
-                _sources_digest().encode(),
-                (plan.training_digest if self._trains(step) else plan.digest).encode(),
-                manifest.read_bytes() if manifest.is_file() else b"",
-                *self._read_records(step),
-            ]
-            self._keys[step.name] = hashlib.sha256(b"\0".join(parts)).hexdigest()
-        return self._keys[step.name]
+        plan = self._plans[step.name]
+        manifest = paths.dataset_folder(plan.experiment.source) / MANIFEST
+        cells = [cell.source for cell in _notebook(step).cells if cell.cell_type == "code"]
+        parts = [
+            *(cell.encode() for cell in cells),
+            (plan.training_digest if step.kind == "train" else plan.digest).encode(),
+            manifest.read_bytes() if manifest.is_file() else b"",
+            *(_code(path) for path in sources(step.kind)),
+            *self._reads(step),
+        ]
+        return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
-    def _read_records(self, step: Step) -> Iterator[bytes]:
-        """What a step reads of the records: an evaluation its training's part, the comparison all of them."""
-        if step.run is None:
+    def _reads(self, step: Step) -> Iterator[bytes]:
+        """What a step reads of other steps: an evaluation its artefact, the comparison all records."""
+        if step.kind == "compare":
             yield from (path.read_bytes() for path in sorted(paths.results_folder(self.profile).rglob(RECORD)))
         elif step.needs:
-            path = self._plan(step).run_folder / RECORD
+            path = self._plans[step.name].run_folder / RECORD
             if path.is_file():
-                yield json.dumps(json.loads(path.read_text())["training"]).encode()
+                yield json.loads(path.read_text())["training"]["artefact_digest"].encode()
 
 
 class _Progress:
-    """A bar over all cells: what runs, elapsed, and how far a training is. Silent without a terminal.
+    """What runs, for how long, and how far a training is: a bar in a terminal, lines elsewhere; and the first figures.
 
     Args:
-        cells: Cells of code of each step, by its name.
-        profile: Whose trainings are looked for.
-        jobs: With one, the bar tells the cell of the step that runs; with several, the names of those that do.
+        steps: All steps.
+        profile: Whose trainings and records are looked for.
     """
 
-    def __init__(self, cells: Mapping[str, int], profile: str, jobs: int):
-        several = "{bar:20}| {n_fmt}/{total_fmt} cells, {elapsed}{postfix}, {desc}"
-        shown = "{l_bar}{bar:20}| {elapsed}{postfix}" if jobs == 1 else several
-        self._bar = tqdm(total=sum(cells.values()), unit="cell", disable=None, bar_format=shown)
-        self._cells = cells
+    def __init__(self, steps: tuple[Step, ...], profile: str):
         self._profile = profile
-        self._jobs = jobs
-        self._stop = threading.Event()
-        self._ticker = threading.Thread(target=self._tick, daemon=True)
-        # Cells done of each step that runs; each step tells of its own from a thread of its own.
-        self._done: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._steps = steps
+        self._bar = tqdm(total=len(steps), unit="step", disable=None, bar_format="{l_bar}{bar:20}| {elapsed}{postfix}")
+        self._now = ""
+        self._cells = 0
+        self._shown: set[str] = set()
 
     def __enter__(self) -> _Progress:
-        self._ticker.start()
         return self
 
     def __exit__(self, *_) -> None:
-        self._stop.set()
-        self._ticker.join()
         self._bar.close()
 
-    def write(self, text: str) -> None:
+    def _write(self, text: str) -> None:
         self._bar.write(text, file=sys.stdout)
         sys.stdout.flush()
 
-    def cell(self, step: Step, number: int, count: int) -> None:
-        with self._lock:
-            self._done.setdefault(step.name, 0)
-            names = ", ".join(self._done)
-            self._bar.set_description_str(f"{names}, cell {number}/{count}" if self._jobs == 1 else names)
+    def start(self, step: Step, cells: int) -> None:
+        self._now, self._cells = step.name, cells
+        self._begun = self._told = time.monotonic()
+        self._since = time.time()
+        if self._bar.disable:
+            self._write(f"running            {step.name} ({self._steps.index(step) + 1} of {len(self._steps)})")
 
-    def advance(self, step: Step) -> None:
-        with self._lock:
-            self._done[step.name] += 1
-            self._bar.update()
+    def cell(self, number: int) -> None:
+        self._bar.set_description_str(f"{self._now}, cell {number + 1}/{self._cells}")
+
+    def advance(self) -> None:
+        """Show each accuracy on the test rows as soon as its record is there."""
+        for path in sorted(paths.results_folder(self._profile).rglob(RECORD)):
+            if path.stat().st_mtime < self._since - 1 or (key := f"{path} {path.stat().st_mtime_ns}") in self._shown:
+                continue
+            self._shown.add(key)
+            record = json.loads(path.read_text())
+            scoring = record.get("scoring") or (record.get("evaluation") or {}).get("scoring")
+            if scoring:
+                name = path.parent.relative_to(paths.results_folder(self._profile))
+                self._write(
+                    f"                   {name}: {scoring['accuracy']:.1%} of {scoring['rows']:,} test rows right"
+                )
+
+    def tick(self) -> None:
+        training = _training_progress(self._profile)
+        if not self._bar.disable:
+            self._bar.set_postfix_str(training)
+        elif time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
+            self._told = time.monotonic()
+            seconds = round(self._told - self._begun)
+            self._write(f"                   {self._now}: {seconds} s" + (f", {training}" if training else ""))
 
     def finish(self, outcome: Outcome) -> None:
-        with self._lock:
-            name = outcome.step.name
-            self._bar.update(self._cells[name] - self._done.pop(name, 0))
-            if self._done:
-                self._bar.set_description_str(", ".join(self._done))
-            self.write(str(outcome))
-
-    def _tick(self) -> None:
-        """Keep the elapsed time moving through long cells."""
-        while not self._stop.wait(1):
-            self._bar.set_postfix_str(_training_progress(self._profile))
-
-
-@contextlib.contextmanager
-def _interruptible(running: set[Future[Outcome]], kernels: Kernels) -> Iterator[None]:
-    """Before it goes up, Ctrl-C interrupts the cells that run and ends their kernels; another error waits for them."""
-    try:
-        try:
-            yield
-        except Exception:
-            wait(running)
-            raise
-    except KeyboardInterrupt:
-        kernels.interrupt()
-        # Again and again: one gets lost in a kernel that has not begun with the cell that it was sent, or in a library
-        # that swallows it while it is imported.
-        while wait(running, timeout=SECONDS_BETWEEN_INTERRUPTS).not_done:
-            kernels.interrupt()
-        raise
+        self._bar.update()
+        self._write(str(outcome))
 
 
 def _training_progress(profile: str) -> str:
@@ -421,20 +390,16 @@ def _notebook(step: Step) -> nbformat.NotebookNode:
     return load_notebook_node(str(NOTEBOOKS / f"{step.notebook}.ipynb"))
 
 
-def _code_cells(notebook: nbformat.NotebookNode) -> int:
-    # One more: the cell with the injected parameters.
-    return sum(cell.cell_type == "code" for cell in notebook.cells) + 1
+def sources(kind: str) -> list[Path]:
+    """The files whose code computes a step of this kind."""
+    prepared = sorted((paths.PROJECT / "data_prep").rglob("*.py")) + sorted(
+        (paths.PROJECT / "data_prep").rglob("*.csv")
+    )
+    templates = sorted((paths.PROJECT / "finetune").rglob("*.html")) if kind == "compare" else []
+    return [*prepared, *(paths.PROJECT / "finetune" / f"{name}.py" for name in COMPUTES[kind]), *templates]
 
 
-def _sources() -> Iterator[Path]:
-    for package in ("data_prep", "finetune"):
-        yield from sorted((paths.PROJECT / package).rglob("*.py"))
-        yield from sorted((paths.PROJECT / package).rglob("*.csv"))
-        yield from sorted((paths.PROJECT / package).rglob("*.html"))
-
-
-def _sources_digest() -> str:
-    content = hashlib.sha256()
-    for path in _sources():
-        content.update(path.read_bytes())
-    return content.hexdigest()
+def _code(path: Path) -> bytes:
+    """What a file says, without the comments and line breaks of Python."""
+    content = path.read_bytes()
+    return ast.dump(ast.parse(content)).encode() if path.suffix == ".py" else content
