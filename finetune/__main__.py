@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         action="append",
         metavar="N",
-        help="by default 250, 1000 and 4000 where there are more",
+        help="by default 250, 1000 and 4000; of fewer than 250 rows a quarter and half",
     )
     curve.set_defaults(command=_curve)
 
@@ -128,7 +128,8 @@ def _fewer_rows(options: argparse.Namespace) -> tuple[int, ...]:
     from finetune.runner import CURVE_ROWS
 
     every = len(prepare_data(_plan_of_base(options)).train)
-    rows = tuple(options.rows or (count for count in CURVE_ROWS if count < every))
+    usual = tuple(count for count in CURVE_ROWS if count < every) or (every // 4, every // 2)
+    rows = tuple(options.rows or usual)
     if not rows or max(rows) >= every:
         raise UserError(f"there are {every:,} training rows; ask for fewer than all of them: --rows {every // 2}")
     print(f"A learning curve of {wording.listed([f'{count:,}' for count in rows])} of {every:,} training rows")

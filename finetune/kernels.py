@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
@@ -94,6 +95,10 @@ class Kernels:
             on_cell_start=lambda cell, cell_index: on_cell_start(cell_index),
             on_cell_executed=lambda **_: on_cell_executed(),
         )
+        if self._server:
+            # The default one is made without the configuration.
+            client.create_kernel_manager()
+            client.km.kernel_spec_manager = KernelSpecManager(kernel_dirs=[str(Path(self._scratch.name, "kernels"))])
         errors: list[BaseException] = []
 
         def run() -> None:
@@ -127,15 +132,9 @@ class Kernels:
             raise DeadKernelError(str(error)) if type(error) is RuntimeError else error
 
     def _config(self) -> Config:
-        """Files to talk to the kernel through (ports are chosen free and taken later: another process may have), and
-        where the forked kernel's specification lies."""
+        """Files to talk to the kernel through: ports are chosen free and taken later, when another process may have."""
         folder = tempfile.mkdtemp(prefix="kernel-", dir=self._scratch.name)
-        return Config(
-            {
-                "KernelManager": {"transport": "ipc", "ip": str(Path(folder, "socket"))},
-                "KernelSpecManager": {"kernel_dirs": [str(Path(self._scratch.name, "kernels"))]},
-            }
-        )
+        return Config({"KernelManager": {"transport": "ipc", "ip": str(Path(folder, "socket"))}})
 
     def _serve(self, scratch: Path) -> subprocess.Popen | None:
         """Start the process that kernels are forked from; None where a socket's path would be too long."""

@@ -91,7 +91,7 @@ class Recipe:
     evaluations: Count = 4
     """How often validation accuracy is measured during the training, the end included."""
     eval_on_start: bool = True
-    """Measure it before the first step too."""
+    """Measure it before the first step too; with CUDA graphs it always is."""
     saves: Annotated[int, Field(ge=0)] = 4
     """How often a checkpoint is written that an interrupted run resumes from; 0: never."""
 
@@ -134,8 +134,6 @@ def check(recipe: Recipe, method: str) -> None:
         raise UserError("load_in_4bit=True contradicts weights=float32")
     if not recipe.packing and (recipe.article_loss or recipe.label_smoothing):
         raise UserError("article_loss and label_smoothing need packing=True: the loss of padded batches is TRL's own")
-    if recipe.cuda_graphs and not recipe.eval_on_start:
-        raise UserError("cuda_graphs=True needs eval_on_start=True: the first validation sizes what the graphs read")
     if recipe.update_in_backward:
         _check_update_in_backward(recipe)
 

@@ -200,8 +200,6 @@ class Suite:
 
     def _without_executing(self, step: Step, before: list[Outcome]) -> Outcome | None:
         """What becomes of a step that need not or cannot be executed."""
-        if step.name in self._refused:
-            return Outcome(step, "skipped", reason=str(self._refused[step.name]))
         status = {outcome.step.name: outcome.status for outcome in before}
         # Evaluations end with a comparison with the base. The comparison does without what this machine cannot run, but
         # not without what went wrong.
@@ -210,6 +208,8 @@ class Suite:
         skipped = [name for name in step.needs if status.get(name) == "skipped"]
         if failed or skipped:
             return Outcome(step, "skipped", reason=f"{failed[0]} failed" if failed else f"{skipped[0]} was skipped")
+        if step.name in self._refused:
+            return Outcome(step, "skipped", reason=str(self._refused[step.name]))
         made = None if self.fresh else self._made(step)
         if made is None:
             return None

@@ -382,7 +382,8 @@ class ValidationWatch(TrainerCallback):
         self._precision = precision
         self._labels = [example.label for example in examples]
         self._prompts = [row.prompt for row in encoded]
-        self._times, self._on_start = settings.recipe.evaluations, settings.recipe.eval_on_start
+        self._times = settings.recipe.evaluations
+        self._on_start = settings.recipe.eval_on_start or settings.recipe.cuda_graphs
 
     def on_train_begin(self, args, state, control, model=None, **_) -> None:
         """The model as it begins: where the curve starts. It also is the longest row that the model will see, so that

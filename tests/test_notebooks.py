@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from finetune.suite import STEPS
+from finetune.runner import STEPS
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 NAMES = {

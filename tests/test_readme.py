@@ -9,7 +9,7 @@ import pytest
 
 from finetune.__main__ import _parser
 from finetune.reference import FOLDER, with_results
-from finetune.suite import STEPS
+from finetune.runner import STEPS
 
 PROJECT = Path(__file__).parent.parent
 README = (PROJECT / "README.md").read_text(encoding="utf-8")

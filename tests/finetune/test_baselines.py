@@ -138,9 +138,11 @@ class TestOnFewerRows:
     def test_without_numbers_the_usual_ones_are_taken_where_there_are_more_rows(self, tiny, home, capsys):
         known = [part for name in ("model", "test_rows") for part in ("--set", f"{name}={tiny[name]}")]
         command = ["curve", "--profile", "cpu", "--only", "svm", *known]
-        assert main(command) == 0
-        assert "A learning curve of 250 of 288 training rows" in capsys.readouterr().out
-        assert main([*command, "--set", "train_rows=200"]) == 2
+        assert main([*command, "--set", "train_rows=280"]) == 0
+        assert "A learning curve of 250 of 280 training rows" in capsys.readouterr().out
+        assert main([*command, "--set", "train_rows=200"]) == 0
+        assert "A learning curve of 50 and 100 of 200 training rows" in capsys.readouterr().out
+        assert main([*command, "--set", "train_rows=200", "--rows", "250"]) == 2
         assert "there are 200 training rows; ask for fewer than all of them: --rows 100" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ def test_the_prompt_with_examples_is_a_conversation():
 
 
 def test_shots_are_two_of_each_class():
-    shots = baselines.evenly(examples("train"), baselines.SHOTS, 42)
+    shots = baselines.evenly(examples("train"), 8, 42)
     assert Counter(shot.label for shot in shots) == dict.fromkeys(LABELS, 2)
 
 

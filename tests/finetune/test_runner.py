@@ -1,6 +1,7 @@
 """The notebooks, executed as the suite does it, on the tiny model: what runs, what is reused, what is refused."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,9 +13,9 @@ import nbformat
 import pytest
 
 from data_prep import UserError
-from finetune import comparison, paths, records
+from finetune import comparison, paths, records, runner
 from finetune.__main__ import main
-from finetune.suite import NOTEBOOKS, STEPS, Suite
+from finetune.runner import NOTEBOOKS, STEPS, Suite
 
 SKIPPED = {"fine_tuning_full_unsloth", "full_unsloth_finetuning_performance"}
 
@@ -33,7 +34,7 @@ def home(suite_home, monkeypatch) -> Path:
 
 @pytest.fixture
 def overrides(tiny) -> dict[str, object]:
-    return tiny | {"learning_rate": 3e-3, "epochs": 4}
+    return tiny | {"learning_rate": 3e-3, "epochs": 5}
 
 
 @pytest.fixture
@@ -83,6 +84,25 @@ def test_the_notebooks_show_what_the_records_hold(finished):
     assert comparison.load("cpu").answer() in text_of(executed(finished, "compare_methods"))
 
 
+def test_without_a_terminal_each_step_says_when_it_starts_and_ends_and_figures_come_at_once(home, overrides, capsys):
+    if (home / "results" / "cpu" / "report.html").exists():
+        pytest.skip("the suite of this module was executed before")
+    Suite("cpu", overrides).execute()
+    lines = capsys.readouterr().out.splitlines()
+    begun = {
+        name: number
+        for number, line in enumerate(lines)
+        for name in ALL
+        if line.startswith(f"running            {name} (")
+    }
+    ended = {
+        name: number for number, line in enumerate(lines) for name in ALL if re.match(rf"done +[\d.]+ s  {name}$", line)
+    }
+    assert begun.keys() == ended.keys() == ALL
+    svm = next(number for number, line in enumerate(lines) if "baselines/svm: " in line)
+    assert begun["base_model_performance"] < svm < ended["base_model_performance"]
+
+
 def test_the_training_notebooks_draw_curves_and_the_comparison_pictures(finished):
     for name, pictures in {"fine_tuning_lora": 1, "lora_finetuning_performance": 1, "compare_methods": 7}.items():
         outputs = [output for cell in executed(finished, name).cells for output in cell.get("outputs", [])]
@@ -106,16 +126,96 @@ def test_a_second_run_reuses_everything(finished, overrides):
     assert (finished / "report.html").stat().st_mtime_ns == before
 
 
-def test_a_lost_artefact_or_another_setting_is_not_reused(finished, overrides):
+def reused(overrides: dict) -> set[str]:
+    """The steps that a run with these overrides would not execute."""
     suite = Suite("cpu", overrides)
-    [step] = [step for step in STEPS if step.name == "fine_tuning_lora"]
-    assert suite._is_done(step, suite._key(step))
-    other = Suite("cpu", overrides | {"learning_rate": 1e-3})
-    assert not other._is_done(step, other._key(step))
+    return {step.name for step in suite.steps if step.name not in SKIPPED and suite._made(step)}
+
+
+ALL = {step.name for step in STEPS} - SKIPPED
+TRAININGS = {name for name in ALL if name.startswith("fine_tuning")}
+EVALUATIONS = {name for name in ALL if name.endswith("_performance")}
+
+
+def test_a_lost_artefact_or_another_setting_is_not_reused(finished, overrides):
+    assert reused(overrides) == ALL
+    # The base model has no learning rate, and the comparison reads records.
+    assert reused(overrides | {"learning_rate": 1e-3}) == {"base_model_performance", "compare_methods"}
+    assert reused(overrides | {"generation_rows": 4}) == TRAININGS | {"compare_methods"}
     artefact = paths.artefact_folder("cpu", "lora", is_adapter=True)
     artefact.rename(artefact.with_name("elsewhere"))
-    assert not suite._is_done(step, suite._key(step))
+    assert reused(overrides) == ALL - {"fine_tuning_lora"}
     artefact.with_name("elsewhere").rename(artefact)
+
+
+def test_what_is_reused_names_the_commit_that_made_it(finished, overrides):
+    outcomes = Suite("cpu", overrides).execute()
+    commit = records.read(finished / "lora").training.environment.short_commit
+    assert {f"made by commit {commit}" in outcome.reason for outcome in outcomes if outcome.status == "reused"} == {
+        True
+    }
+
+
+@pytest.mark.parametrize(
+    ("module", "again"),
+    [
+        ("finetune/plots.py", {"compare_methods"}),
+        ("finetune/templates/report.html", {"compare_methods"}),
+        ("finetune/cards.py", set()),
+        ("finetune/hardware.py", set()),
+        ("finetune/trainer.py", TRAININGS),
+        ("finetune/training.py", TRAININGS),
+        ("finetune/evaluation.py", EVALUATIONS),
+        ("finetune/chat.py", TRAININGS | EVALUATIONS),
+        ("finetune/segments.py", TRAININGS | EVALUATIONS),
+        ("data_prep/text.py", ALL),
+    ],
+)
+def test_what_a_changed_file_computed_is_computed_again_and_nothing_else(
+    finished, overrides, tmp_path, monkeypatch, module, again
+):
+    """The sources that keys are made of lie in a copy, where one of them gets another line."""
+    for package in ("data_prep", "finetune"):
+        shutil.copytree(paths.PROJECT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(paths, "PROJECT", tmp_path)
+    assert reused(overrides) == ALL
+    path = tmp_path / module
+    path.write_text(path.read_text() + ("\n# A comment.\n" if path.suffix == ".py" else ""))
+    assert reused(overrides) == ALL
+    path.write_text(path.read_text() + "\nCHANGED = True\n")
+    assert reused(overrides) == ALL - again
+
+
+# What trainings and evaluations import besides, without a result depending on it: values of the registries are in the
+# settings, validation in a training is only shown, and the rest names, counts, writes or explains.
+SHOWN_OR_WRITTEN = {
+    "cards", "embedded", "energy", "files", "hardware", "memory", "paths", "profiles", "recipes", "records", "settings",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("entry", "kind", "besides"),
+    [
+        ("training", "train", {"evaluation", "metrics", "resampling"}),
+        ("evaluation", "evaluate", set()),
+        ("models", "evaluate", set()),
+    ],
+)
+def test_every_module_that_computes_a_result_is_in_its_key(entry, kind, besides):
+    """Whoever adds a module that a training imports decides whether it computes."""
+    script = f"import sys, finetune.{entry}; print(*(name for name in sys.modules if name.startswith('finetune.')))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=paths.PROJECT, text=True, capture_output=True, check=True)
+    imported = {name.removeprefix("finetune.") for name in done.stdout.split()}
+    assert imported <= {path.stem for path in runner.sources(kind)} | SHOWN_OR_WRITTEN | besides
+
+
+def test_a_run_that_refuses_an_override_is_skipped_before_anything_runs(tiny):
+    suite = Suite("cpu", tiny | {"weights": "float32"})
+    assert set(suite._refused) == SKIPPED | {"fine_tuning_qlora", "qlora_finetuning_performance"}
+    outcome = suite._without_executing(next(step for step in STEPS if step.name == "fine_tuning_qlora"), [])
+    assert (outcome.status, outcome.reason) == ("skipped", "load_in_4bit=True contradicts weights=float32")
+    with pytest.raises(UserError, match="load_in_4bit=True contradicts"):
+        Suite("cpu", tiny | {"weights": "float32"}, only=("qlora",))
 
 
 def test_skipped_steps_give_the_reason(finished, overrides, capsys):
@@ -191,16 +291,16 @@ def test_a_learning_curve_trains_on_fewer_rows_alone():
         "lora_finetuning_performance_rows-1000",
         "compare_methods",
     ]
-    plan = suite._plan(suite.steps[2])
+    plan = suite._plans[suite.steps[2].name]
     assert (plan.experiment.train_rows, plan.recipe.learning_rate, plan.experiment.seed) == (1000, 1e-3, 42)
     assert suite._result(suite.steps[3]) == paths.run_folder("cpu", "lora", "rows-1000") / "predictions.jsonl"
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["run", "--seeds", "0"], ["run", "--seeds", "x"], ["curve", "--rows", "-1"], ["run", "--jobs", "0"]],
+    [["run", "--seeds", "0"], ["run", "--seeds", "x"], ["curve", "--rows", "-1"]],
 )
-def test_numbers_of_trainings_and_jobs_are_checked(arguments, capsys):
+def test_numbers_of_trainings_are_checked(arguments, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert "is not a whole number from 1" in capsys.readouterr().err

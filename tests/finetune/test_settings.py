@@ -16,7 +16,7 @@ EXPERIMENT_NAMES = {field.name for field in fields(Experiment)}
 RECIPE_NAMES = {field.name for field in fields(Recipe)}
 
 # They change what is measured, not the model: an artefact serves whatever they are.
-EVALUATION_ONLY = {"test_rows", "generation_rows", "evaluation_batch_size", "evaluation_dtype", "evaluation_kernels"}
+EVALUATION_ONLY = {"test_rows", "generation_rows", "few_shot_examples", "evaluation_batch_size", "evaluation_kernels"}
 
 # A second value for every parameter that can be changed.
 OTHER_VALUES = {
@@ -30,7 +30,8 @@ OTHER_VALUES = {
     "test_rows": 100,
     "generation_rows": 100,
     "evaluation_batch_size": 3,
-    "evaluation_dtype": "bfloat16",
+    "few_shot_examples": 3,
+    "compute_dtype": "float32",
     "evaluation_kernels": "plain",
     "seed": 7,
     "data_seed": 8,
@@ -58,6 +59,7 @@ OTHER_VALUES = {
     "offload_embedding": "on",
     "cudnn_benchmark": False,
     "lora_rank": 3,
+    "eval_on_start": True,
     "lora_alpha": 3,
     "lora_dropout": 0.5,
     "lora_targets": "attention",
@@ -172,7 +174,6 @@ class TestRefusals:
     def test_variables_of_the_process_are_no_parameters(self, monkeypatch, tmp_path):
         monkeypatch.setenv("FINETUNE_HOME", str(tmp_path))
         monkeypatch.setenv("FINETUNE_COMMAND", "make demo")
-        monkeypatch.setenv("FINETUNE_TURNS", str(tmp_path / "GPU 0"))
         assert plan("base", "cpu").digest
 
     @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ class TestRefusals:
             ("prompt", "short", "'lean' or 'verbose'"),
             ("source", "kaggle", "'sample', 'csv' or 'hub'"),
             ("lora_targets", "mlp", "'attention' or 'all-linear'"),
-            ("evaluation_dtype", "float16", "'bfloat16' or 'float32'"),
+            ("compute_dtype", "float16", "'bfloat16' or 'float32'"),
             ("validation_rows", 3, "greater than or equal to 4"),
             ("train_rows", 0, "greater than or equal to 1"),
             ("generation_rows", -1, "greater than or equal to 0"),

@@ -20,8 +20,8 @@ from finetune import chat, evaluation, models, paths, plan, records
 from finetune.data import prepare_data
 from finetune.merging import merge
 from finetune.performance import evaluate
+from finetune.runner import _training_progress
 from finetune.segments import Backbone
-from finetune.suite import _training_progress
 from finetune.training import Clock, Session, check_supervision, newest_whole_checkpoint, prepare_training
 
 RUNS = ["full", "lora", "qlora"]
@@ -64,7 +64,7 @@ def test_the_loss_sees_the_answers_and_nothing_else(tiny, run):
     assert all(text.startswith('{"category":"') and text.endswith("<|im_end|>") for text in session.supervision.decoded)
     [row] = [session.trainer.train_dataset[0]]
     batch = session.trainer.data_collator([row])
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), session.trainer._precision.autocast():
         loss = session.trainer.compute_loss(session.model, dict(batch)).item()
         logits = session.model(input_ids=torch.tensor([row["input_ids"]])).logits[0].float()
     answer = [token for token in row["labels"] if token != chat.IGNORED]
@@ -120,7 +120,7 @@ def test_a_small_batch_accumulated_equals_a_large_one(tiny):
         count = sum(label != chat.IGNORED for row in rows for label in row["labels"][1:])
         for start in range(0, len(rows), size):
             batch = session.trainer.data_collator(rows[start : start + size])
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with session.trainer._precision.autocast():
                 loss = session.trainer.compute_loss(session.model, batch, num_items_in_batch=torch.tensor(count))
             loss.backward()
         return torch.cat([p.grad.flatten() for p in session.model.parameters()])
@@ -268,7 +268,7 @@ def test_a_validation_leaves_the_gradients_of_a_4_bit_model_as_they_were(tiny):
 
     def gradients() -> list[torch.Tensor]:
         session.model.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with session.trainer._precision.autocast():
             session.trainer.compute_loss(session.model, dict(batch)).backward()
         return [p.grad.clone() for p in session.model.parameters() if p.requires_grad]
 
@@ -342,7 +342,7 @@ def test_packed_and_padded_batches_have_the_same_loss_and_gradients(tiny, run):
         batch = session.trainer.data_collator(rows)
         count = torch.tensor(sum(label != chat.IGNORED for row in rows for label in row["labels"]))
         session.model.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with packed.trainer._precision.autocast():
             loss = session.trainer.compute_loss(session.model, dict(batch), num_items_in_batch=count)
         loss.backward()
         gradients = [p.grad.float().flatten() for p in session.model.parameters() if p.grad is not None]
