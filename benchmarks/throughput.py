@@ -230,15 +230,9 @@ def _write_shape(layers: int, folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(embedded.folder())
     config = Qwen2Config(
-        vocab_size=152_064,
-        hidden_size=3_584,
-        intermediate_size=18_944,
-        num_hidden_layers=layers,
-        num_attention_heads=28,
-        num_key_value_heads=4,
+        **(ladder.QWEN_7B | {"num_hidden_layers": layers}),
         max_position_embeddings=32_768,
         rope_theta=1e6,
-        tie_word_embeddings=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="bfloat16",
