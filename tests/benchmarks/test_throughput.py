@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from benchmarks import gb10, ladder, throughput
+from benchmarks import gb10, ladder, part, throughput
 
 MEASURED = {rung.key for part in ladder.PARTS.values() for rung in part}
 REPORT = {
@@ -96,6 +96,15 @@ class TestMeasurements:
 
 
 class TestPart:
+    @pytest.mark.parametrize("name", ["model", *ladder.ALL_PARTS])
+    def test_its_process_understands_the_command(self, name, tmp_path, monkeypatch):
+        monkeypatch.setattr(sys, "argv", ["throughput", "/data/ag_news", "--profile", "batch", "qlora"])
+        command = throughput._command(name, throughput._options(), tmp_path)
+        assert command[1:3] == ["-m", "benchmarks.part"]
+        options = part.parser().parse_args([*command[3:], "--rungs", "batch", "--profile", "batch"])
+        assert (options.part, options.csv, options.model) == (name, "/data/ag_news", str(tmp_path))
+        assert options.rungs == options.profile == ["batch"]
+
     def test_its_results_are_reported_while_it_runs(self, monkeypatch):
         script = "import time; print('noise'); print('RESULT {\"key\": \"batch\"}', flush=True); time.sleep(60)"
         monkeypatch.setattr(throughput, "PART_SECONDS", 2)
