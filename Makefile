@@ -37,8 +37,9 @@ data: $(READY) ## prepare the data
 evidence: $(READY) ## the whole experiment: seeds, learning curve, prompts, losses, engines (options in ARGS)
 	@$(PY) -m benchmarks.evidence --profile $(PROFILE) $(ARGS)
 
-results: $(READY) ## make reports and README tables anew from results/reference, and check the records
+results: $(READY) ## make reports, README tables and docs/speed.md anew from results/reference, and check the records
 	@$(PY) -m finetune results
+	@$(PY) -m benchmarks.render
 
 lock: $(READY) ## resolve requirements/base.txt anew: one line a package, with hashes
 	$(VENV)/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate \

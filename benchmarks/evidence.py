@@ -1,13 +1,13 @@
 """The experiment behind the reference results: every training, evaluation and merge of it, from one command.
 
-    python -m benchmarks.evidence --profile gpu --set source=csv --set data_path=FOLDER --seeds 3 --jobs 8 --publish
+    python -m benchmarks.evidence --profile gpu --set source=csv --set data_path=FOLDER --seeds 3 --publish
     make evidence ARGS="--seeds 3"
 
-Runs the suite once for each set of records, each in a folder of its own in `results/evidence/`: the profile as it is,
-with a learning curve; and beside it the same with one thing changed (the prompt, the loss, the engine), so that
-`python -m finetune contrast` can say what that costs. Sets of which the profile or the machine knows no difference are
-skipped, with the reason. Interrupted or failed, the same command goes on from there. `--publish` copies each whole set
-to results/reference/NAME.
+We run the suite once for each set of records, one after the other, each in its own folder in `results/evidence/`. The
+first set is the profile as it is, with a learning curve. Each other set changes one thing (the prompt, the loss or the
+engine), so that `python -m finetune contrast` can say what that costs. A set that changes nothing on this machine is
+skipped, with the reason. After an interrupt or a failure, the same command goes on from there. `--publish` copies each
+whole set to results/reference/NAME.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ import os
 import shlex
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from typing import Any
 from data_prep import UserError
 from finetune import embedded, paths, reference, settings
 
-# What a command returns that Ctrl-C ended, which reaches all of them at once.
+# The exit status of a command that Ctrl-C ended.
 INTERRUPTED = 130
 METHODS = ("full", "lora", "qlora")
 # Before any set's own folder is made the home.
@@ -61,16 +59,14 @@ SETS = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the sets, some at once; 0 if all are whole, 1 if a step of one failed, 2 if the command was wrong, 130 if
-    it was interrupted."""
+    """Run the sets; returns 0 if all are whole, 1 if a step failed, 2 if the command was wrong, 130 after Ctrl-C."""
     options = _options(arguments)
     try:
         asked = settings.parse_assignments(options.assignments)
         options.profile = settings.plan("base", options.profile).profile
         sets = [each for each in SETS if _is_wanted(each, options.profile, asked)]
         embedded.ensure()
-        are_whole = _run_all(sets, options)
-        failed = [each for each, is_whole in zip(sets, are_whole, strict=True) if not is_whole]
+        failed = [each for each in sets if not _run(each, options)]
         if options.publish:
             _publish([each for each in sets if each not in failed], options.profile)
     except UserError as error:
@@ -90,8 +86,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs="*", default=[250, 1000, 4000], help="of the learning curve")
-    parser.add_argument("--jobs", type=int, default=1, help="notebooks at once, of each set that runs")
-    parser.add_argument("--at-once", type=int, default=1, help="sets at once")
     parser.add_argument("--publish", action="store_true", help="copy whole sets to results/reference")
     return parser.parse_args(arguments)
 
@@ -119,23 +113,6 @@ def _planned(run: str, profile: str, asked: Mapping[str, str], each: RecordSet) 
     return plan.engine, {name: value for name, value in plan.values.items() if name != "engine"}
 
 
-def _run_all(sets: Sequence[RecordSet], options: argparse.Namespace) -> list[bool]:
-    """Run sets, `--at-once` of them together; whether each went well."""
-    interrupted = threading.Event()
-
-    def run(each: RecordSet) -> bool:
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-        try:
-            return _run(each, options)
-        except KeyboardInterrupt:
-            interrupted.set()
-            raise
-
-    with ThreadPoolExecutor(options.at_once) as pool:
-        return list(pool.map(run, sets))
-
-
 def _run(each: RecordSet, options: argparse.Namespace) -> bool:
     """Execute a set's commands; whether all went well."""
     checkpoints = _home(options.profile, each) / "checkpoints"
@@ -143,7 +120,7 @@ def _run(each: RecordSet, options: argparse.Namespace) -> bool:
     model = checkpoints / embedded.NAME
     if not model.exists():
         model.symlink_to(embedded.folder().resolve())
-    # All of them, whatever becomes of one.
+    # One that fails must not cost the others their results.
     statuses = []
     for command in _commands(each, options):
         statuses.append(_finetune(command, each, options.profile))
@@ -156,11 +133,10 @@ def _commands(each: RecordSet, options: argparse.Namespace) -> Iterator[list[str
     asked = [*options.assignments, *(f"{name}={value}" for name, value in each.change.items())]
     common = ["--profile", options.profile, *(part for one in asked for part in ("--set", one))]
     runs = [part for run in ("base", *each.runs) for part in ("--only", run)]
-    jobs = ["--jobs", str(options.jobs)]
-    yield ["run", *common, *runs, "--seeds", str(options.seeds), *jobs]
+    yield ["run", *common, *runs, "--seeds", str(options.seeds)]
     if each.is_main:
         rows = [part for count in options.rows for part in ("--rows", str(count))]
-        yield ["curve", *common, "--only", "svm", *runs[2:], *rows, *jobs]
+        yield ["curve", *common, "--only", "svm", *runs[2:], *rows]
         yield from (["merge", run, *common] for run in each.runs if run in ("lora", "qlora"))
 
 

@@ -6,6 +6,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+# Sizes of Qwen2.5-7B (config.json of Qwen/Qwen2.5-7B-Instruct), in transformers' names.
+QWEN_7B = {
+    "vocab_size": 152_064,
+    "hidden_size": 3_584,
+    "intermediate_size": 18_944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+
 SEED_BATCH = {"batch_size": 8, "gradient_accumulation_steps": 4}
 LARGE_BATCH = {"batch_size": 64, "gradient_accumulation_steps": 1}
 LARGER_BATCH = {"batch_size": 128, "gradient_accumulation_steps": 1}
@@ -173,6 +184,25 @@ def keys_of(part: str) -> list[str]:
     if part in PARTS:
         return [rung.key for rung in PARTS[part]]
     return [part] if part in STARTS else [*(scoring_key(*one) for one in SCORED), *GENERATED]
+
+
+def rungs() -> list[str]:
+    """The keys of the ladder: each rung adds one thing to the one before it."""
+    return [key for key in keys_of("plain") if key not in peers()] + keys_of("lora")
+
+
+def peers() -> list[str]:
+    """The keys of TRL + PEFT as a careful user would set it up."""
+    return [key for key in keys_of("plain") if key.startswith("peer")]
+
+
+def settings_of_methods() -> dict[str, list[str]]:
+    """The keys of every way that a method was measured in with a batch that fills the GPU."""
+    return {
+        "LoRA": ["batch", "batch_128", *keys_of("lora_memory")],
+        "QLoRA": keys_of("qlora"),
+        "full": [*keys_of("full"), *keys_of("full_unsloth")],
+    }
 
 
 def scoring_key(prompt: str, batch: int, kernels: str) -> str:

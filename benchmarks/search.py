@@ -4,8 +4,8 @@
         --grid learning_rate=5e-5,1e-4 --grid weights=bfloat16,float32 --try learning_rate=1e-3,epochs=3 \\
         --out results/search-full.json
 
-Writes one line of JSON per training, with its settings, final validation accuracy and log loss, seconds and peak
-memory. Nothing is saved of the models.
+Writes one line of JSON for each training: its settings, final validation accuracy and log loss, seconds and peak
+memory. The models are not saved.
 """
 
 from __future__ import annotations
@@ -27,22 +27,31 @@ from finetune import paths, plan_training
 from finetune.settings import Settings, parse_assignments
 
 
-def main() -> None:
-    """Train the grid, and write each result as soon as it is known."""
-    options = _options()
+def main(arguments: list[str] | None = None) -> int:
+    """Train the grid, and write each result as soon as it is known; returns 2 if a parameter is wrong."""
+    options = _options(arguments)
     os.environ["FINETUNE_COMMAND"] = shlex.join(["python", "-m", "benchmarks.search", *sys.argv[1:]])
+    try:
+        asked = {"saves": 0} | parse_assignments(options.assignments)
+        wanted = combinations(options.grid) + tries(options.tries)
+        # All before the first training: a wrong value must not end a search that has run for an hour.
+        planned = [plan_training(options.run, options.profile, asked | each) for each in wanted]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     results: list[dict[str, Any]] = []
-    for combination in (combinations(options.grid) if options.grid else []) + tries(options.tries):
-        wanted = {"saves": 0} | parse_assignments(options.assignments) | combination
-        settings = plan_training(options.run, options.profile, wanted)
+    for combination, settings in zip(wanted, planned, strict=True):
         results.append({"run": options.run, **combination, **_train(settings)})
         print(json.dumps({key: value for key, value in results[-1].items() if key != "environment"}), flush=True)
         with replacing(Path(options.out)) as file:
             file.writelines(json.dumps(result) + "\n" for result in results)
+    return 0
 
 
 def combinations(grid: list[str]) -> list[dict[str, str]]:
-    """`["a=1,2", "b=3"]` as `[{"a": "1", "b": "3"}, {"a": "2", "b": "3"}]`."""
+    """`["a=1,2", "b=3"]` as `[{"a": "1", "b": "3"}, {"a": "2", "b": "3"}]`; without a grid, nothing."""
+    if not grid:
+        return []
     axes = [[(name, value) for value in values.split(",")] for name, values in parse_assignments(grid).items()]
     return [dict(choice) for choice in itertools.product(*axes)]
 
@@ -52,7 +61,7 @@ def tries(lines: list[str]) -> list[dict[str, str]]:
     return [parse_assignments(line.split(",")) for line in lines]
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--profile", default="auto")
@@ -60,7 +69,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--grid", action="append", default=[], metavar="NAME=VALUE,VALUE")
     parser.add_argument("--try", dest="tries", action="append", default=[], metavar="NAME=VALUE,NAME=VALUE")
     parser.add_argument("--out", default="results/search.json")
-    return parser.parse_args()
+    options = parser.parse_args(arguments)
+    if not options.grid and not options.tries:
+        parser.error("nothing to train: name values with --grid or --try")
+    return options
 
 
 def _train(settings: Settings) -> dict[str, Any]:
@@ -106,4 +118,4 @@ def _release() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from io import BytesIO
 from typing import Any
 
@@ -16,7 +15,6 @@ from finetune import costs
 from finetune.comparison import Comparison
 from finetune.metrics import Metrics
 from finetune.records import RunRecord
-from finetune.throughput import Throughput
 from finetune.wording import NAMES
 
 COLOURS = {
@@ -62,13 +60,6 @@ plt.rcParams.update(
         "svg.hashsalt": "finetune",
     }
 )
-
-
-_RUNG_LOOKS = {
-    "plain": {"label": "TRL + PEFT", "color": "#D9D9D9"},
-    "own": {"label": "Unsloth and this suite", "color": COLOURS["lora"]},
-    "tuned": {"label": "TRL + PEFT, tuned", "color": "#D9D9D9", "hatch": "//"},
-}
 
 
 def as_svg(figure: Figure) -> bytes:
@@ -237,29 +228,6 @@ def accuracy_against_coverage(comparison: Comparison) -> Figure:
         axes.set(ylabel="accuracy on them (%)", xlim=(10, 100))
     axes.set_xlabel("rows answered, the surest first (%)")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    return figure
-
-
-def ladder(found: Throughput, rungs: tuple[str, ...], peers: tuple[str, ...]) -> Figure:
-    """Articles a second on each rung, with its factor against the first, and of the peers; what failed says so."""
-    rows = [row for row in map(found.row, (*rungs, *peers)) if row]
-    first = found.measured(rungs[0])
-    figure, axes = plt.subplots(figsize=(9, 0.4 * len(rows) + 0.8), layout="constrained")
-    for position, row in enumerate(rows):
-        speed = row.articles_per_second or 0
-        kind = "tuned" if row.key in peers else "plain" if row.key.startswith("trl_") else "own"
-        axes.barh(position, speed, height=0.65, linewidth=0.6, edgecolor="black", **_RUNG_LOOKS[kind])
-        factor = f"  ({speed / first.articles_per_second:.1f}x)" if first and speed else ""
-        axes.text(speed, position, f" {row.failure if row.outcome else f'{speed:.1f}'}{factor}", va="center")
-    axes.set_yticks(range(len(rows)), [textwrap.fill(row.name, 44) for row in rows])
-    axes.invert_yaxis()
-    # Room for the longest bar's figures.
-    fastest = max((row.articles_per_second or 0 for row in rows), default=0) or 1
-    axes.set(xlabel=f"articles a second on one {found.environment.hardware['gpu']}", xlim=(0, 1.3 * fastest))
-    handles, labels = axes.get_legend_handles_labels()
-    # One entry a kind, not a bar.
-    unique = dict(zip(labels, handles, strict=True))
-    axes.legend(unique.values(), unique.keys(), frameon=False, loc="upper right")
     return figure
 
 

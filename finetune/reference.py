@@ -11,7 +11,7 @@ import pandas as pd
 
 from data_prep import DataError, UserError
 from data_prep.store import replacing
-from finetune import captions, comparison, contrasts, costs, errors, paths, records, report, speed
+from finetune import captions, comparison, contrasts, costs, errors, paths, records, report
 from finetune.comparison import Comparison
 from finetune.contrasts import Contrast, NoContrast
 from finetune.metrics import Metrics
@@ -130,7 +130,6 @@ def regenerate() -> list[Path]:
         write_report(name, references)
         if page.read_bytes() != old:
             changed.append(page)
-    changed += speed.draw_ladders(FOLDER / "throughput")
     before = README.read_text(encoding="utf-8")
     after = with_results(before, references)
     if after != before:
@@ -193,7 +192,7 @@ def with_results(readme: str, references: References | None = None) -> str:
     def contrast(match: re.Match) -> str:
         return match["head"] + contrast_text(references.contrast(match["name"], match["other"])) + match["tail"]
 
-    return speed.with_blocks(CONTRAST.sub(contrast, RESULTS.sub(results, readme)), FOLDER / "throughput")
+    return CONTRAST.sub(contrast, RESULTS.sub(results, readme))
 
 
 def results_text(compared: Comparison) -> str:

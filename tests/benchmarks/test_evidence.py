@@ -9,7 +9,7 @@ import torch
 from benchmarks import evidence
 from finetune import embedded, reference
 
-GPU = ["--profile", "gpu", "--set", "source=csv", "--set", "data_path=/data/ag_news", "--jobs", "4"]
+GPU = ["--profile", "gpu", "--set", "source=csv", "--set", "data_path=/data/ag_news"]
 
 
 @pytest.fixture
@@ -39,16 +39,16 @@ def test_with_a_gpu_each_set_changes_one_thing(commands, monkeypatch, capsys):
     runs = "--only base --only full --only lora --only qlora"
     all_runs = "--only full --only full_unsloth --only lora --only qlora"
     assert commands == [
-        ("gpu", f"run {common} --only base {all_runs} --seeds 3 --jobs 4"),
-        ("gpu", f"curve {common} --only svm {all_runs} --rows 250 --rows 1000 --rows 4000 --jobs 4"),
+        ("gpu", f"run {common} --only base {all_runs} --seeds 3"),
+        ("gpu", f"curve {common} --only svm {all_runs} --rows 250 --rows 1000 --rows 4000"),
         ("gpu", f"merge lora {common}"),
         ("gpu", f"merge qlora {common}"),
-        ("gpu-answer", f"run {common} --set article_loss=0.0 {runs} --seeds 3 --jobs 4"),
-        ("gpu-answer-all", f"run {common} --set article_loss=0.0 --set supervise=all {runs} --seeds 3 --jobs 4"),
-        ("gpu-verbose", f"run {common} --set prompt=verbose {runs} --seeds 3 --jobs 4"),
+        ("gpu-answer", f"run {common} --set article_loss=0.0 {runs} --seeds 3"),
+        ("gpu-answer-all", f"run {common} --set article_loss=0.0 --set supervise=all {runs} --seeds 3"),
+        ("gpu-verbose", f"run {common} --set prompt=verbose {runs} --seeds 3"),
         (
             "gpu-transformers",
-            f"run {common} --set engine=transformers --only base --only lora --only qlora --seeds 3 --jobs 4",
+            f"run {common} --set engine=transformers --only base --only lora --only qlora --seeds 3",
         ),
         *((name, "copied gpu") for name in ("gpu", "gpu-answer", "gpu-verbose", "gpu-transformers")),
         ("", "renewed"),

@@ -1,4 +1,4 @@
-"""The benchmark of speed measures what the README's tables know, and loses nothing when it is interrupted."""
+"""The benchmark of speed measures what the page's tables show, and loses nothing when it is interrupted."""
 
 import copy
 import json
@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from benchmarks import ladder, throughput
-from finetune import prediction, speed
+from benchmarks import gb10, ladder, part, throughput
 
 MEASURED = {rung.key for part in ladder.PARTS.values() for rung in part}
 REPORT = {
@@ -24,16 +23,12 @@ def row(key: str, **more) -> dict:
 
 class TestTables:
     def test_each_training_has_its_place(self):
-        placed = [*speed.LADDER, *speed.PEERS, *(key for keys in speed.METHODS.values() for key in keys)]
-        assert set(placed) == MEASURED
-
-    def test_each_scoring_generation_and_start_has_its_place(self):
-        assert set(ladder.keys_of("evaluation")) == {*speed.SCORING, *speed.GENERATION}
-        assert tuple(ladder.STARTS) == speed.STARTS
+        in_methods = [key for keys in ladder.settings_of_methods().values() for key in keys]
+        assert {*ladder.rungs(), *ladder.peers(), *in_methods} == MEASURED
 
     def test_predictions_read_what_is_measured(self):
-        methods = prediction.METHODS
-        assert {key for of in methods for key in (*of.kept, *of.recomputing, *of.checks)} <= MEASURED
+        read = {key for of in gb10.METHODS.values() for key in (*of.kept, *of.recomputing, *of.checks)}
+        assert read | set(gb10.LENGTH_ROWS) <= MEASURED
 
 
 class TestProcesses:
@@ -101,6 +96,15 @@ class TestMeasurements:
 
 
 class TestPart:
+    @pytest.mark.parametrize("name", ["model", *ladder.ALL_PARTS])
+    def test_its_process_understands_the_command(self, name, tmp_path, monkeypatch):
+        monkeypatch.setattr(sys, "argv", ["throughput", "/data/ag_news", "--profile", "batch", "qlora"])
+        command = throughput._command(name, throughput._options(), tmp_path)
+        assert command[1:3] == ["-m", "benchmarks.part"]
+        options = part.parser().parse_args([*command[3:], "--rungs", "batch", "--profile", "batch"])
+        assert (options.part, options.csv, options.model) == (name, "/data/ag_news", str(tmp_path))
+        assert options.rungs == options.profile == ["batch"]
+
     def test_its_results_are_reported_while_it_runs(self, monkeypatch):
         script = "import time; print('noise'); print('RESULT {\"key\": \"batch\"}', flush=True); time.sleep(60)"
         monkeypatch.setattr(throughput, "PART_SECONDS", 2)

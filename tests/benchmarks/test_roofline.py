@@ -3,12 +3,13 @@
 from dataclasses import replace
 
 import measurements
+import numpy as np
 import pytest
 
+from benchmarks import roofline
+from benchmarks.roofline import Machine, Work, share_of, work_of
 from data_prep import UserError
-from finetune import roofline
 from finetune.recipes import FULL, LORA, QLORA
-from finetune.roofline import Machine, Work, share_of, work_of
 
 # Qwen2.5-7B: 28 layers of 2 x 3584 x (3584 + 512) + 3 x 3584 x 18944 weights; 152,064 x 3584 in the head.
 LAYERS, HEAD = 6_525_288_448, 544_997_376
@@ -21,8 +22,7 @@ def kept(recipe, **changes):
 
 
 def test_the_shape_is_qwen_s():
-    assert roofline.shape().in_layers == LAYERS and roofline.head() == HEAD
-    assert roofline.shape().parameters == ALL
+    assert (roofline.SHAPE.in_layers, roofline.HEAD, roofline.SHAPE.parameters) == (LAYERS, HEAD, ALL)
 
 
 def test_arithmetic_of_a_frozen_and_of_a_trained_model():
@@ -61,7 +61,6 @@ def test_the_longer_of_two_times_and_what_comes_on_top():
     assert Work(flops=100, streamed=10, apart=0).seconds(gpu, 0.5) == 2
     assert Work(flops=100, streamed=30, apart=0).seconds(gpu, 0.5) == 3
     assert Work(flops=100, streamed=30, apart=10).seconds(gpu, 0.5) == 4
-    assert Work(flops=100, streamed=30, apart=10).share_apart(gpu, 0.5) == 0.25
 
 
 def test_below_the_ridge_more_tokens_cost_next_to_nothing():
@@ -74,36 +73,34 @@ def test_below_the_ridge_more_tokens_cost_next_to_nothing():
 
 
 class TestShare:
-    def row(self, **changes):
-        return measurements.file(measurements.changed("batch", **changes)).measured("batch")
+    def share(self, **changes) -> float:
+        record = measurements.record(measurements.changed("batch", **changes))
+        return share_of(record, record.rows.loc["batch"])
 
     def test_it_gives_the_measured_speed_back(self):
-        row = self.row()
-        seconds = roofline.work_of_row(row).seconds(GPU, share_of(row, GPU))
-        assert seconds == pytest.approx(64 / 240)
+        row = measurements.record().rows.loc["batch"]
+        assert roofline.work_of_row(row).seconds(GPU, self.share()) == pytest.approx(64 / 240)
 
     def test_it_counts_less_than_the_ladder_s_rule(self):
-        row = self.row()
-        assert 0.8 < share_of(row, GPU) / row.share_of_peak < 0.9
+        assert 0.8 < self.share() / measurements.record().rows.share_of_peak["batch"] < 0.9
 
     def test_a_row_faster_than_the_gpu_is_refused(self):
-        with pytest.raises(UserError, match=r"batch is faster than \d+ articles/s, all that this GPU could do"):
-            share_of(self.row(articles_per_second=600.0, computed_per_second=600 * 60.6), GPU)
+        with pytest.raises(UserError, match=r"`batch` is faster than \d+ articles/s, all that this GPU could do"):
+            self.share(articles_per_second=600.0, computed_per_second=600 * 60.6)
 
     def test_another_model_is_refused(self):
         with pytest.raises(UserError, match="measured on 2,000,000,000 parameters, not on all of the 7B shape"):
-            share_of(self.row(parameters=2_000_000_000), GPU)
-
-    def test_settings_of_another_version_are_refused(self):
-        with pytest.raises(UserError, match="weights='float8' of a lora row is not possible in this version"):
-            share_of(self.row(overrides={"weights": "float8"}), GPU)
+            self.share(parameters=2_000_000_000)
 
 
 def test_a_gpu_of_unknown_bandwidth_is_refused():
     with pytest.raises(UserError, match="the memory bandwidth of NVIDIA B300 is not known"):
-        roofline.bandwidth(measurements.file(gpu="NVIDIA B300"))
+        roofline.bandwidth("NVIDIA B300")
 
 
-def test_there_is_no_ceiling_without_the_figures():
-    found = measurements.file(measurements.changed("scoring_lean_128", computed_per_second=None))
-    assert roofline.scoring_ceiling(found.measured("scoring_lean_128")) is None
+def test_the_ceiling_of_scoring_by_hand():
+    rows = measurements.record().rows
+    ceiling = roofline.scoring_ceiling(rows)
+    in_layers = measurements.BASE - 2 * HEAD
+    assert ceiling["scoring_lean_128"] == pytest.approx(800e12 / (2 * in_layers * 70 + 2 * HEAD * 7))
+    assert np.isnan(ceiling["generation_lean_128"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import factories
 
-from finetune.throughput import Throughput
+from benchmarks.records import SpeedRecord, read
 
 PEAK = 800.0
 # Of the 7B shape, without and with an adapter on all linear layers.
@@ -113,8 +114,9 @@ def changed(which: str, **changes: Any) -> list[dict]:
     return [row | changes if row["key"] == which else row for row in rows()]
 
 
-def file(results: list[dict] | None = None, **changes: Any) -> Throughput:
-    return Throughput.model_validate(content(results, **changes))
+def record(results: list[dict] | None = None, **changes: Any) -> SpeedRecord:
+    with tempfile.TemporaryDirectory() as folder:
+        return read(write(Path(folder) / "h100.json", results, **changes))
 
 
 def write(path: Path, results: list[dict] | None = None, **changes: Any) -> Path:

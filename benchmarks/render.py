@@ -1,0 +1,264 @@
+"""docs/speed.md and its picture, from the records of speed in results/reference/throughput/.
+
+    python -m benchmarks.render                 # write docs/speed.md and docs/speed.svg
+    python -m benchmarks.render FILE [OTHER]    # print the page of one's own measurements; OTHER is a second host's
+
+The page's text is in speed.md.jinja, beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import jinja2
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from benchmarks import claims, gb10, ladder
+from benchmarks.records import SpeedRecord, read
+from benchmarks.roofline import scoring_ceiling
+from data_prep import DataError, UserError
+from data_prep.store import replacing
+from finetune.paths import PROJECT
+from finetune.wording import markdown
+
+FOLDER = PROJECT / "results" / "reference" / "throughput"
+PUBLISHED = (FOLDER / "h100.json", FOLDER / "h100-other-host.json")
+PAGE = PROJECT / "docs" / "speed.md"
+SECOND = "second host"
+# A way to save memory may cost this much of its method's best speed.
+KEPT_SPEED = 0.7
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write or print the page; returns 2 if a file cannot be read or published."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, nargs="?", help="measurements to print instead")
+    parser.add_argument("other", type=Path, nargs="?", help="the same measurements on another host")
+    options = parser.parse_args(arguments)
+    try:
+        if options.file:
+            print(page(options.file, options.other))
+        else:
+            print("\n".join(map(str, publish())) or "nothing changed")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def publish() -> list[Path]:
+    """Write docs/speed.md and its picture anew.
+
+    Returns:
+        The files whose content changed.
+
+    Raises:
+        DataError: A record is missing, broken, or was measured on a tree with uncommitted changes.
+    """
+    for path in PUBLISHED:
+        if not read(path).is_repeatable:
+            raise DataError(path, "was measured on a tree with uncommitted changes: commit, then measure again")
+    picture = PAGE.with_suffix(".svg")
+    text = page(*PUBLISHED, picture=picture.name) + "\n"
+    drawn = BytesIO()
+    with plt.rc_context({"svg.hashsalt": "speed", "font.size": 10}):
+        figure = draw_ladder(read(PUBLISHED[0]))
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    changed = []
+    for target, content in ((PAGE, text.encode()), (picture, drawn.getvalue())):
+        if not target.is_file() or target.read_bytes() != content:
+            target.parent.mkdir(exist_ok=True)
+            with replacing(target, "wb") as file:
+                file.write(content)
+            changed.append(target)
+    return changed
+
+
+def page(path: Path, other_path: Path | None = None, picture: str | None = None) -> str:
+    """The whole page of a file of measurements, with a second host's speed beside it, in Markdown.
+
+    Raises:
+        DataError: A file is missing or broken.
+    """
+    record, other = read(path), read(other_path) if other_path else None
+    try:
+        prediction = gb10.prediction(record)
+    except UserError as error:
+        prediction = str(error)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.filters["table"] = lambda table: markdown(table) if len(table) else "Nothing was measured."
+    return environment.get_template("speed.md.jinja").render(
+        record=record,
+        other=other,
+        project=PROJECT,
+        picture=picture,
+        kept_speed=KEPT_SPEED,
+        spread=spread(record, other) if other else None,
+        best=best_table(record),
+        ladder=ladder_table(record, other),
+        methods=methods_table(record, other),
+        evaluation=evaluation_table(record, other),
+        starts=starts_table(record, other),
+        claims=claims_table(record, other),
+        gb10=prediction,
+    )
+
+
+def best_table(record: SpeedRecord) -> pd.DataFrame:
+    """Each method's fastest and thriftiest setting, beside the best of TRL + PEFT."""
+    lines = []
+    for name, keys in (ladder.settings_of_methods() | {"LoRA with TRL + PEFT, tuned": ladder.peers()}).items():
+        if best := fastest_and_thriftiest(record, keys):
+            lines.append([name, *(f"{row[of]:.1f}" for row in best for of in ("articles_per_second", "peak_gib"))])
+    return pd.DataFrame(lines, columns=["", "fastest: articles/s", "peak GiB", "thriftiest: articles/s", "peak GiB"])
+
+
+def fastest_and_thriftiest(record: SpeedRecord, keys: Sequence[str]) -> list[pd.Series]:
+    """The row with the most articles/s, and the one with the least memory among those that keep `KEPT_SPEED` of that;
+    empty if no row was measured."""
+    if not (rows := record.measured(*keys)):
+        return []
+    fastest = max(rows, key=lambda row: row.articles_per_second)
+    quick = [row for row in rows if row.articles_per_second >= KEPT_SPEED * fastest.articles_per_second]
+    return [fastest, min(quick, key=lambda row: row.peak_gib)]
+
+
+def ladder_table(record: SpeedRecord, other: SpeedRecord | None = None) -> pd.DataFrame:
+    """Each rung with its factor against the one before it and against the first; then the peers."""
+    keys = [*ladder.rungs(), *ladder.peers()]
+    speeds = record.rows.articles_per_second.reindex(keys)
+    # What was not measured is passed over.
+    factors = speeds / speeds.ffill().shift()
+    columns = {
+        "": names(record, keys),
+        **speed_columns(record, other, keys),
+        "x the line before": shown(factors.where(factors.index.isin(ladder.rungs())), "{:.2f}"),
+        "x the first": shown(speeds / speeds.iloc[0], "{:.2f}"),
+        **training_columns(record, keys),
+    }
+    return pd.DataFrame(columns)
+
+
+def methods_table(record: SpeedRecord, other: SpeedRecord | None = None) -> pd.DataFrame:
+    """Every setting of each method, with its share of the method's best speed."""
+    parts = []
+    for method, keys in ladder.settings_of_methods().items():
+        bold = [row.name for row in fastest_and_thriftiest(record, keys)]
+        # On the ladder, "+" says that a rung adds to the one above it.
+        settings = [name.removeprefix("+ ") for name in names(record, keys)]
+        speeds = record.rows.articles_per_second.reindex(keys)
+        columns = {
+            "method": method,
+            "": [f"**{name}**" if key in bold else name for key, name in zip(keys, settings, strict=True)],
+            **speed_columns(record, other, keys),
+            "of the best": shown(speeds / speeds.max(), "{:.0%}"),
+            **training_columns(record, keys),
+        }
+        parts.append(pd.DataFrame(columns))
+    return pd.concat(parts)
+
+
+def evaluation_table(record: SpeedRecord, other: SpeedRecord | None = None) -> pd.DataFrame:
+    """Scoring beside its ceiling, and generation."""
+    keys = ladder.keys_of("evaluation")
+    rows = record.rows.reindex(keys)
+    ceiling = scoring_ceiling(rows)
+    columns = {
+        "": names(record, keys),
+        **speed_columns(record, other, keys),
+        "ceiling": shown(ceiling, "{:,.0f}"),
+        "of the ceiling": shown(rows.articles_per_second / ceiling, "{:.0%}"),
+        "peak GiB": shown(rows.peak_gib, "{:.1f}"),
+    }
+    return pd.DataFrame(columns)
+
+
+def starts_table(record: SpeedRecord, other: SpeedRecord | None = None) -> pd.DataFrame:
+    """Seconds until a training's first step is done, on each engine."""
+    keys = list(ladder.STARTS)
+    hosts = {"seconds": record} | ({SECOND: other} if other else {})
+    seconds = {name: shown(of.rows.seconds_to_first_step.reindex(keys), "{:.1f}") for name, of in hosts.items()}
+    return pd.DataFrame({"": names(record, keys)} | seconds)
+
+
+def claims_table(record: SpeedRecord, other: SpeedRecord | None = None) -> pd.DataFrame:
+    """The first experiment's claims beside what was measured."""
+    found = claims.findings(record)
+    columns = {"the first experiment says": list(found)}
+    columns["measured here"], columns["holds?"] = zip(*found.values(), strict=True)
+    if other:
+        columns[SECOND], columns["holds there?"] = zip(*claims.findings(other).values(), strict=True)
+    return pd.DataFrame(columns)
+
+
+def spread(record: SpeedRecord, other: SpeedRecord) -> dict[str, float]:
+    """How much faster a training was on one host than on the other, at most: below 64 articles at once, and from 64."""
+    trained = record.rows[record.rows.recipe.notna()]
+    ratio = trained.articles_per_second / other.rows.articles_per_second.reindex(trained.index)
+    gain = np.maximum(ratio, 1 / ratio) - 1
+    is_large = np.array([recipe.batch_size >= 64 for recipe in trained.recipe])
+    return {"small": gain[~is_large].max(), "large": gain[is_large].max()}
+
+
+def names(record: SpeedRecord, keys: Sequence[str]) -> list[str]:
+    """What the rows are called in tables; the key of a row that the record lacks."""
+    return [record.rows.setting.get(key, f"`{key}`") for key in keys]
+
+
+def speed_columns(record: SpeedRecord, other: SpeedRecord | None, keys: Sequence[str]) -> dict[str, list[str]]:
+    """Articles/s on one or both hosts, or why there are none."""
+    columns = {}
+    for name, of in ({"articles/s": record} | ({SECOND: other} if other else {})).items():
+        rows = of.rows.reindex(keys)
+        speeds, failures = shown(rows.articles_per_second, "{:.1f}"), rows.failure.fillna("not measured")
+        columns[name] = [failure if speed == "-" else speed for speed, failure in zip(speeds, failures, strict=True)]
+    return columns
+
+
+def training_columns(record: SpeedRecord, keys: Sequence[str]) -> dict[str, list[str]]:
+    """The other figures of trainings."""
+    rows = record.rows.reindex(keys)
+    return {
+        "tokens/s": shown(rows.tokens_per_second, "{:,.0f}"),
+        "TFLOP/s": shown(rows.tflops, "{:.0f}"),
+        "share of peak": shown(rows.share_of_peak, "{:.1%}"),
+        "peak GiB": shown(rows.peak_gib, "{:.1f}"),
+    }
+
+
+def shown(values: pd.Series, form: str) -> list[str]:
+    """Figures as text; a dash where there is none."""
+    return ["-" if pd.isna(value) else form.format(value) for value in values]
+
+
+def draw_ladder(record: SpeedRecord) -> Figure:
+    """Articles a second on each rung of the ladder and of the peers; what failed says so."""
+    keys = [key for key in (*ladder.rungs(), *ladder.peers()) if key in record.rows.index]
+    # Okabe and Ito's orange; grey is lighter in print too.
+    colours = ["#D9D9D9" if key.startswith("trl_") or key in ladder.peers() else "#E69F00" for key in keys]
+    settings = [textwrap.fill(name, 44) for name in names(record, keys)]
+    figure, axes = plt.subplots(figsize=(9, 0.4 * len(keys) + 0.8), layout="constrained")
+    bars = axes.barh(
+        settings, record.rows.articles_per_second.reindex(keys).fillna(0), color=colours, edgecolor="black"
+    )
+    axes.bar_label(bars, speed_columns(record, None, keys)["articles/s"], padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(f"articles a second on one {record.gpu}")
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""A roofline of the 7B shape: what a micro-batch asks of a GPU, and how long that takes.
+
+A micro-batch takes the longer of two times (Williams et al. 2009, "Roofline"): its matrix products at a share of the
+GPU's matrix peak, or the bytes that these products read and write at the memory's bandwidth. Other kernels move bytes
+too: they unpack 4-bit weights, cast fp32 weights, add up gradients and update weights. Their time comes on top.
+
+We count only products that are done. The input embeddings multiply nothing, and the head works only where there is
+loss. So a share of the peak is lower here than in the ladder, which counts all N parameters for each token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pandas as pd
+
+from benchmarks.ladder import QWEN_7B
+from benchmarks.records import SpeedRecord
+from data_prep import UserError
+from finetune import memory
+from finetune.recipes import Recipe
+
+CONFIGURATION = SimpleNamespace(**QWEN_7B)
+SHAPE = memory.shape_of(CONFIGURATION)
+# Parameters of the head; the input embeddings have as many.
+HEAD = SHAPE.vocabulary * SHAPE.hidden
+# With the embedded tokenizer, {"category":"World"} and its eos are 6 tokens, as are two more labels; Sci/Tech has 8.
+ANSWER_TOKENS = 6.5
+# Scoring reads the logits before each label's first token, which all four share, and before its others (1 + 1 + 1 + 3).
+SCORED_POSITIONS = 7
+# Bytes of a 4-bit weight with its block constants (Dettmers et al. 2023), and of the bf16 copy that is multiplied.
+PACKED, UNPACKED = 4.127 / 8, 2
+# Memory bandwidth in bytes/s by a part of the GPU's name, and where the figure comes from.
+BANDWIDTHS = {
+    "H100": (3.0e12, "3.0 TB/s, measured with a device copy"),
+    "H200": (4.3e12, "4.3 TB/s: the data sheet's 4.8, times the share of it that a copy reaches on an H100"),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Matrix peak in FLOP/s, memory bandwidth in bytes/s."""
+
+    peak: float
+    bandwidth: float
+
+    @property
+    def ridge(self) -> float:
+        """FLOP a byte from which on arithmetic takes longer than memory."""
+        return self.peak / self.bandwidth
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a micro-batch asks of a GPU.
+
+    Attributes:
+        flops: FLOP of its matrix products.
+        streamed: Bytes that these products read and write.
+        apart: Bytes that other kernels move, with the micro-batch's part of the optimiser's update.
+    """
+
+    flops: float
+    streamed: float
+    apart: float
+
+    def seconds(self, machine: Machine, share: float) -> float:
+        """How long it takes where matrix products reach `share` of the peak."""
+        products = max(self.flops / (machine.peak * share), self.streamed / machine.bandwidth)
+        return products + self.apart / machine.bandwidth
+
+
+def recomputes(recipe: Recipe) -> bool:
+    """Whether the backward pass computes the activations again."""
+    return recipe.gradient_checkpointing in ("plain", "unsloth")
+
+
+def work_of(recipe: Recipe, articles: float, tokens: float) -> Work:
+    """What one micro-batch asks for. Attention's own products are left out: at 270 tokens they are below 1 %.
+
+    Args:
+        recipe: What is trained, and how.
+        articles: Articles in the micro-batch.
+        tokens: Tokens computed for all of them.
+    """
+    layers, weights = SHAPE.in_layers, SHAPE.parameters
+    supervised = tokens if recipe.supervise == "all" else ANSWER_TOKENS * articles
+    # Forwards, backwards to the inputs, and forwards again where activations are recomputed.
+    passes = 3 if recomputes(recipe) else 2
+    # Backwards to the weights, where they are trained.
+    trained = 0 if recipe.adapter else 1
+    flops = 2 * layers * tokens * (passes + trained) + 2 * HEAD * supervised * (2 + trained)
+    # Each pass reads the bf16 weights, and a trained weight's gradient is written. Activations are written, read on,
+    # and read again in the backward pass.
+    streamed = 2 * (layers * passes + HEAD * 2 + weights * trained)
+    streamed += (2 * passes - 1) * memory.activation_bytes(CONFIGURATION, tokens, "unsloth")
+
+    # An update reads the gradients three times (norm, clipping, optimiser) and writes them once. It reads and writes
+    # weights and moments.
+    updated = SHAPE.adapter_parameters(recipe) if recipe.adapter else weights
+    each = 4 if recipe.adapter else memory.BYTES[recipe.weights]
+    moments = memory.MOMENTS * memory.MOMENT_BYTES.get(recipe.optimizer, each)
+    apart = updated * (4 * each + 2 * (each + moments)) / recipe.gradient_accumulation_steps
+    if recipe.load_in_4bit:
+        apart += layers * passes * (PACKED + UNPACKED)
+    elif not recipe.adapter:
+        # fp32 weights are cast to bf16, and their gradients back.
+        apart += weights * 12 * (recipe.weights == "float32")
+        # The first micro-batch of an update leaves its gradients where they are; every other one adds its own.
+        apart += weights * 3 * each * (1 - 1 / recipe.gradient_accumulation_steps)
+    return Work(flops, streamed, apart)
+
+
+def work_of_row(row: pd.Series) -> Work:
+    """What a micro-batch of a measured training asked for."""
+    articles = row.recipe.batch_size
+    return work_of(row.recipe, articles, articles * row.computed_per_article)
+
+
+def bandwidth(gpu: str) -> tuple[float, str]:
+    """Bytes/s of a GPU's memory, and where the figure comes from.
+
+    Raises:
+        UserError: We do not know it.
+    """
+    for name, figure in BANDWIDTHS.items():
+        if name in gpu:
+            return figure
+    raise UserError(f"the memory bandwidth of {gpu} is not known: add it to BANDWIDTHS in benchmarks/roofline.py")
+
+
+def machine_of(record: SpeedRecord, row: pd.Series) -> Machine:
+    """The GPU that a row was measured on, with the matrix peak of the row's own process."""
+    return Machine(row.matrix_peak_tflops * 1e12, bandwidth(record.gpu)[0])
+
+
+def share_of(record: SpeedRecord, row: pd.Series) -> float:
+    """The share of the matrix peak at which the roofline gives the measured speed.
+
+    Raises:
+        UserError: The row was measured on another model, or is faster than the GPU can be.
+    """
+    if abs(row.parameters / SHAPE.parameters - 1) > 0.02:
+        raise UserError(f"`{row.name}` was measured on {row.parameters:,.0f} parameters, not on all of the 7B shape")
+    machine, work = machine_of(record, row), work_of_row(row)
+    if row.seconds < work.seconds(machine, 1):
+        limit = row.recipe.batch_size / work.seconds(machine, 1)
+        raise UserError(
+            f"`{row.name}` is faster than {limit:.0f} articles/s, all that this GPU could do: the measurement or the "
+            "model in benchmarks/roofline.py is wrong"
+        )
+    return work.flops / (machine.peak * (row.seconds - work.apart / machine.bandwidth))
+
+
+def scoring_ceiling(rows: pd.DataFrame) -> pd.Series:
+    """Articles/s of scoring if its products ran at the whole matrix peak.
+
+    2 FLOP a parameter of the layers for each computed token, and the head at the positions that predict a label.
+    """
+    flops = 2 * (rows.parameters - 2 * HEAD) * rows.computed_per_article + 2 * HEAD * SCORED_POSITIONS
+    return rows.matrix_peak_tflops * 1e12 / flops
