@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import UserError
-from finetune import embedded, paths, reference, settings
+from finetune import embedded, paths, settings
+from finetune.compare import publish as reference
 
 # What a command returns that Ctrl-C ended, which reaches all of them at once.
 INTERRUPTED = 130

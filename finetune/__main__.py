@@ -177,7 +177,7 @@ def _execute(options: argparse.Namespace, **trainings: Any) -> int:
 
 
 def _print_comparison(profile: str) -> None:
-    from finetune import comparison, report
+    from finetune.compare import comparison, report
 
     compared = comparison.load(profile)
     for table in (compared.quality_table(), compared.cost_table()):
@@ -211,7 +211,9 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from finetune import comparison, errors, reference, report
+    from finetune.compare import comparison, report
+    from finetune.compare import mistakes as errors
+    from finetune.compare import publish as reference
 
     # What lies among the reference results is committed.
     if reference.FOLDER in options.folder.resolve().parents:
@@ -223,7 +225,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _contrast(options: argparse.Namespace) -> int:
-    from finetune import contrasts
+    from finetune.compare import ablation as contrasts
 
     found = contrasts.load(options.folder, options.other)
     print(f"{found.title}\n({found.change.name}: {found.meaning})\n")
@@ -232,7 +234,7 @@ def _contrast(options: argparse.Namespace) -> int:
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from finetune.reference import publish
+    from finetune.compare.publish import publish
 
     profile = settings.plan("base", options.profile).profile
     print(publish(profile, options.name or profile))
@@ -240,7 +242,7 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _results(options: argparse.Namespace) -> int:
-    from finetune.reference import regenerate
+    from finetune.compare.publish import regenerate
 
     changed = regenerate()
     for path in changed:

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from data_prep import LABELS, Example
-from finetune import chat, comparison, evaluation, hardware, metrics, models, paths, records, segments, turns
+from finetune import chat, evaluation, hardware, metrics, models, paths, records, segments, turns
+from finetune.compare import comparison
 from finetune.data import PreparedData
 from finetune.settings import Settings
 

@@ -10,7 +10,8 @@ import pandas as pd
 
 from data_prep import UserError
 from data_prep.store import replacing
-from finetune import claims, plots, prediction, roofline
+from finetune import claims, prediction, roofline
+from finetune.compare import plots
 from finetune.throughput import Row, Throughput, read_published
 from finetune.wording import listed, markdown
 

@@ -6,7 +6,8 @@ from itertools import combinations
 
 import pytest
 
-from finetune import comparison, paths, records
+from finetune import paths, records
+from finetune.compare import comparison
 
 pytestmark = pytest.mark.slow
 

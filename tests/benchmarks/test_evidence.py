@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks import evidence
-from finetune import embedded, reference
+from finetune import embedded
+from finetune.compare import publish as reference
 
 GPU = ["--profile", "gpu", "--set", "source=csv", "--set", "data_path=/data/ag_news", "--jobs", "4"]
 

@@ -14,7 +14,7 @@ from data_prep.schema import Example
 from data_prep.sources import sample
 from finetune import baselines, paths, records
 from finetune.__main__ import main
-from finetune.comparison import load, load_folder
+from finetune.compare.comparison import load, load_folder
 from finetune.data import prepare_data
 from finetune.settings import plan
 

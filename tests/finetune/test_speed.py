@@ -5,7 +5,9 @@ import measurements
 import pytest
 
 from data_prep import DataError, UserError
-from finetune import plots, reference, speed
+from finetune import speed
+from finetune.compare import plots
+from finetune.compare import publish as reference
 
 
 def cells(table, name: str) -> dict[str, str]:

@@ -12,8 +12,9 @@ import nbformat
 import pytest
 
 from data_prep import UserError
-from finetune import comparison, paths, records
+from finetune import paths, records
 from finetune.__main__ import main
+from finetune.compare import comparison
 from finetune.suite import NOTEBOOKS, STEPS, Suite
 
 SKIPPED = {"fine_tuning_full_unsloth", "full_unsloth_finetuning_performance"}

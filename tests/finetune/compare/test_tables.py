@@ -5,8 +5,9 @@ import pytest
 from factories import right_on, write_run
 from test_baselines import write_baseline
 
-from finetune import costs, paths
-from finetune.comparison import load
+from finetune import paths
+from finetune.compare import tables as costs
+from finetune.compare.comparison import load
 from finetune.records import LogPoint
 
 HISTORY = [
@@ -65,5 +66,5 @@ class TestTables:
         assert list(table["energy kJ"]) == ["12.3", "-"]
 
     def test_costs_have_the_units_of_their_titles(self, results):
-        found = costs.costs(load("cpu").trainings("full"))
+        found = costs.measured(load("cpu").trainings("full"))
         assert list(found.values()) == [1.5, 2.5, 12.34, 4, 0.02]

@@ -12,12 +12,12 @@ from finetune.records import RunRecord, Training
 from finetune.wording import NAMES, extent
 
 if TYPE_CHECKING:
-    from finetune.comparison import Comparison, CurvePoint
+    from finetune.compare.comparison import Comparison, CurvePoint
 
 TARGETS = (0.90, 0.92, 0.93, 0.94)
 
 
-def table(record: RunRecord, *others: Training) -> pd.DataFrame:
+def costs(record: RunRecord, *others: Training) -> pd.DataFrame:
     """What a run's training cost, as a table of one row; `-` where it was not measured.
 
     Args:
@@ -53,7 +53,7 @@ def time_with_range(trainings: Sequence[Training]) -> str:
     return _median_and_range([training.seconds for training in trainings])
 
 
-def costs(trainings: Sequence[Training]) -> dict[str, float | None]:
+def measured(trainings: Sequence[Training]) -> dict[str, float | None]:
     """The costs that accuracy is held against, by axis title, medians over a run's trainings; None where one was not
     measured."""
     energy = middle(trainings, "energy_joules")

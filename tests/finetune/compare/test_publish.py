@@ -12,10 +12,12 @@ from test_baselines import write_baseline
 from test_variants import SETTINGS, write_variant
 
 from data_prep import DataError, UserError
-from finetune import paths, reference, report
+from finetune import paths
 from finetune.__main__ import main
-from finetune.contrasts import NoContrast
-from finetune.reference import References
+from finetune.compare import publish as reference
+from finetune.compare import report
+from finetune.compare.ablation import NoContrast
+from finetune.compare.publish import References
 
 README = "# A page\n\n<!-- results:agnews -->\nold figures\n<!-- /results -->\n\nThe end.\n"
 

@@ -11,9 +11,13 @@ import pandas as pd
 
 from data_prep import DataError, UserError
 from data_prep.store import replacing
-from finetune import captions, comparison, contrasts, costs, errors, paths, records, report, speed
-from finetune.comparison import Comparison
-from finetune.contrasts import Contrast, NoContrast
+from finetune import paths, records, speed
+from finetune.compare import ablation as contrasts
+from finetune.compare import captions, comparison, report
+from finetune.compare import mistakes as errors
+from finetune.compare import tables as costs
+from finetune.compare.ablation import Contrast, NoContrast
+from finetune.compare.comparison import Comparison
 from finetune.metrics import Metrics
 from finetune.wording import NAMES, markdown
 

@@ -9,8 +9,9 @@ from test_baselines import write_baseline
 from test_variants import SETTINGS, write_variant
 
 from data_prep import LABELS
-from finetune import paths, plots
-from finetune.comparison import load
+from finetune import paths
+from finetune.compare import plots
+from finetune.compare.comparison import load
 from finetune.records import LogPoint
 from finetune.settings import RUNS
 from finetune.wording import NAMES

@@ -7,8 +7,9 @@ from factories import predictions, right_on, write_run
 
 from data_prep import LABELS, PROMPTS, prepare
 from data_prep.sources import sample
-from finetune import errors, paths
-from finetune.comparison import load_folder
+from finetune import paths
+from finetune.compare import mistakes as errors
+from finetune.compare.comparison import load_folder
 from finetune.records import Prediction
 
 

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data_prep import LABELS
-from finetune import costs
-from finetune.comparison import Comparison
+from finetune.compare import tables as costs
+from finetune.compare.comparison import Comparison
 from finetune.metrics import Metrics
 from finetune.records import RunRecord
 from finetune.throughput import Throughput
@@ -172,7 +172,7 @@ def pareto(comparison: Comparison) -> Figure:
     tuned = comparison.tuned()
     if not tuned:
         return _nothing("No model was trained yet.")
-    measured = {run: costs.costs(comparison.trainings(run)) for run in tuned}
+    measured = {run: costs.measured(comparison.trainings(run)) for run in tuned}
     axis_titles = [
         title for title in next(iter(measured.values())) if all(of[title] is not None for of in measured.values())
     ]

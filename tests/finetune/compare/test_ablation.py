@@ -15,10 +15,10 @@ from test_report_numbers import predictions as shared_errors
 from test_variants import SETTINGS, write_variant
 
 from data_prep import DataError
-from finetune import contrasts
 from finetune.__main__ import main
-from finetune.comparison import load_folder
-from finetune.contrasts import Change, NoContrast
+from finetune.compare import ablation as contrasts
+from finetune.compare.ablation import Change, NoContrast
+from finetune.compare.comparison import load_folder
 from finetune.recipes import Recipe
 from finetune.settings import RUNS, Experiment
 from finetune.wording import IN_WORDS

@@ -7,8 +7,8 @@ import pytest
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 
 from data_prep import LABELS
-from finetune import pairs
-from finetune.pairs import Pair, detectable
+from finetune.compare import stats as pairs
+from finetune.compare.stats import Pair, detectable
 
 
 def answers(right) -> list[str]:

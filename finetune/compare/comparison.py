@@ -12,14 +12,17 @@ import numpy as np
 import pandas as pd
 
 from data_prep import LABELS, DataError
-from finetune import answer, baselines, calibration, costs, metrics, pairs, paths, records, variants
+from finetune import baselines, metrics, paths, records
 from finetune.baselines import Baseline
-from finetune.calibration import COVERAGES, Calibration, Figure, Scores
+from finetune.compare import answer, calibration, variants
+from finetune.compare import stats as pairs
+from finetune.compare import tables as costs
+from finetune.compare.calibration import COVERAGES, Calibration, Figure, Scores
+from finetune.compare.stats import MeanOverSeeds, OverSeeds, Pair
+from finetune.compare.variants import Variant
 from finetune.metrics import Metrics
-from finetune.pairs import MeanOverSeeds, OverSeeds, Pair
 from finetune.records import Merged, Prediction, RunRecord, Training
 from finetune.settings import RUNS
-from finetune.variants import Variant
 from finetune.wording import NAMES
 
 
@@ -249,7 +252,7 @@ class Comparison:
 
     def cost_table(self) -> pd.DataFrame:
         """What each training cost, and what its artefact weighs."""
-        tables = [costs.table(record, *self.trainings(run)[1:]) for run, record in self.tuned().items()]
+        tables = [costs.costs(record, *self.trainings(run)[1:]) for run, record in self.tuned().items()]
         return pd.concat(tables) if tables else pd.DataFrame()
 
     def answer(self) -> str:

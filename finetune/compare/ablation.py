@@ -13,12 +13,14 @@ from typing import Any
 import pandas as pd
 
 from data_prep import DataError, UserError
-from finetune import answer, comparison, costs, pairs
-from finetune.comparison import Comparison
-from finetune.pairs import OverSeeds, Pair
+from finetune.compare import answer, comparison
+from finetune.compare import stats as pairs
+from finetune.compare import tables as costs
+from finetune.compare.comparison import Comparison
+from finetune.compare.stats import OverSeeds, Pair
+from finetune.compare.variants import HARMLESS
 from finetune.records import DataReference, RunRecord, Training
 from finetune.settings import meaning
-from finetune.variants import HARMLESS
 from finetune.wording import (
     NAMES,
     capitalised,

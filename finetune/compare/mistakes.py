@@ -16,12 +16,12 @@ from data_prep import LABELS, PROMPTS, prepare, read_examples
 from data_prep.sources import sample
 from data_prep.store import MANIFEST, load_manifest
 from finetune import metrics, paths
-from finetune.calibration import arrays
+from finetune.compare.calibration import arrays
 from finetune.metrics import Metrics
 from finetune.records import DataReference
 
 if TYPE_CHECKING:
-    from finetune.comparison import Comparison
+    from finetune.compare.comparison import Comparison
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from scipy.optimize import brentq
 from scipy.stats import binom
 from statsmodels.stats.multitest import multipletests
 
-from finetune import resampling, seeds
+from finetune import resampling
+from finetune.compare import seeds
+from finetune.compare.seeds import POWER, Estimate
 from finetune.metrics import mcnemar
-from finetune.seeds import POWER, Estimate
 from finetune.wording import format_p, interval_of, one_decimal, spoken
 
 SIGNIFICANT = 0.05

@@ -9,8 +9,9 @@ from factories import predictions, right_on, write_run
 from test_variants import SETTINGS, write_variant
 
 from data_prep import DataError
-from finetune import comparison, paths, records
-from finetune.comparison import load_folder
+from finetune import paths, records
+from finetune.compare import comparison
+from finetune.compare.comparison import load_folder
 from finetune.wording import format_p, spoken
 
 

@@ -8,8 +8,9 @@ import pytest
 from factories import right_on, write_run
 
 from data_prep import DataError
-from finetune import costs, paths, records
-from finetune.comparison import load
+from finetune import paths, records
+from finetune.compare import tables as costs
+from finetune.compare.comparison import load
 from finetune.settings import plan
 
 SETTINGS = {"learning_rate": 1e-4, "packing": True, "data_path": None, "seed": 42, "train_rows": None, "variant": ""}

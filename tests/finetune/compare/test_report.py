@@ -15,8 +15,10 @@ from test_baselines import write_baseline
 from test_variants import SETTINGS, write_variant
 
 from data_prep import LABELS
-from finetune import calibration, captions, contrasts, paths, records, report
-from finetune.comparison import load, load_folder
+from finetune import paths, records
+from finetune.compare import ablation as contrasts
+from finetune.compare import calibration, captions, report
+from finetune.compare.comparison import load, load_folder
 
 HOSTILE = "<script>alert('x')</script>&\"{{ 7 * 7 }}"
 RUNS = ("base", "full", "full_unsloth", "lora", "qlora")

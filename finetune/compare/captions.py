@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from data_prep import LABELS, PROMPTS, Article
 from data_prep.schema import Message
 from data_prep.sources import AG_NEWS_ROWS
-from finetune import costs, embedded, errors
-from finetune.comparison import Comparison
+from finetune import embedded
+from finetune.compare import mistakes as errors
+from finetune.compare import tables as costs
+from finetune.compare.comparison import Comparison
 from finetune.hardware import PACKAGES
 from finetune.records import DataReference, Environment
 from finetune.wording import extent, listed

@@ -7,8 +7,9 @@ from test_baselines import write_baseline
 from test_variants import SETTINGS, write_variant
 
 from data_prep import LABELS, PROMPTS
-from finetune import captions, paths
-from finetune.comparison import load
+from finetune import paths
+from finetune.compare import captions
+from finetune.compare.comparison import load
 from finetune.records import Environment, LogPoint
 
 

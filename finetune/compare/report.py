@@ -16,10 +16,13 @@ from matplotlib.figure import Figure
 
 from data_prep import LABELS
 from data_prep.store import replacing
-from finetune import captions, costs, errors, plots, records
+from finetune import records
 from finetune.baselines import Baseline
-from finetune.comparison import Comparison, percent_interval
-from finetune.contrasts import Contrast
+from finetune.compare import captions, plots
+from finetune.compare import mistakes as errors
+from finetune.compare import tables as costs
+from finetune.compare.ablation import Contrast
+from finetune.compare.comparison import Comparison, percent_interval
 from finetune.metrics import accuracy_interval
 from finetune.recipes import Recipe
 from finetune.wording import NAMES, format_p, one_decimal, or_none
@@ -74,7 +77,7 @@ def render(
         refused: Those that might, by name, and why they do not.
     """
     environment = Environment(
-        loader=PackageLoader("finetune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("finetune.compare"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["code"] = _with_code
     sources = provenance(comparison)

@@ -19,8 +19,9 @@ from statsmodels.stats.proportion import proportion_confint
 from test_baselines import write_baseline
 from test_variants import SETTINGS, write_variant
 
-from finetune import paths, report
-from finetune.comparison import load
+from finetune import paths
+from finetune.compare import report
+from finetune.compare.comparison import load
 from finetune.records import LogPoint, Prediction
 
 LABELS = ["World", "Sports", "Business", "Sci/Tech"]

@@ -5,8 +5,8 @@ import pytest
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import DescrStatsW
 
-from finetune import seeds
-from finetune.seeds import Estimate
+from finetune.compare import seeds
+from finetune.compare.seeds import Estimate
 
 LABELS = ["World", "Sports", "Business", "Sci/Tech"] * 100
 

@@ -7,12 +7,12 @@ import statistics
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from finetune.compare.stats import SIGNIFICANT, Pair
 from finetune.metrics import Metrics
-from finetune.pairs import SIGNIFICANT, Pair
 from finetune.wording import duration, extent, format_p, interval_of, listed, one_decimal, sentence, span, spoken
 
 if TYPE_CHECKING:
-    from finetune.comparison import Comparison
+    from finetune.compare.comparison import Comparison
 
 # Winners over the same run that are told of together; the table of pairs has each.
 SEVERAL = 3
