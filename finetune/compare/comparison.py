@@ -1,29 +1,42 @@
-"""Compare the runs of a profile: figures against the base, paired tests, and an answer in words."""
+"""The evaluated runs of a profile as data: records, predictions, and what follows from them."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, product
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 
-from data_prep import LABELS, DataError
+from data_prep import DataError
 from finetune import baselines, metrics, paths, records
 from finetune.baselines import Baseline
-from finetune.compare import answer, calibration, variants
-from finetune.compare import stats as pairs
-from finetune.compare import tables as costs
-from finetune.compare.calibration import COVERAGES, Calibration, Figure, Scores
-from finetune.compare.stats import MeanOverSeeds, OverSeeds, Pair
-from finetune.compare.variants import Variant
+from finetune.compare import calibration, stats
+from finetune.compare.calibration import Calibration
+from finetune.compare.stats import Estimate, Pair
 from finetune.metrics import Metrics
 from finetune.records import Merged, Prediction, RunRecord, Training
 from finetune.settings import RUNS
 from finetune.wording import NAMES
+
+# How a run is evaluated, but for its test rows: this may differ.
+HARMLESS = {"evaluation_batch_size", "generation_rows"}
+# What a run with another seed, or on fewer rows, may differ in from its run.
+VARIED = {"seed": {"seed", "variant"} | HARMLESS, "rows": {"train_rows", "variant"} | HARMLESS}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A run with another seed (`lora/seed-43`) or on fewer rows (`lora/rows-250`): its record, and whether it is right
+    on each test row, shape (rows,)."""
+
+    record: RunRecord
+    right: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,10 @@ class Comparison:
     def tuned(self) -> dict[str, RunRecord]:
         return {run: record for run, record in self.records.items() if record.training}
 
+    def answering(self) -> list[str]:
+        """Runs and baselines that answer the task: all but the majority class, which does not read the article."""
+        return [name for name in self.predictions if name != "majority"]
+
     @cached_property
     def labels(self) -> list[str]:
         """The true labels of the test rows, which all runs share."""
@@ -92,7 +109,8 @@ class Comparison:
 
     def pair(self, first: str, second: str) -> Pair:
         """Two runs, as the only pair that is tested."""
-        return pairs.compare(first, second, self.labels, self.answers(first), self.answers(second))
+        pair = stats.compare(first, second, self.labels, self.answers(first), self.answers(second))
+        return replace(pair, over_seeds=stats.over_seeds(self.labels, *self.outcomes(first, second)))
 
     @cached_property
     def pairs(self) -> list[Pair]:
@@ -100,8 +118,7 @@ class Comparison:
         tuned = list(self.tuned())
         references = [name for name in ("base", "svm") if name in self.predictions]
         names = [*product(tuned, references), *combinations(tuned, 2)]
-        tested = [replace(self.pair(*both), over_seeds=self._over_seeds(*both)) for both in names]
-        return pairs.corrected(tested, len(self.labels))
+        return stats.corrected([self.pair(*both) for both in names])
 
     def right(self, name: str) -> np.ndarray:
         """Whether a run or baseline is right, shape (seeds, rows); the training that all tables show comes first."""
@@ -110,21 +127,30 @@ class Comparison:
     @cached_property
     def _right(self) -> dict[str, np.ndarray]:
         return {
-            name: np.stack([variants.outcomes(rows), *(variant.right for variant in self.seeds.get(name, []))])
+            name: np.stack([is_right(rows), *(variant.right for variant in self.seeds.get(name, []))])
             for name, rows in self.predictions.items()
         }
 
-    @cached_property
-    def over_seeds(self) -> dict[str, MeanOverSeeds]:
-        """Of each run that was trained with several seeds."""
-        return {run: pairs.mean_over_seeds(self.labels, self.right(run)) for run in self.tuned() if self.seeds[run]}
-
-    def _over_seeds(self, first: str, second: str) -> OverSeeds | None:
-        """None where the two were not trained with the same seeds, several of them; base and SVM have none."""
+    def outcomes(self, first: str, second: str) -> tuple[np.ndarray, np.ndarray]:
+        """`right` of both, seed by seed; of the first trainings alone where the two were trained with other seeds. What
+        was not trained has no seeds, and shape (1, rows)."""
+        both = self.right(first), self.right(second)
         seeds = {self.seeds_of(name) for name in (first, second) if name in self.tuned()}
-        if len(seeds) > 1 or len(seeds.pop()) == 1:
-            return None
-        return pairs.over_seeds(self.labels, self.right(first), self.right(second))
+        return both if len(seeds) <= 1 else (both[0][:1], both[1][:1])
+
+    @cached_property
+    def over_seeds(self) -> dict[str, Estimate]:
+        """The mean accuracy of each run that was trained with several seeds."""
+        return {
+            run: stats.estimate(self.labels, self.right(run).astype(float)) for run in self.tuned() if self.seeds[run]
+        }
+
+    def accuracy(self, name: str) -> tuple[float, float, float]:
+        """Accuracy with its 95 % interval: of several seeds the mean over seeds and rows, else Wilson's."""
+        if name in self.over_seeds:
+            return self.over_seeds[name].mean, *self.over_seeds[name].interval()
+        scoring = self.scoring[name]
+        return scoring.accuracy, scoring.accuracy_low, scoring.accuracy_high
 
     def seeds_of(self, run: str) -> tuple[int, ...]:
         """The seeds that a tuned run was trained with, that of its record first."""
@@ -158,21 +184,6 @@ class Comparison:
             found["svm"] = [CurvePoint(of.data.train_rows, of.fit_seconds, of.scoring) for of in fitted]
         return found
 
-    def seeds_table(self) -> pd.DataFrame:
-        """Mean and spread over the seeds of each run that has several, and the interval over seeds and rows."""
-        rows = {
-            NAMES[run]: {
-                "seeds": len(of.accuracies),
-                "mean accuracy %": 100 * of.mean,
-                "95 % interval": percent_interval(of.low, of.high),
-                "standard deviation": 100 * of.accuracies.std(ddof=1),
-                "lowest %": 100 * of.accuracies.min(),
-                "highest %": 100 * of.accuracies.max(),
-            }
-            for run, of in self.over_seeds.items()
-        }
-        return pd.DataFrame(rows).T.infer_objects()
-
     @cached_property
     def without_twins(self) -> dict[str, Metrics | None]:
         """The same on the rows whose article is in no training row; None where there is no such row."""
@@ -182,111 +193,6 @@ class Comparison:
         return {
             name: metrics.compute(labels, [of[row] for row in alone]) if alone else None for name, of in answers.items()
         }
-
-    def quality_table(self) -> pd.DataFrame:
-        """Accuracy and macro-F1 in percent, with their intervals; differences to the base in points."""
-        base = self.scoring["base"]
-        rows = {
-            NAMES[name]: {
-                "accuracy %": 100 * scoring.accuracy,
-                "95 % interval": percent_interval(scoring.accuracy_low, scoring.accuracy_high),
-                "against base": 100 * (scoring.accuracy - base.accuracy),
-                "macro-F1 %": 100 * scoring.macro_f1,
-                "macro-F1 interval": percent_interval(scoring.macro_f1_low, scoring.macro_f1_high),
-                "macro-F1 against base": 100 * (scoring.macro_f1 - base.macro_f1),
-            }
-            for name, scoring in self.scoring.items()
-        }
-        return pd.DataFrame(rows).T.infer_objects()
-
-    def class_table(self) -> pd.DataFrame:
-        """F1 of each class in percent, with its interval."""
-        rows = {
-            NAMES[name]: {
-                column: value
-                for label, of_class in scoring.classes.items()
-                for column, value in (
-                    (f"{label} F1 %", 100 * of_class.f1),
-                    (f"{label} interval", percent_interval(of_class.f1_low, of_class.f1_high)),
-                )
-            }
-            for name, scoring in self.scoring.items()
-        }
-        return pd.DataFrame(rows).T.infer_objects()
-
-    def calibration_table(self) -> pd.DataFrame:
-        """Calibration errors before and after the temperature, and accuracy when abstaining, with their intervals."""
-        return pd.DataFrame({NAMES[run]: _calibration_row(of) for run, of in self.calibration.items()}).T
-
-    def confusion_table(self) -> pd.DataFrame:
-        """How often each class was taken for each other one, those that the tuned runs confuse most first."""
-        counts = {
-            NAMES[run]: {
-                f"{label} taken for {other}": scoring.confusion[row][column]
-                for row, label in enumerate(LABELS)
-                for column, other in enumerate(LABELS)
-                if row != column
-            }
-            for run, scoring in self.scoring.items()
-            if run in self.records
-        }
-        table = pd.DataFrame(counts)
-        judged = [NAMES[run] for run in self.tuned()] or list(table)
-        return table.loc[table[judged].sum(axis=1).sort_values(ascending=False, kind="stable").index]
-
-    def merged_table(self) -> pd.DataFrame:
-        """Accuracy of merged models beside those of their adapters apart, and how far the two agree."""
-        rows = {
-            NAMES[run]: {
-                "merged into": of.base,
-                "adapter apart %": 100 * of.adapter_accuracy,
-                "merged %": 100 * of.scoring.accuracy,
-                "95 % interval": percent_interval(of.scoring.accuracy_low, of.scoring.accuracy_high),
-                "labelled alike %": 100 * of.agreement,
-                "largest difference of a probability": f"{of.largest_difference:.3f}",
-                "merged model MB": of.artefact_bytes / 1e6,
-            }
-            for run, of in self.merged.items()
-        }
-        return pd.DataFrame(rows).T.infer_objects()
-
-    def cost_table(self) -> pd.DataFrame:
-        """What each training cost, and what its artefact weighs."""
-        tables = [costs.costs(record, *self.trainings(run)[1:]) for run, record in self.tuned().items()]
-        return pd.concat(tables) if tables else pd.DataFrame()
-
-    def answer(self) -> str:
-        """The comparison in one paragraph, true whatever the figures are."""
-        return answer.paragraph(self)
-
-
-def _calibration_row(of: Calibration) -> dict[str, str]:
-    row = {f"{name}, as it is": text for name, text in _scores(of.scores).items()}
-    row["temperature"] = "not recorded" if of.temperature is None else f"{of.temperature:.2f}"
-    if of.scaled:
-        row |= {f"{name}, with the temperature": text for name, text in _scores(of.scaled).items()}
-    for share in COVERAGES:
-        at = of.accuracy_at(share)
-        row[f"accuracy % of the surest {share:.0%}"] = f"{100 * at.value:.1f} ({percent_interval(at.low, at.high)})"
-    return row
-
-
-def _scores(scores: Scores) -> dict[str, str]:
-    error = scores.error
-    return {
-        "ECE %": f"{100 * error.value:.1f} ({percent_interval(error.low, error.high)})",
-        "Brier": _three_digits(scores.brier),
-        "log loss": _three_digits(scores.log_loss),
-    }
-
-
-def _three_digits(figure: Figure) -> str:
-    return f"{figure.value:.3f} ({figure.low:.3f} to {figure.high:.3f})"
-
-
-def percent_interval(low: float, high: float) -> str:
-    """An interval of shares in percent: `94.9 to 95.9`."""
-    return f"{100 * low:.1f} to {100 * high:.1f}"
 
 
 def load(profile: str) -> Comparison:
@@ -300,23 +206,36 @@ def load(profile: str) -> Comparison:
 
 
 def load_folder(folder: Path, profile: str) -> Comparison:
-    found = {run: folder / run for run in RUNS}
-    evaluated = _read_evaluated(found, folder)
+    places = {run: folder / run for run in RUNS}
+    evaluated = _read_evaluated(places, folder)
+    predictions = {run: records.read_predictions(record, places[run]) for run, record in evaluated.items()}
     beside, rows_beside = baselines.read_all(folder)
     svm_curve, rows_of_curve = baselines.read_svm_curve(folder)
-    _require_same_question(evaluated, beside | svm_curve, folder)
-    _require_same_svm(beside, svm_curve, folder)
-    predictions = {run: records.read_predictions(record, found[run]) for run, record in evaluated.items()}
-    _require_same_rows(predictions | rows_beside | rows_of_curve, folder)
-    _require_other_answers(evaluated, predictions, folder)
-    predictions |= rows_beside
-    validation = {run: records.read_validation(record, found[run]) for run, record in evaluated.items()}
+    places |= {name: baselines.baselines_folder(folder) / name for name in (beside | svm_curve)}
+
+    # Figures on other data, test rows or models are not comparable; who saw more training rows is not better for it.
+    everything, rows = evaluated | beside | svm_curve, predictions | rows_beside | rows_of_curve
+    known = {places[name]: facts(of, rows[name], evaluated["base"].model) for name, of in everything.items()}
+    check_comparable(known, may_differ={"source", "title", "validation_rows", "train_rows"})
     trained = {run: record for run, record in evaluated.items() if record.training}
-    seeds = {run: variants.read(found[run], main, predictions[run], "seed") for run, main in trained.items()}
-    curve = {run: variants.read(found[run], main, predictions[run], "rows") for run, main in trained.items()}
-    merged = {run: of for run in trained if (of := records.read_merged(evaluated[run], found[run]))}
-    ordered = {name: predictions[name] for name in NAMES if name in predictions}
-    return Comparison(profile, evaluated, beside, ordered, validation, seeds, curve, svm_curve, merged)
+    trained_rows = trained | ({"svm": beside["svm"]} if "svm" in beside else {})
+    check_comparable({places[name]: {"train_rows": of.data.train_rows} for name, of in trained_rows.items()})
+    # A learning curve is of one classifier.
+    svms = {name: of for name, of in (beside | svm_curve).items() if of.name == "svm"}
+    check_comparable({places[name]: {"classifier": of.description} for name, of in svms.items()})
+    _require_other_answers(evaluated, predictions, folder)
+
+    return Comparison(
+        profile,
+        evaluated,
+        beside,
+        {name: (predictions | rows_beside)[name] for name in NAMES if name in predictions | rows_beside},
+        {run: records.read_validation(record, places[run]) for run, record in evaluated.items()},
+        {run: read_variants(places[run], main, predictions[run], "seed") for run, main in trained.items()},
+        {run: read_variants(places[run], main, predictions[run], "rows") for run, main in trained.items()},
+        svm_curve,
+        {run: of for run in trained if (of := records.read_merged(evaluated[run], places[run]))},
+    )
 
 
 def against_base(record: RunRecord) -> Pair:
@@ -328,13 +247,82 @@ def against_base(record: RunRecord) -> Pair:
     folder = paths.results_folder(record.profile)
     places = {"base": folder / "base", record.run: paths.run_folder(record.profile, record.run, record.variant)}
     evaluated = _read_evaluated(places, folder)
-    _require_same_question(evaluated, {}, folder)
     predictions = {run: records.read_predictions(evaluated[run], place) for run, place in places.items()}
-    _require_same_rows(predictions, folder)
+    known = {places[run]: facts(evaluated[run], rows) for run, rows in predictions.items()}
+    check_comparable(known, may_differ={"source", "title", "validation_rows", "train_rows"})
     _require_other_answers(evaluated, predictions, folder)
     labels = [row.label for row in predictions["base"]]
     answers = {run: [row.prediction for row in rows] for run, rows in predictions.items()}
-    return pairs.compare(record.run, "base", labels, answers[record.run], answers["base"])
+    return stats.compare(record.run, "base", labels, answers[record.run], answers["base"])
+
+
+def read_variants(
+    folder: Path, main: RunRecord, rows: Sequence[Prediction], kind: Literal["seed", "rows"]
+) -> list[Variant]:
+    """The evaluated variants in a run's folder, by number of rows or by seed, the run itself not among them.
+
+    Args:
+        folder: The run's.
+        main: The run's record.
+        rows: The run's predictions of the test rows.
+        kind: What the variants vary.
+
+    Raises:
+        DataError: One differs from its run in more than its kind says, was made on other data, or judged on other rows.
+    """
+    found = []
+    for path in sorted(folder.glob(f"{kind}-*/{records.RECORD}")):
+        record = records.read(path.parent)
+        if record.evaluation:
+            predictions = records.read_predictions(record, path.parent)
+            both = {folder: (main, rows), path: (record, predictions)}
+            known = main.settings.keys() | record.settings.keys()
+            facts = {
+                place: {name: of.settings.get(name) for name in sorted(known)}
+                | {"engine": of.engine, "model": of.model, "fingerprint": of.data.fingerprint}
+                | {"test rows and labels": _digest(answers)}
+                for place, (of, answers) in both.items()
+            }
+            check_comparable(facts, may_differ=VARIED[kind])
+            found.append(Variant(record, is_right(predictions)))
+    return sorted(found, key=lambda variant: (variant.record.data.train_rows, variant.record.seed))
+
+
+class NotComparable(DataError):
+    """Runs whose figures are not comparable."""
+
+
+def check_comparable(runs: Mapping[Path, Mapping[str, Any]], may_differ: Collection[str] = ()) -> None:
+    """Refuse runs whose figures are not comparable.
+
+    Args:
+        runs: What is known of each, by the place of its record; the first is what the others are compared with.
+        may_differ: Names of what need not be the same.
+
+    Raises:
+        NotComparable: With the first difference: what, where, and both values.
+    """
+    first, *others = runs or [None]
+    for place in others:
+        for name, value in runs[place].items():
+            if name not in may_differ and value != runs[first][name]:
+                raise NotComparable(
+                    place, f"{name} is {value}, and {runs[first][name]} in {first}: compare runs with the same {name}"
+                )
+
+
+def is_right(predictions: Sequence[Prediction]) -> np.ndarray:
+    """Whether each row's prediction is right, shape (rows,)."""
+    return np.array([row.prediction == row.label for row in predictions])
+
+
+def facts(record: RunRecord | Baseline, rows: Sequence[Prediction], model: str | None = None) -> dict[str, Any]:
+    """What figures must share; a classifier without a language model counts as `model`."""
+    return {"model": record.model or model, **record.data.model_dump(), "test rows and labels": _digest(rows)}
+
+
+def _digest(rows: Sequence[Prediction]) -> str:
+    return hashlib.sha256(repr([(row.id, row.label) for row in rows]).encode()).hexdigest()[:12]
 
 
 def _read_evaluated(places: dict[str, Path], folder: Path) -> dict[str, RunRecord]:
@@ -349,57 +337,6 @@ def _read_evaluated(places: dict[str, Path], folder: Path) -> dict[str, RunRecor
     return evaluated
 
 
-def _require_same_question(evaluated: dict[str, RunRecord], beside: dict[str, Baseline], folder: Path) -> None:
-    """Figures on other data, another prompt or another model are not comparable: name the difference."""
-    base = evaluated["base"]
-    for name, record in (evaluated | beside).items():
-        for what in ("fingerprint", "prompt", "test_rows"):
-            mine, theirs = getattr(record.data, what), getattr(base.data, what)
-            if mine != theirs:
-                raise DataError(
-                    _place(folder, name),
-                    f"{what} is {mine}, and {theirs} in the base's record: run both on the same data",
-                )
-        if record.model not in (None, base.model):
-            raise DataError(_place(folder, name), f"the model is {record.model}, and {base.model} in the base's record")
-    _require_same_training_rows(evaluated, beside, folder)
-
-
-def _require_same_training_rows(evaluated: dict[str, RunRecord], beside: dict[str, Baseline], folder: Path) -> None:
-    """A method that saw more rows is not better for it."""
-    trained = {run: record for run, record in evaluated.items() if record.training}
-    trained |= {name: baseline for name, baseline in beside.items() if name == "svm"}
-    rows = {name: record.data.train_rows for name, record in trained.items()}
-    for name, count in rows.items():
-        first = next(iter(rows))
-        if count != rows[first]:
-            raise DataError(
-                _place(folder, name),
-                f"train_rows is {count}, and {rows[first]} in the record of {first}: train both on the same rows",
-            )
-
-
-def _require_same_svm(beside: dict[str, Baseline], fewer: dict[str, Baseline], folder: Path) -> None:
-    """A learning curve is of one classifier."""
-    for name, fitted in fewer.items():
-        if "svm" not in beside or fitted.description != beside["svm"].description:
-            raise DataError(
-                _place(folder, name),
-                f"{fitted.description} is not the classifier of baselines/svm; "
-                "run `python -m finetune curve --only svm` again",
-            )
-
-
-def _require_same_rows(predictions: dict[str, list[Prediction]], folder: Path) -> None:
-    """Pairs must be of the same rows."""
-    base_rows = [(row.id, row.label) for row in predictions["base"]]
-    for name, rows in predictions.items():
-        if [(row.id, row.label) for row in rows] != base_rows:
-            raise DataError(
-                _place(folder, name), "was evaluated on other test rows than the base (another seed draws others)"
-            )
-
-
 def _require_other_answers(
     evaluated: dict[str, RunRecord], predictions: dict[str, list[Prediction]], folder: Path
 ) -> None:
@@ -408,8 +345,3 @@ def _require_other_answers(
     for run, record in evaluated.items():
         if record.training and [row.probabilities for row in predictions[run]] == of_base:
             raise DataError(folder / run, "gives exactly the base model's probabilities: its artefact was not applied")
-
-
-def _place(folder: Path, name: str) -> Path:
-    """Where a run's or baseline's record lies."""
-    return folder / name if name in RUNS else baselines.baselines_folder(folder) / name

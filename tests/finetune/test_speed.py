@@ -6,8 +6,7 @@ import pytest
 
 from data_prep import DataError, UserError
 from finetune import speed
-from finetune.compare import plots
-from finetune.compare import publish as reference
+from finetune.compare import plots, publish
 
 
 def cells(table, name: str) -> dict[str, str]:
@@ -167,12 +166,12 @@ class TestBlocks:
 
 
 def test_the_command_fills_the_readme_and_draws_the_ladder(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "README", tmp_path / "README.md")
-    monkeypatch.setattr(reference, "FOLDER", tmp_path / "reference")
-    reference.README.write_text(PAGE.format(kind="throughput"))
-    path = measurements.write(reference.FOLDER / "throughput" / "h100.json")
-    assert reference.regenerate() == [path.with_suffix(".svg"), reference.README]
-    assert "| the batch rung | 240.0 |" in reference.README.read_text()
-    assert reference.regenerate() == []
+    monkeypatch.setattr(publish, "README", tmp_path / "README.md")
+    monkeypatch.setattr(publish, "FOLDER", tmp_path / "reference")
+    publish.README.write_text(PAGE.format(kind="throughput"))
+    path = measurements.write(publish.FOLDER / "throughput" / "h100.json")
+    assert publish.regenerate() == [path.with_suffix(".svg"), publish.README]
+    assert "| the batch rung | 240.0 |" in publish.README.read_text()
+    assert publish.regenerate() == []
     path.with_suffix(".svg").unlink()
-    assert reference.regenerate() == [path.with_suffix(".svg")]
+    assert publish.regenerate() == [path.with_suffix(".svg")]

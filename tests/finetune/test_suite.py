@@ -14,7 +14,7 @@ import pytest
 from data_prep import UserError
 from finetune import paths, records
 from finetune.__main__ import main
-from finetune.compare import comparison
+from finetune.compare import comparison, verdict
 from finetune.suite import NOTEBOOKS, STEPS, Suite
 
 SKIPPED = {"fine_tuning_full_unsloth", "full_unsloth_finetuning_performance"}
@@ -81,7 +81,7 @@ def test_the_notebooks_show_what_the_records_hold(finished):
         shown = text_of(executed(finished, f"{run}_finetuning_performance"))
         assert f"{record.evaluation.scoring.accuracy:.1%}" in shown
         assert str(comparison.load("cpu").pair(run, "base")) in shown
-    assert comparison.load("cpu").answer() in text_of(executed(finished, "compare_methods"))
+    assert verdict.decide(comparison.load("cpu")).text in text_of(executed(finished, "compare_methods"))
 
 
 def test_the_training_notebooks_draw_curves_and_the_comparison_pictures(finished):
@@ -220,7 +220,7 @@ def test_seeds_and_curve_are_trained_and_compared(finished, overrides):
     assert first.data.fingerprint == second.data.fingerprint
     assert first.training.artefact_digest != second.training.artefact_digest
     assert compared.curve["lora"][0].record.data.train_rows == 16
-    assert "mean over seeds" in (finished / "report.html").read_text()
+    assert "Pairs over all seeds" in (finished / "report.html").read_text()
     # The other tests of this module find the suite as it was.
     for variant in ("seed-43", "rows-16"):
         shutil.rmtree(finished / "lora" / variant)

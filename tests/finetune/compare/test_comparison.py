@@ -1,18 +1,20 @@
-"""The comparison's figures, its refusals, and an answer that is true whatever the figures are."""
-
-import re
+"""What a comparison reads and holds, and what it refuses."""
 
 import factories
 import numpy as np
 import pytest
-from factories import predictions, right_on, write_run
-from test_variants import SETTINGS, write_variant
+from factories import SETTINGS, predictions, right_on, write_run, write_variant
+from test_baselines import write_baseline
 
 from data_prep import DataError
 from finetune import paths, records
 from finetune.compare import comparison
-from finetune.compare.comparison import load_folder
-from finetune.wording import format_p, spoken
+from finetune.compare.comparison import load, load_folder
+from finetune.settings import plan
+
+
+def random_right(accuracy: float, rows: int, seed: int) -> list[bool]:
+    return (np.random.default_rng(seed).random(rows) < accuracy).tolist()
 
 
 @pytest.fixture
@@ -28,33 +30,6 @@ def compare(results, **right) -> comparison.Comparison:
 
 
 class TestFigures:
-    def test_quality_is_that_of_the_records(self, results):
-        table = compare(results, base=right_on(20, 40), lora=right_on(30, 40)).quality_table()
-        assert list(table.index) == ["base model", "LoRA"]
-        low, high = map(float, table.loc["LoRA", "macro-F1 interval"].split(" to "))
-        assert low < table.loc["LoRA", "macro-F1 %"] < high
-        assert table.loc["base model", "accuracy %"] == pytest.approx(50)
-        assert table.loc["LoRA", "accuracy %"] == pytest.approx(75)
-        assert table.loc["LoRA", "against base"] == pytest.approx(25)
-        assert table.loc["base model", "against base"] == 0
-        # Wilson's interval of 30 in 40, by hand: (0.75 + z²/80 ± z √(0.75·0.25/40 + z²/6400)) / (1 + z²/40)
-        assert table.loc["LoRA", "95 % interval"] == "59.8 to 85.8"
-
-    def test_f1_per_class_by_hand(self, results):
-        """Each class has 10 rows. LoRA is right on rows 0 to 29, and gives the next label on rows 30 to 39."""
-        compared = compare(results, base=right_on(0, 40), lora=right_on(30, 40))
-        classes, quality = compared.class_table(), compared.quality_table()
-        # Rows 30 to 39 are 2 World, 2 Sports, 3 Business and 3 Sci/Tech; each goes to the class after it.
-        wrong, received = (2, 2, 3, 3), (3, 2, 2, 3)
-        names = ("World", "Sports", "Business", "Sci/Tech")
-        f1 = [100 * 2 * (10 - w) / (2 * (10 - w) + w + r) for w, r in zip(wrong, received, strict=True)]
-        for name, expected in zip(names, f1, strict=True):
-            assert classes.loc["LoRA", f"{name} F1 %"] == pytest.approx(expected)
-            low, high = map(float, classes.loc["LoRA", f"{name} interval"].split(" to "))
-            assert low < expected < high
-        assert quality.loc["LoRA", "macro-F1 %"] == pytest.approx(np.mean(f1))
-        assert quality.loc["LoRA", "macro-F1 against base"] == pytest.approx(np.mean(f1))
-
     def test_rows_without_a_twin_by_hand(self, results):
         """LoRA is right on rows 0 to 29; rows 0 to 9 have twins: 20 of 30 are right on the others."""
         rows = [
@@ -71,70 +46,12 @@ class TestFigures:
         write_run(results, "base", [], rows=rows)
         assert load_folder(results, "cpu").without_twins == {"base": None}
 
-    def test_cost_is_that_of_the_records(self, results):
-        write_run(results, "base", right_on(20, 40))
-        write_run(results, "full", right_on(30, 40), cost={"seconds": 120.0, "trainable_parameters": 1_000_000})
-        write_run(results, "lora", right_on(30, 40), cost={"seconds": 90.0, "peak_memory_bytes": 1_500_000_000})
-        table = load_folder(results, "cpu").cost_table()
-        assert list(table.index) == ["full", "LoRA"]
-        assert list(table["training"]) == ["2.0 min", "90 s"]
-        assert list(table["share of parameters %"]) == [100, 2]
-        assert list(table["peak memory GB"]) == [2.5, 1.5]
-        assert list(table["artefact MB"]) == [4, 4]
-
-    def test_confusions_by_hand(self, results):
-        """LoRA gives the next label on rows 30 to 39: 2 World, 2 Sports, 3 Business and 3 Sci/Tech."""
-        table = compare(results, base=right_on(0, 40), lora=right_on(30, 40)).confusion_table()
-        assert list(table.index[:2]) == ["Business taken for Sci/Tech", "Sci/Tech taken for World"]
-        assert list(table["LoRA"][:4]) == [3, 3, 2, 2]
-        assert list(table["base model"][:4]) == [10, 10, 10, 10]
-        assert table.shape == (12, 2) and table["LoRA"].sum() == 10
-
-    def test_calibration_by_hand(self, results):
-        """LoRA is sure by 0.45 on all 40 rows and right on 30: no bin but one."""
-        table = compare(results, base=right_on(20, 40), lora=right_on(30, 40)).calibration_table()
-        assert table.loc["LoRA", "ECE %, as it is"].startswith("30.0 (")
-        right, wrong = 0.55**2 + 3 * (0.55 / 3) ** 2, 0.45**2 + (1 - 0.55 / 3) ** 2 + 2 * (0.55 / 3) ** 2
-        assert table.loc["LoRA", "Brier, as it is"].startswith(f"{0.75 * right + 0.25 * wrong:.3f} (")
-        assert table.loc["LoRA", "temperature"] == "not recorded"
-        # Wilson's interval of 30 in 32.
-        assert table.loc["LoRA", "accuracy % of the surest 80%"] == "93.8 (79.9 to 98.3)"
-
-    def test_without_a_tuned_run_there_is_no_cost(self, results):
-        assert compare(results, base=right_on(20, 40)).cost_table().empty
-
     def test_a_pair_counts_rows_on_which_one_alone_is_right(self, results):
         pair = compare(results, base=right_on(20, 40, start=5), lora=right_on(30, 40)).pair("lora", "base")
         assert (pair.only_first, pair.only_second) == (10, 0)
         assert pair.points == pytest.approx(25)
         assert pair.p_value == pytest.approx(2 / 2**10)
         assert pair.low < 25 < pair.high
-
-    def test_exchanging_a_pair_exchanges_its_figures(self, results):
-        runs = compare(results, base=right_on(20, 40, start=10), lora=right_on(30, 40))
-        forth, back = runs.pair("lora", "base"), runs.pair("base", "lora")
-        assert back.points == -forth.points
-        assert (back.only_first, back.only_second) == (forth.only_second, forth.only_first)
-        assert back.p_value == forth.p_value
-        assert (-back.high, -back.low) == pytest.approx((forth.low, forth.high), abs=2.6)
-
-    @pytest.mark.parametrize(("only_first", "only_second"), [(120, 80), (30, 10), (300, 300)])
-    def test_the_interval_of_a_large_sample_is_wald_s(self, results, only_first, only_second):
-        rows = 2000
-        first = [row < only_first or row >= 1000 for row in range(rows)]
-        second = [only_first <= row < only_first + only_second or row >= 1000 for row in range(rows)]
-        pair = compare(results, base=second, lora=first).pair("lora", "base")
-        share = (only_first - only_second) / rows
-        error = ((only_first + only_second) / rows - share**2) ** 0.5 / rows**0.5
-        wald = (100 * (share - 1.96 * error), 100 * (share + 1.96 * error))
-        assert (pair.low, pair.high) == pytest.approx(wald, abs=0.1 * 100 * 1.96 * error)
-
-    def test_runs_that_agree_on_every_row_differ_by_nothing(self, results):
-        pair = compare(results, base=right_on(0, 40), lora=right_on(30, 40), qlora=right_on(30, 40)).pair(
-            "lora", "qlora"
-        )
-        assert (pair.points, pair.low, pair.high, pair.p_value) == (0, 0, 0, 1)
-        assert pair.is_tie
 
     def test_pairs_are_each_against_the_base_and_then_each_other(self, results):
         rows = {run: right_on(5 * number, 40) for number, run in enumerate(("qlora", "lora", "full", "base"), 1)}
@@ -159,126 +76,92 @@ class TestFigures:
         assert [pair.corrected_p for pair in compared.pairs] == pytest.approx([6 / 2**9, 4 / 2**7, 0.5])
         assert compared.pair("qlora", "base").corrected_p == pytest.approx(2 / 2**7), "alone it is not corrected"
 
-    @pytest.mark.parametrize(
-        ("p_value", "text"), [(0.0009, "< 0.001"), (0.001, "= 0.001"), (0.0496, "= 0.050"), (1.0, "= 1.000")]
-    )
-    def test_p_values_are_written_with_three_digits(self, p_value, text):
-        assert format_p(p_value) == text
+
+def write_seeds(results, run: str, accuracy: float, rows: int = 400, seeds: int = 3) -> list[list[bool]]:
+    outcomes = [random_right(accuracy, rows, 100 * len(run) + seed) for seed in range(seeds)]
+    write_run(results, run, outcomes[0], settings=SETTINGS)
+    for number, right in enumerate(outcomes[1:], 43):
+        write_variant(results, run, f"seed-{number}", right)
+    return outcomes
 
 
-class TestAnswer:
-    def test_of_the_base_alone(self, results):
-        answer = compare(results, base=right_on(100, 200)).answer()
-        assert answer.startswith("On 200 test rows of ")
-        assert answer.endswith("AG News, a-model without tuning gets 50.0% right (43.1% to 56.9%).")
+class TestPlaces:
+    def test_the_default_stays_where_it_was(self, home):
+        settings = plan("lora", "cpu")
+        assert settings.run_folder == home / "results" / "cpu" / "lora"
+        assert settings.artefact_folder == home / "adapters" / "cpu-lora"
 
-    def test_of_a_clear_win(self, results):
-        answer = compare(results, base=right_on(100, 200), lora=right_on(180, 200)).answer()
-        assert "LoRA beats the base model by 40.0 points (" in answer
-        assert "p < 0.001" in answer
-        assert "cannot be told apart" not in answer
-        assert "cost decides" not in answer, "there is nothing to decide between"
+    def test_a_variant_has_folders_of_its_own(self, home):
+        settings = plan("full", "cpu", {"seed": 43, "variant": "seed-43"})
+        assert settings.run_folder == home / "results" / "cpu" / "full" / "seed-43"
+        assert settings.artefact_folder == home / "checkpoints" / "cpu-full-seed-43"
+        assert settings.state_folder == home / "checkpoints" / ".training" / "cpu-full-seed-43"
 
-    def test_of_a_loss_against_the_base(self, results):
-        answer = compare(results, base=right_on(180, 200), full=right_on(100, 200)).answer()
-        assert "The base model beats full fine-tuning by 40.0 points" in answer
-        assert "full beats" not in answer
 
-    def test_of_a_tie_with_the_base(self, results):
-        answer = compare(results, base=right_on(100, 200), full=right_on(101, 200)).answer()
-        assert "Full fine-tuning and the base model cannot be told apart (+0.5 points, " in answer
-        assert "beats" not in answer
+class TestSeeds:
+    def test_pairs_carry_the_difference_over_seeds(self, results):
+        write_run(results, "base", right_on(200, 400))
+        lora, qlora = (np.array(write_seeds(results, run, 0.9)) for run in ("lora", "qlora"))
+        base_pair, _, tuned = load("cpu").pairs
+        assert tuned.over_seeds.seeds == 3
+        assert tuned.over_seeds.points == pytest.approx(100 * (lora.mean() - qlora.mean()))
+        assert base_pair.over_seeds.points == pytest.approx(100 * (lora.mean() - 0.5))
 
-    def test_of_tuned_models_that_tie(self, results):
-        answer = compare(results, base=right_on(100, 200), lora=right_on(180, 200), qlora=right_on(179, 200)).answer()
-        assert "LoRA and QLoRA cannot be told apart" in answer
-        [points] = re.findall(
-            r"taken one by one, the intervals allow differences of up to (\d\.\d) points\. Where that does not", answer
-        )
-        pair = load_folder(results, "cpu").pairs[-1]
-        assert float(points) == pytest.approx(max(-pair.low, pair.high), abs=0.05)
-        assert "cost decides between the tuned models." in answer
+    def test_a_pair_of_which_one_has_a_single_seed_is_not_judged_over_seeds(self, results):
+        write_run(results, "base", right_on(200, 400))
+        write_seeds(results, "lora", 0.9)
+        write_run(results, "qlora", right_on(360, 400), settings=SETTINGS)
+        by_names = {(pair.first, pair.second): pair.over_seeds for pair in load("cpu").pairs}
+        assert by_names["lora", "qlora"] is None and by_names["qlora", "base"] is None
+        assert by_names["lora", "base"] is not None
 
-    def test_of_tuned_models_of_which_one_stands_out(self, results):
-        answer = compare(
-            results, base=right_on(60, 200), full=right_on(120, 200), lora=right_on(180, 200), qlora=right_on(179, 200)
-        ).answer()
-        assert "LoRA beats full fine-tuning by 30.0 points (" in answer
-        assert "and QLoRA by 29.5 points (" in answer
-        assert "LoRA and QLoRA cannot be told apart" in answer
-        assert "cost decides" not in answer
-
-    def test_it_says_what_the_tuned_models_reach(self, results):
-        rows = {"full": right_on(180, 200), "lora": right_on(178, 200), "qlora": right_on(180, 200, start=3)}
-        answer = compare(results, base=right_on(60, 200), **rows).answer()
-        assert "Tuned, the model gets 89.0% with LoRA and 90.0% with full fine-tuning and QLoRA. " in answer
-
-    def test_three_who_beat_the_same_runs_are_told_of_together(self, results):
-        rows = {"full": right_on(180, 200), "lora": right_on(178, 200), "qlora": right_on(182, 200)}
-        compared = compare(results, base=right_on(60, 200), **rows)
-        won = [pair for pair in compared.pairs if pair.second == "base"]
-        low, high = min(pair.low for pair in won), max(pair.high for pair in won)
-        assert (
-            "Full fine-tuning, LoRA and QLoRA beat the base model by 59.0 to 61.0 points "
-            f"(intervals within {low:.1f} to {high:.1f}, p < 0.001)."
-        ) in compared.answer()
-
-    def test_of_three_ties_with_one_the_rest_is_told_one_by_one(self, results):
-        rows = {"full": right_on(180, 200), "lora": right_on(178, 200), "qlora": right_on(62, 200)}
-        answer = compare(results, base=right_on(60, 200), **rows).answer()
-        assert "Full fine-tuning beats the base model by 60.0 points (" in answer
-        assert "and LoRA by 59.0 points (" in answer
-        assert "beat the base model by" not in answer.replace("beats", "")
-
-    def test_several_ties_are_one_sentence_each_with_what_could_have_been_shown(self, results):
-        rows = {"full": right_on(180, 200), "lora": right_on(179, 200), "qlora": right_on(175, 200, start=15)}
-        answer = compare(results, base=right_on(60, 200), **rows).answer()
-        said = "Cannot be told apart, each with the true difference that would have been found four times in five: "
-        tie = "full fine-tuning and LoRA (+0.5 points, +0.0 to +1.5, p = 1.000), none, with one row that one of them "
-        assert said + tie + "alone gets right; " in answer
-        last = r"LoRA and QLoRA \(\+2\.0 points, -\d+\.\d to \+\d+\.\d, p = \d\.\d{3}\), \d\.\d points\."
-        assert re.search(last, answer)
-
-    def test_several_of_which_no_two_differ_are_one_sentence(self, results):
-        rows = {"full": right_on(180, 200), "lora": right_on(178, 200, start=8), "qlora": right_on(181, 200, start=16)}
-        compared = compare(results, base=right_on(60, 200), **rows)
-        among = [pair for pair in compared.pairs if "base" not in (pair.first, pair.second)]
-        assert len(among) == 3 and all(pair.is_tie for pair in among)
-        widest = max(among, key=lambda pair: pair.high - pair.low)
-        assert (
-            "No two of full fine-tuning, LoRA and QLoRA can be told apart: they differ by up to 1.5 points (least "
-            f"p = 1.000; the widest interval, of {spoken(widest.first)} minus {spoken(widest.second)}, is "
-            f"{widest.low:+.1f} to {widest.high:+.1f}), and a true difference of "
-            f"{max(pair.detectable for pair in among):.1f} points would have been found four times in five between any "
-            "two."
-        ) in compared.answer()
-
-    def test_it_tells_time_and_memory_of_all_the_least_first(self, results):
+    @pytest.mark.parametrize("variant", ["seed-43", "rows-250"])
+    def test_a_figure_that_its_predictions_do_not_give_is_refused(self, results, variant):
         write_run(results, "base", right_on(20, 40))
-        for run, seconds, memory in (("full", 150.0, 3e9), ("lora", 60.0, 2e9), ("qlora", 90.0, 1e9)):
-            cost = {"seconds": seconds, "peak_memory_bytes": int(memory)}
-            write_run(results, run, right_on(30, 40), confidence=0.5 + seconds / 1000, cost=cost)
-        assert (
-            load_folder(results, "cpu")
-            .answer()
-            .endswith(
-                "Training took 60 seconds with LoRA, 90 seconds with QLoRA and 2.5 minutes with full fine-tuning; its "
-                "peak memory was 1.0 GB with QLoRA, 2.0 GB with LoRA and 3.0 GB with full fine-tuning."
-            )
-        )
+        write_run(results, "lora", right_on(36, 40), settings=SETTINGS)
+        write_variant(results, "lora", variant, right_on(30, 40))
+        path = results / "lora" / variant / "record.json"
+        path.write_text(path.read_text().replace('"accuracy": 0.75', '"accuracy": 0.99', 1))
+        with pytest.raises(DataError, match="the record of lora holds another accuracy than its predictions give"):
+            load("cpu")
 
-    @pytest.mark.parametrize(
-        ("slowest", "said"), [(40.0, "(none was always the fastest)"), (34.0, "(LoRA was always the fastest)")]
-    )
-    def test_the_fastest_is_named_only_if_it_was_so_with_every_seed(self, results, slowest, said):
-        write_run(results, "base", right_on(20, 40))
-        for run, times in (("full", (36.0, 50.0)), ("lora", (30.0, slowest))):
-            write_run(results, run, right_on(30, 40), settings=SETTINGS, cost={"seconds": times[0]})
-            write_variant(results, run, "seed-43", right_on(31, 40), cost={"seconds": times[1]})
-        assert (
-            f"Training took 30 to {slowest:.0f} seconds with LoRA and 36 to 50 seconds with full fine-tuning {said}; "
-            "its peak memory was 2.5 GB with full fine-tuning and 2.5 GB with LoRA."
-        ) in load_folder(results, "cpu").answer()
+    def test_other_seeds_are_no_pairs(self, results):
+        write_run(results, "base", right_on(200, 400))
+        write_seeds(results, "lora", 0.9)
+        write_run(results, "qlora", right_on(360, 400), settings=SETTINGS)
+        for seed in (43, 45):
+            write_variant(results, "qlora", f"seed-{seed}", right_on(350, 400))
+        by_names = {(pair.first, pair.second): pair.over_seeds for pair in load("cpu").pairs}
+        assert by_names["lora", "qlora"] is None and by_names["qlora", "base"] is not None
+
+    def test_methods_are_compared_seed_by_seed(self, results):
+        """Seeds that differ, but always by the same rows: the difference has no error between seeds."""
+        write_run(results, "base", right_on(100, 400))
+        for run, more in (("lora", 20), ("qlora", 0)):
+            write_run(results, run, right_on(280 + more, 400), settings=SETTINGS)
+            write_variant(results, run, "seed-43", right_on(340 + more, 400))
+        over = load("cpu").pairs[-1].over_seeds
+        assert over.points == pytest.approx(5) and over.p_value < 0.001
+        assert over.high - over.low < 5
+
+    def test_what_one_seed_shows_and_others_contradict_is_a_tie(self, results):
+        write_run(results, "base", right_on(100, 400))
+        write_run(results, "lora", right_on(360, 400), settings=SETTINGS)
+        write_variant(results, "lora", "seed-43", right_on(300, 400))
+        write_run(results, "qlora", right_on(320, 400), settings=SETTINGS)
+        write_variant(results, "qlora", "seed-43", right_on(380, 400))
+        pair = load("cpu").pairs[-1]
+        assert pair.corrected_p < 0.001 and pair.is_tie
+        assert pair.over_seeds.points == pytest.approx(-5) and pair.over_seeds.seeds == 2
+
+    def test_what_all_seeds_show_is_a_difference_though_the_first_alone_does_not(self, results):
+        write_run(results, "base", right_on(100, 400))
+        for run, counts in (("lora", (361, 364, 367)), ("qlora", (357, 356, 358))):
+            write_run(results, run, right_on(counts[0], 400), settings=SETTINGS)
+            for seed, count in zip((43, 44), counts[1:], strict=True):
+                write_variant(results, run, f"seed-{seed}", right_on(count, 400))
+        pair = load("cpu").pairs[-1]
+        assert pair.p_value > 0.05 and not pair.is_tie and pair.over_seeds.points == pytest.approx(1.75)
 
 
 class TestAgainstBase:
@@ -302,7 +185,7 @@ class TestAgainstBase:
     def test_of_another_question(self, results):
         record = compare(results, base=right_on(20, 40), lora=right_on(30, 40)).records["lora"]
         write_run(results, "base", right_on(20, 40), data={"prompt": "verbose-1"})
-        with pytest.raises(DataError, match="cpu/lora: prompt is lean-1, and verbose-1 in the base's record"):
+        with pytest.raises(DataError, match=r"cpu/lora: prompt is lean-1, and verbose-1 in .*cpu/base"):
             comparison.against_base(record)
 
 
@@ -321,21 +204,21 @@ class TestRefusals:
             ({"data": {"fingerprint": "ffffffffffff"}}, "fingerprint is ffffffffffff, and 0123456789ab"),
             ({"data": {"prompt": "verbose-1"}}, "prompt is verbose-1, and lean-1"),
             ({"data": {"test_rows": 39}}, "test_rows is 39, and 40"),
-            ({"model": "another-model"}, "the model is another-model, and a-model"),
+            ({"model": "another-model"}, "model is another-model, and a-model"),
         ],
         ids=["data", "prompt", "rows", "model"],
     )
     def test_another_question_than_the_base_s_is_named(self, results, changes, said):
         write_run(results, "base", right_on(20, 40))
         write_run(results, "lora", right_on(30, 40), **changes)
-        with pytest.raises(DataError, match=f"cpu/lora: {said} in the base's record"):
+        with pytest.raises(DataError, match=f"cpu/lora: {said} in .*cpu/base"):
             comparison.load("cpu")
 
     def test_another_number_of_training_rows_is_named(self, results):
         write_run(results, "base", right_on(20, 40))
         write_run(results, "lora", right_on(30, 40))
         write_run(results, "qlora", right_on(30, 40), data={"train_rows": 250})
-        with pytest.raises(DataError, match="cpu/qlora: train_rows is 250, and 1000 in the record of lora"):
+        with pytest.raises(DataError, match=r"cpu/qlora: train_rows is 250, and 1000 in .*cpu/lora"):
             comparison.load("cpu")
 
     def test_other_rows_of_the_same_data(self, results):
@@ -343,7 +226,7 @@ class TestRefusals:
         write_run(results, "base", right_on(20, 40))
         rows = [row.model_copy(update={"id": f"test-{100 + n}"}) for n, row in enumerate(predictions([True] * 40))]
         write_run(results, "lora", [], rows=rows)
-        with pytest.raises(DataError, match=r"cpu/lora: .*rows"):
+        with pytest.raises(DataError, match=r"cpu/lora: test rows and labels is .* in .*cpu/base"):
             comparison.load("cpu")
 
     def test_the_base_s_own_probabilities(self, results):
@@ -367,3 +250,58 @@ class TestRefusals:
         (results / "lora" / "record.json").write_text("{")
         with pytest.raises(DataError, match=r"lora/record\.json: not a record of this version"):
             comparison.load("cpu")
+
+    def test_a_curve_of_another_classifier(self, results):
+        compare(results, base=right_on(20, 40), lora=right_on(30, 40))
+        write_baseline(results, "svm", right_on(28, 40))
+        write_baseline(results, "svm/rows-250", right_on(20, 40), data={"train_rows": 250}, description="another")
+        with pytest.raises(DataError, match="svm/rows-250: classifier is another, and "):
+            comparison.load("cpu")
+
+
+def test_what_may_differ_is_not_compared():
+    runs = {"one": {"model": "a", "seed": 1}, "two": {"model": "a", "seed": 2}}
+    comparison.check_comparable({}), comparison.check_comparable(runs, may_differ={"seed"})
+    with pytest.raises(DataError, match=r"^two: seed is 2, and 1 in one: compare runs with the same seed$"):
+        comparison.check_comparable(runs)
+
+
+class TestVariantRefusals:
+    @pytest.mark.parametrize(
+        ("variant", "settings", "changes", "said"),
+        [
+            ("seed-43", {"learning_rate": 1e-3}, {}, "learning_rate is 0.001, and 0.0001"),
+            ("seed-43", {"train_rows": 10}, {}, "train_rows is 10, and None"),
+            ("rows-250", {"seed": 43}, {}, "seed is 43, and 42"),
+            ("seed-43", {}, {"data": {"fingerprint": "ffffffffffff"}}, "fingerprint is ffffffffffff, and 0123456789ab"),
+            ("seed-43", {}, {"engine": "unsloth"}, "engine is unsloth, and transformers"),
+        ],
+    )
+    def test_a_variant_that_differs_in_more_is_refused_with_the_difference(
+        self, results, variant, settings, changes, said
+    ):
+        write_run(results, "base", right_on(20, 40))
+        write_run(results, "lora", right_on(30, 40), settings=SETTINGS)
+        write_variant(results, "lora", variant, right_on(31, 40), settings, **changes)
+        with pytest.raises(DataError, match=f"lora/{variant}/record.json: {said} in .*cpu/lora: compare runs"):
+            load("cpu")
+
+    def test_on_other_rows_it_is_refused(self, results):
+        write_run(results, "base", right_on(20, 40))
+        write_run(results, "lora", right_on(30, 40), settings=SETTINGS)
+        write_variant(results, "lora", "seed-43", right_on(31, 41))
+        with pytest.raises(DataError, match=r"seed-43/record\.json: test rows and labels is "):
+            load("cpu")
+
+    def test_how_it_was_evaluated_may_differ(self, results):
+        write_run(results, "base", right_on(20, 40))
+        write_run(results, "lora", right_on(30, 40), settings=SETTINGS | {"generation_rows": 100})
+        write_variant(results, "lora", "seed-43", right_on(31, 40), {"generation_rows": 0})
+        assert len(load("cpu").seeds["lora"]) == 1
+
+    def test_a_variant_that_was_not_evaluated_yet_is_left_out(self, results):
+        write_run(results, "base", right_on(20, 40))
+        write_run(results, "lora", right_on(30, 40), settings=SETTINGS)
+        record = factories.record("lora", training=factories.training("lora"))
+        records.write(record, results / "lora" / "seed-43")
+        assert load("cpu").seeds["lora"] == []
