@@ -15,7 +15,7 @@ from finetune.compare.comparison import HARMLESS, Comparison, check_comparable
 from finetune.compare.stats import OverSeeds, Pair
 from finetune.records import RunRecord
 from finetune.settings import meaning
-from finetune.wording import NAMES, format_p, interval_of, listed, one_decimal, sentence
+from finetune.wording import NAMES, format_p, interval_of, listed, one_decimal, sentence, spoken
 
 # What says how a run was judged, or which of its trainings it is: test rows and seeds are compared themselves.
 NO_DIFFERENCE = HARMLESS | {"test_rows", "seed", "variant"}
@@ -134,7 +134,7 @@ class Ablation:
         for run in (pair.first for pair in self.pairs if pair.first not in self.mine.tuned()):
             (label, share), (other, before) = (side.most_frequent(run) for side in (self.mine, self.other))
             found.append(
-                f"The {NAMES[run]} now answers {label} most often, for {share:.0%} of the rows. "
+                f"{sentence(spoken(run))} now answers {label} most often, for {share:.0%} of the rows. "
                 f"Before, it was {other}, for {before:.0%}."
             )
         if self.left_out:

@@ -22,7 +22,7 @@ from finetune.compare import mistakes, plots, tables, verdict
 from finetune.compare.ablation import Ablation
 from finetune.compare.comparison import Comparison
 from finetune.hardware import PACKAGES
-from finetune.wording import NAMES
+from finetune.wording import NAMES, sentence, spoken
 
 # A page that lists thousands of rows is slow on a phone, and nobody reads them.
 LISTED_ERRORS = 400
@@ -134,7 +134,7 @@ def notes(comparison: Comparison) -> list[str]:
     for name in ("base", "few_shot"):
         if name in comparison.predictions:
             label, share = comparison.most_frequent(name)
-            found.append(f"The {NAMES[name]} answers {label} most often: for {share:.0%} of the rows.")
+            found.append(f"{sentence(spoken(name))} answers {label} most often: for {share:.0%} of the rows.")
     jobs = max((one.environment.jobs for run in tuned for one in comparison.trainings(run)), default=1)
     if jobs > 1:
         found.append(

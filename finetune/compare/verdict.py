@@ -54,6 +54,10 @@ class Verdict:
     def __str__(self) -> str:
         return self.text
 
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows."""
+        return f"### {self.text}\n\n{self.method}"
+
 
 def cost(comparison: Comparison, name: str, save: str) -> float:
     """What a method costs in seconds or bytes, of several seeds the median.

@@ -519,9 +519,9 @@ def test_the_sentences_have_the_tables_figures(page, tables, raw):
     assert f"; {np.all(wrong, axis=0).sum()} in all." in text
     # 1,000 and 100 of 120,000, and 240 of 7,600.
     assert "used 1,100 of AG News' 120,000 rows, the test 240 of 7,600." in text
-    for name in ("base", "few_shot"):
+    for name, spoken in (("base", "The base model"), ("few_shot", "The base model with examples in its prompt")):
         [(label, count)] = Counter(raw[name]["answer"]).most_common(1)
-        assert f"The {NAMES[name]} answers {label} most often: for {count / ROWS:.0%} of the rows." in text
+        assert f"{spoken} answers {label} most often: for {count / ROWS:.0%} of the rows." in text
 
 
 @pytest.mark.parametrize("run", ["base", *TUNED])
