@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import UserError
-from finetune import embedded, paths, reference, settings
+from finetune import embedded, paths, settings
+from finetune.compare import publish
 
 # The exit status of a command that Ctrl-C ended.
 INTERRUPTED = 130
@@ -143,8 +144,8 @@ def _commands(each: RecordSet, options: argparse.Namespace) -> Iterator[list[str
 def _publish(sets: Sequence[RecordSet], profile: str) -> None:
     """Copy whole sets to the reference results, then renew reports and README once."""
     for each in sets:
-        print(reference.copy(_home(profile, each) / "results" / profile, profile + each.suffix))
-    reference.regenerate()
+        print(publish.copy(_home(profile, each) / "results" / profile, profile + each.suffix))
+    publish.regenerate()
 
 
 def _finetune(command: list[str], each: RecordSet, profile: str) -> int:

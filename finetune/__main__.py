@@ -5,7 +5,7 @@ python -m finetune curve    [--profile P] [--set NAME=VALUE ...] [--only RUN ...
 python -m finetune plan     RUN [--profile P] [--set NAME=VALUE ...]
 python -m finetune data     [--profile P] [--set NAME=VALUE ...]
 python -m finetune merge    RUN [--profile P] [--set NAME=VALUE ...]
-python -m finetune report   FOLDER
+python -m finetune report   FOLDER [--margin POINTS] [--save WHAT]
 python -m finetune contrast FOLDER OTHER
 python -m finetune publish  [--profile P] [--name NAME]
 python -m finetune results
@@ -17,6 +17,7 @@ import argparse
 import os
 import shlex
 import sys
+import textwrap
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write FOLDER/report.html anew from the records in FOLDER")
     report.add_argument("folder", type=Path, metavar="FOLDER")
+    within = "points of accuracy that a cheaper method may lose; by default 1"
+    report.add_argument("--margin", type=float, default=1.0, metavar="POINTS", help=within)
+    report.add_argument("--save", default="time", metavar="WHAT", help="time (default), memory or 'artefact size'")
     report.set_defaults(command=_report)
 
     contrast = commands.add_parser("contrast", help="what the one setting costs in which two folders of records differ")
@@ -97,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--name", metavar="NAME", help="folder in results/reference; the profile's name if not given")
     publish.set_defaults(command=_publish)
 
-    results = commands.add_parser("results", help="make reports and README tables anew from results/reference")
+    results = commands.add_parser("results", help="make the figures of README and docs anew from results/reference")
     results.set_defaults(command=_results)
     return parser
 
@@ -176,12 +180,17 @@ def _execute(options: argparse.Namespace, **trainings: Any) -> int:
 
 
 def _print_comparison(profile: str) -> None:
-    from finetune import comparison, report
+    from finetune.compare import comparison, tables, verdict
 
     compared = comparison.load(profile)
-    for table in (compared.quality_table(), compared.cost_table()):
-        print("\n" + report.formatted(table).T.to_string())
-    print(f"\n{compared.answer()}\n\nReport: {paths.results_folder(profile) / 'report.html'}")
+    found = verdict.decide(compared)
+    print(f"\n{tables.summary(compared).to_string()}\n\n{wrapped(found.text)}\n\n{wrapped(found.method)}")
+    print(f"\nReport: {paths.results_folder(profile) / 'report.html'}")
+
+
+def wrapped(text: str) -> str:
+    """A paragraph for a terminal of 80 columns."""
+    return textwrap.fill(text, 79)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -210,28 +219,33 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from finetune import comparison, errors, reference, report
+    from finetune.compare import comparison, mistakes, publish, report
 
-    # What lies among the reference results is committed.
-    if reference.FOLDER in options.folder.resolve().parents:
-        print(reference.write_report(options.folder.resolve().name, reference.References()))
+    asked = {"margin": options.margin, "save": options.save}
+    # What is among the reference results may be published.
+    if publish.FOLDER in options.folder.resolve().parents:
+        print(publish.write_report(options.folder.resolve().name, **asked))
         return 0
     compared = comparison.load_folder(options.folder, options.folder.name)
-    print(report.write_report(compared, options.folder / "report.html", errors.articles(compared.any_record.data)))
+    articles = mistakes.articles(compared.any_record.data)
+    print(report.write_report(compared, options.folder / "report.html", articles, **asked))
     return 0
 
 
 def _contrast(options: argparse.Namespace) -> int:
-    from finetune import contrasts
+    from finetune.compare import ablation
 
-    found = contrasts.load(options.folder, options.other)
-    print(f"{found.title}\n({found.change.name}: {found.meaning})\n")
-    print(f"{found.table().T.to_string()}\n\n{found.answer()}\n\n{found.provenance()}")
+    found = ablation.load(options.folder, options.other)
+    print(f"{found.title}\n")
+    for table in found.tables():
+        print(f"{table.to_string()}\n")
+    for note in (*found.notes(), found.provenance()):
+        print(wrapped(note))
     return 0
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from finetune.reference import publish
+    from finetune.compare.publish import publish
 
     profile = settings.plan("base", options.profile).profile
     print(publish(profile, options.name or profile))
@@ -239,13 +253,13 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _results(options: argparse.Namespace) -> int:
-    from finetune.reference import regenerate
+    from finetune.compare.publish import regenerate
 
     changed = regenerate()
     for path in changed:
         print(f"written anew: {path}")
     if not changed:
-        print("The reports and the README's tables are those of the records.")
+        print("The figures in README and docs are those of the records.")
     return 0
 
 

@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 
 from data_prep import LABELS, Example
-from finetune import chat, comparison, evaluation, hardware, metrics, models, paths, records, segments
+from finetune import chat, evaluation, hardware, metrics, models, paths, records, segments
+from finetune.compare import comparison
 from finetune.data import PreparedData
 from finetune.precision import Precision
 from finetune.settings import Settings
+from finetune.wording import percent_interval
 
 # A prompt must fit, whatever it was trained with; no article of AG News comes near this.
 MAX_LENGTH = 1024
@@ -73,7 +75,7 @@ def class_table(record: records.RunRecord) -> pd.DataFrame:
             "precision": round(100 * value.precision, 1),
             "recall": round(100 * value.recall, 1),
             "F1": round(100 * value.f1, 1),
-            "95 % interval": comparison.percent_interval(value.f1_low, value.f1_high),
+            "95 % interval": percent_interval(value.f1_low, value.f1_high),
         }
         for label, value in record.evaluation.scoring.classes.items()
     }

@@ -44,8 +44,8 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _MODEL = ("chat", "data", "embedded", "models", "precision", "segments")
 COMPUTES: dict[str, tuple[str, ...]] = {
     "train": (*_MODEL, "graphs", "trainer", "training", "updates"),
-    "evaluate": (*_MODEL, "baselines", "evaluation", "metrics", "performance"),
-    "compare": ("calibration", "comparison", "contrasts", "costs", "errors", "metrics", "plots", "report"),
+    "evaluate": (*_MODEL, "baselines", "evaluation", "metrics", "performance", "resampling"),
+    "compare": ("compare", "metrics", "resampling", "wording"),
 }
 
 
@@ -269,7 +269,7 @@ class Suite:
             *(cell.encode() for cell in cells),
             (plan.training_digest if step.kind == "train" else plan.digest).encode(),
             manifest.read_bytes() if manifest.is_file() else b"",
-            *(_code(path) for path in sources(step.kind)),
+            *(_code(path) for path in sorted(sources(step.kind))),
             *self._reads(step),
         ]
         return hashlib.sha256(b"\0".join(parts)).hexdigest()

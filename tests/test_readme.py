@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune.__main__ import _parser
-from finetune.reference import FOLDER, with_results
+from finetune.compare.publish import FOLDER, with_results
 from finetune.runner import STEPS
 
 PROJECT = Path(__file__).parent.parent

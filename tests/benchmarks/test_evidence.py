@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks import evidence
-from finetune import embedded, reference
+from finetune import embedded
+from finetune.compare import publish
 
 GPU = ["--profile", "gpu", "--set", "source=csv", "--set", "data_path=/data/ag_news"]
 
@@ -25,8 +26,8 @@ def commands(home, monkeypatch) -> list[tuple[str, str]]:
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(evidence, "HOME", home / "results" / "evidence")
-    monkeypatch.setattr(reference, "copy", lambda results, name: done.append((name, f"copied {results.name}")))
-    monkeypatch.setattr(reference, "regenerate", lambda: done.append(("", "renewed")))
+    monkeypatch.setattr(publish, "copy", lambda results, name: done.append((name, f"copied {results.name}")))
+    monkeypatch.setattr(publish, "regenerate", lambda: done.append(("", "renewed")))
     embedded.folder().mkdir(parents=True)
     return done
 

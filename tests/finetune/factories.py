@@ -179,3 +179,15 @@ def write_run(
 def right_on(count: int, rows: int, start: int = 0) -> list[bool]:
     """Right on `count` of `rows` rows, beginning with row `start`."""
     return [start <= row < start + count for row in range(rows)]
+
+
+# Of a trained run that has variants.
+SETTINGS = {"learning_rate": 1e-4, "packing": True, "data_path": None, "seed": 42, "train_rows": None, "variant": ""}
+
+
+def write_variant(results: Path, run: str, variant: str, right: Sequence[bool], settings=None, **changes: Any) -> None:
+    """A variant of `run` (`seed-43`, `rows-250`), written where it belongs."""
+    name = {"seed": "seed", "rows": "train_rows"}[variant.partition("-")[0]]
+    values = SETTINGS | {name: int(variant.partition("-")[2]), "variant": variant} | (settings or {})
+    record = write_run(results, f"{run}/{variant}", right, settings=values, seed=values["seed"], **changes)
+    records.write(record.model_copy(update={"run": run}), results / run / variant)

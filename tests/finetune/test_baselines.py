@@ -14,7 +14,8 @@ from data_prep.schema import Example
 from data_prep.sources import sample
 from finetune import baselines, paths, records
 from finetune.__main__ import main
-from finetune.comparison import load, load_folder
+from finetune.compare import tables
+from finetune.compare.comparison import load, load_folder
 from finetune.data import prepare_data
 from finetune.settings import plan
 
@@ -149,7 +150,7 @@ class TestOnFewerRows:
         ("right", "changes", "said"),
         [
             (20, {"data": {"fingerprint": "ffffffffffff"}}, "fingerprint is ffffffffffff, and 0123456789ab in"),
-            (20, {"description": "words only"}, "words only is not the classifier of baselines/svm; run `python -m"),
+            (20, {"description": "words only"}, "classifier is words only, and as it was made"),
             (30, {"scoring": factories.metrics.compute(["World", "Sports"], ["World", "World"])},
              "record.json: the record of svm/rows-250 holds another accuracy than its predictions give"),
         ],
@@ -167,7 +168,7 @@ class TestOnFewerRows:
         write_run(results, "base", right_on(20, 40))
         write_baseline(results, "svm", right_on(28, 40))
         write_baseline(results, "svm/rows-250", right_on(20, 39), data={"test_rows": 40})
-        with pytest.raises(DataError, match="svm/rows-250: was evaluated on other test rows than the base"):
+        with pytest.raises(DataError, match="svm/rows-250: test rows and labels is "):
             load("cpu")
 
 
@@ -215,32 +216,25 @@ class TestInTheComparison:
         write_baseline(results, "svm", right_on(28, 40))
         write_baseline(results, "few_shot", right_on(24, 40))
         compared = load("cpu")
-        assert list(compared.quality_table().index) == [
+        assert list(tables.quality(compared).index) == [
             "majority class",
             "TF-IDF + linear SVM",
             "base model",
             "base, few-shot",
             "LoRA",
         ]
-        assert compared.quality_table().loc["TF-IDF + linear SVM", "accuracy %"] == pytest.approx(70)
+        assert tables.quality(compared).loc["TF-IDF + linear SVM", "accuracy %"] == "70.0"
         assert [(pair.first, pair.second) for pair in compared.pairs] == [("lora", "base"), ("lora", "svm")]
         # Rows 28 to 35 are LoRA's alone: 2/2⁸, the larger of the two.
         assert compared.pairs[1].corrected_p == pytest.approx(2 / 2**8)
-        answer = compared.answer()
-        assert "a-model without tuning gets 50.0% right (35.2% to 64.8%), and 60.0% (" in answer
-        assert (
-            "with examples in its prompt; a linear SVM on TF-IDF, trained on the same rows, 70.0% (54.6% to 81.9%)."
-            in answer
-        )
-        assert "LoRA beats the linear SVM by 20.0 points" in answer
 
     @pytest.mark.parametrize(
         ("name", "changes", "said"),
         [
             ("svm", {"data": {"fingerprint": "ffffffffffff"}}, "fingerprint is ffffffffffff, and 0123456789ab"),
-            ("svm", {"data": {"train_rows": 500}}, "train_rows is 500, and 1000 in the record of lora"),
+            ("svm", {"data": {"train_rows": 500}}, "train_rows is 500, and 1000 in "),
             ("few_shot", {"data": {"prompt": "verbose-1"}}, "prompt is verbose-1, and lean-1"),
-            ("few_shot", {"model": "another"}, "the model is another, and a-model"),
+            ("few_shot", {"model": "another"}, "model is another, and a-model"),
         ],
     )
     def test_of_other_data_they_are_refused(self, results, name, changes, said):
@@ -250,7 +244,7 @@ class TestInTheComparison:
 
     def test_on_other_rows_they_are_refused(self, results):
         write_baseline(results, "svm", right_on(20, 39), data={"test_rows": 40})
-        with pytest.raises(DataError, match="baselines/svm: was evaluated on other test rows"):
+        with pytest.raises(DataError, match="baselines/svm: test rows and labels is "):
             load("cpu")
 
     def test_one_of_another_form_is_refused_with_the_field(self, results):

@@ -13,11 +13,16 @@ import nbformat
 import pytest
 
 from data_prep import UserError
-from finetune import comparison, paths, records, runner
+from finetune import paths, records, runner
 from finetune.__main__ import main
+from finetune.compare import comparison, verdict
 from finetune.runner import NOTEBOOKS, STEPS, Suite
 
 SKIPPED = {"fine_tuning_full_unsloth", "full_unsloth_finetuning_performance"}
+
+ALL = {step.name for step in STEPS} - SKIPPED
+TRAININGS = {name for name in ALL if name.startswith("fine_tuning")}
+EVALUATIONS = {name for name in ALL if name.endswith("_performance")}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +62,20 @@ def text_of(notebook: nbformat.NotebookNode) -> str:
     return "\n".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
 
 
+def test_without_a_terminal_each_step_says_when_it_starts_and_ends_and_figures_come_at_once(home, overrides, capsys):
+    Suite("cpu", overrides).execute()
+    lines = capsys.readouterr().out.splitlines()
+    begun, ended = {}, {}
+    for number, line in enumerate(lines):
+        if found := re.match(r"running +(\w+) \(\d+ of \d+\)$", line):
+            begun[found[1]] = number
+        if found := re.match(r"done +[\d.]+ s  (\w+)$", line):
+            ended[found[1]] = number
+    assert begun.keys() == ended.keys() == ALL
+    svm = next(number for number, line in enumerate(lines) if "baselines/svm: " in line)
+    assert begun["base_model_performance"] < svm < ended["base_model_performance"]
+
+
 def test_every_run_leaves_a_record_whose_numbers_its_predictions_give(finished):
     for run in ("base", "full", "lora", "qlora"):
         record = records.read(finished / run)
@@ -81,26 +100,7 @@ def test_the_notebooks_show_what_the_records_hold(finished):
         shown = text_of(executed(finished, f"{run}_finetuning_performance"))
         assert f"{record.evaluation.scoring.accuracy:.1%}" in shown
         assert str(comparison.load("cpu").pair(run, "base")) in shown
-    assert comparison.load("cpu").answer() in text_of(executed(finished, "compare_methods"))
-
-
-def test_without_a_terminal_each_step_says_when_it_starts_and_ends_and_figures_come_at_once(home, overrides, capsys):
-    if (home / "results" / "cpu" / "report.html").exists():
-        pytest.skip("the suite of this module was executed before")
-    Suite("cpu", overrides).execute()
-    lines = capsys.readouterr().out.splitlines()
-    begun = {
-        name: number
-        for number, line in enumerate(lines)
-        for name in ALL
-        if line.startswith(f"running            {name} (")
-    }
-    ended = {
-        name: number for number, line in enumerate(lines) for name in ALL if re.match(rf"done +[\d.]+ s  {name}$", line)
-    }
-    assert begun.keys() == ended.keys() == ALL
-    svm = next(number for number, line in enumerate(lines) if "baselines/svm: " in line)
-    assert begun["base_model_performance"] < svm < ended["base_model_performance"]
+    assert verdict.decide(comparison.load("cpu")).text in text_of(executed(finished, "compare_methods"))
 
 
 def test_the_training_notebooks_draw_curves_and_the_comparison_pictures(finished):
@@ -132,11 +132,6 @@ def reused(overrides: dict) -> set[str]:
     return {step.name for step in suite.steps if step.name not in SKIPPED and suite._made(step)}
 
 
-ALL = {step.name for step in STEPS} - SKIPPED
-TRAININGS = {name for name in ALL if name.startswith("fine_tuning")}
-EVALUATIONS = {name for name in ALL if name.endswith("_performance")}
-
-
 def test_a_lost_artefact_or_another_setting_is_not_reused(finished, overrides):
     assert reused(overrides) == ALL
     # The base model has no learning rate, and the comparison reads records.
@@ -159,8 +154,8 @@ def test_what_is_reused_names_the_commit_that_made_it(finished, overrides):
 @pytest.mark.parametrize(
     ("module", "again"),
     [
-        ("finetune/plots.py", {"compare_methods"}),
-        ("finetune/templates/report.html", {"compare_methods"}),
+        ("finetune/compare/plots.py", {"compare_methods"}),
+        ("finetune/compare/templates/report.html", {"compare_methods"}),
         ("finetune/cards.py", set()),
         ("finetune/hardware.py", set()),
         ("finetune/trainer.py", TRAININGS),
@@ -319,7 +314,7 @@ def test_seeds_and_curve_are_trained_and_compared(finished, overrides):
     assert first.data.fingerprint == second.data.fingerprint
     assert first.training.artefact_digest != second.training.artefact_digest
     assert compared.curve["lora"][0].record.data.train_rows == 16
-    assert "mean over seeds" in (finished / "report.html").read_text()
+    assert "Pairs over all seeds" in (finished / "report.html").read_text()
     # The other tests of this module find the suite as it was.
     for variant in ("seed-43", "rows-16"):
         shutil.rmtree(finished / "lora" / variant)

@@ -4,13 +4,14 @@ import factories
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from factories import right_on, write_run
+from factories import SETTINGS, right_on, write_run, write_variant
 from test_baselines import write_baseline
-from test_variants import SETTINGS, write_variant
 
 from data_prep import LABELS
-from finetune import paths, plots
-from finetune.comparison import load
+from finetune import paths
+from finetune.compare import plots
+from finetune.compare.comparison import load
+from finetune.compare.verdict import decide
 from finetune.records import LogPoint
 from finetune.settings import RUNS
 from finetune.wording import NAMES
@@ -79,37 +80,36 @@ def test_f1_points_have_the_records_heights(comparison):
         assert min(np.diff(places)) > 0.1, "points overlap"
 
 
-def test_the_close_up_shows_a_difference_of_a_point(home):
-    """Two models, 0.75 points apart, beside a base at half their accuracy: 3 % of the axis or more lies between."""
+def test_the_overview_has_accuracies_with_intervals_against_the_cost(home):
+    """In points, 0.75 apart, beside a base at half their accuracy, which is named instead of drawn."""
     results = paths.results_folder("cpu")
     for run, right in (("base", 200), ("lora", 376), ("qlora", 373)):
-        write_run(results, run, right_on(right, 400), confidence=0.5 + right / 1000)
+        cost = {"seconds": right / 4, "peak_memory_bytes": right * 10**7}
+        write_run(results, run, right_on(right, 400), confidence=0.5 + right / 1000, cost=cost)
     compared = load("cpu")
-    for figure in (plots.tuned_accuracy(compared), plots.accuracy_against_coverage(compared)):
-        axes = figure.axes[-1]
-        low, high = axes.get_xlim() if len(figure.axes) == 1 else axes.get_ylim()
+    for save, scale, unit in (("time", 1 / 4, "s"), ("memory", 1 / 100, "GB")):
+        (axes,) = plots.overview(compared, decide(compared, save=save)).axes
+        points = {bars.get_label(): bars.lines[0].get_xydata()[0] for bars in axes.containers}
+        np.testing.assert_allclose(points["LoRA"], (376 * scale, 94))
+        np.testing.assert_allclose(points["QLoRA"], (373 * scale, 93.25))
+        assert axes.get_xlabel().endswith(f"({unit})\nfar below: base model 50.0 %")
+        (band,) = axes.patches
+        np.testing.assert_allclose((band.get_y(), band.get_height()), (93, 1))
+        low, high = axes.get_ylim()
         assert 0.75 / (high - low) > 0.03
+        scoring = compared.scoring["qlora"]
+        bars = next(of for of in axes.containers if of.get_label() == "QLoRA")
+        ((_, below), (_, above)) = bars.lines[2][0].get_segments()[0]
+        np.testing.assert_allclose((below, above), (100 * scoring.accuracy_low, 100 * scoring.accuracy_high))
 
 
-def test_the_close_up_of_one_seed_has_wilson_s_interval(comparison):
-    (axes,) = plots.tuned_accuracy(comparison).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["full", "full (Unsloth)", "LoRA", "QLoRA"]
-    for position, (container, run) in enumerate(zip(axes.containers, comparison.tuned(), strict=True)):
-        scoring = comparison.scoring[run]
-        np.testing.assert_allclose(container.lines[0].get_xydata(), [(100 * scoring.accuracy, position)])
-        ((left, _), (right, _)) = container.lines[2][0].get_segments()[0]
-        np.testing.assert_allclose((left, right), (100 * scoring.accuracy_low, 100 * scoring.accuracy_high))
-    assert len(axes.lines) == sum(len(container.lines[1]) + 1 for container in axes.containers), "no strokes"
-
-
-def test_the_close_up_of_several_seeds_has_their_mean_and_a_stroke_each(home):
+def test_of_several_seeds_the_overview_has_mean_and_median(home):
     results = paths.results_folder("cpu")
     write_run(results, "base", right_on(20, 40))
-    write_run(results, "lora", right_on(36, 40), settings=SETTINGS)
-    write_variant(results, "lora", "seed-43", right_on(30, 40))
-    (axes,) = plots.tuned_accuracy(load("cpu")).axes
-    np.testing.assert_allclose(axes.containers[0].lines[0].get_xydata(), [(82.5, 0)])
-    np.testing.assert_allclose(axes.lines[-1].get_xydata()[:, 0], [90, 75])
+    write_run(results, "lora", right_on(36, 40), settings=SETTINGS, cost={"seconds": 20.0})
+    write_variant(results, "lora", "seed-43", right_on(30, 40), cost={"seconds": 40.0})
+    (axes,) = plots.overview(load("cpu"), decide(load("cpu"))).axes
+    np.testing.assert_allclose(axes.containers[0].lines[0].get_xydata(), [(30, 82.5)])
 
 
 def test_pareto_has_a_point_per_training_in_each_panel(comparison):
@@ -151,7 +151,7 @@ def test_without_trainings_the_pictures_say_so(home):
     write_run(paths.results_folder("cpu"), "base", right_on(20, 40))
     compared = load("cpu")
     assert "No model was trained" in plots.pareto(compared).axes[0].texts[0].get_text()
-    assert "No model was trained" in plots.tuned_accuracy(compared).axes[0].texts[0].get_text()
+    assert len(plots.overview(compared, decide(compared)).axes) == 1
     assert len(plots.f1_by_class(compared).axes) == len(plots.accuracy_against_coverage(compared).axes) == 1
     assert "No model was trained on fewer rows" in plots.learning_curve(compared).axes[0].texts[0].get_text()
 

@@ -6,7 +6,7 @@ from scipy.optimize import minimize_scalar
 from statsmodels.stats.proportion import proportion_confint
 
 from data_prep import LABELS
-from finetune import calibration
+from finetune.compare import calibration
 from finetune.records import Prediction
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
@@ -11,10 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data_prep import LABELS
-from finetune import costs
-from finetune.comparison import Comparison
+from finetune.compare import tables
+from finetune.compare.comparison import Comparison
+from finetune.compare.verdict import Verdict, cost
 from finetune.metrics import Metrics
-from finetune.records import RunRecord
+from finetune.records import RunRecord, Training
 from finetune.wording import NAMES
 
 COLOURS = {
@@ -48,6 +50,11 @@ MARKERS = {
 
 # A share with the ends of its 95 % interval.
 Estimate = tuple[float, float, float]
+# The band of the margin.
+BAND = "#EEEEEE"
+AXES = {"time": "training time", "memory": "peak memory of the training", "artefact size": "size of the artefact"}
+# Points of accuracy below the best, as a share.
+FARTHEST = 0.06
 # Panels in a row: with more, their text is too small to read on a page.
 COLUMNS = 3
 
@@ -112,34 +119,36 @@ def accuracy_bars(comparison: Comparison) -> Figure:
     return figure
 
 
-def tuned_accuracy(comparison: Comparison) -> Figure:
-    """The tuned models close up: accuracy with its 95 % interval; of several seeds the mean, each a stroke below."""
-    tuned = list(comparison.tuned())
-    if not tuned:
-        return _nothing("No model was trained yet.")
-    figure, axes = plt.subplots(figsize=(5.6, 0.5 * len(tuned) + 0.9), layout="constrained")
-    for position, run in enumerate(tuned):
-        several = comparison.over_seeds.get(run)
-        shown, low, high = _accuracy(comparison, run)
-        error = [[100 * (shown - low)], [100 * (high - shown)]]
-        look = {"color": COLOURS[run], "marker": MARKERS[run], "markeredgecolor": "black", "markersize": 8}
-        axes.errorbar(100 * shown, position, xerr=error, capsize=4, **look)
-        if several:
-            seeds = 100 * several.accuracies
-            axes.plot(seeds, np.full(len(seeds), position + 0.32), "|", color="black", markersize=7)
-        axes.text(1.01, position, f"{100 * shown:.1f}", va="center", transform=axes.get_yaxis_transform())
-    axes.set_yticks(range(len(tuned)), [NAMES[run] for run in tuned])
-    axes.set(ylim=(len(tuned) - 0.4, -0.6), xlabel="accuracy on the test rows (%), with its 95 % interval")
-    axes.grid(axis="x", linewidth=0.4)
+def overview(comparison: Comparison, verdict: Verdict) -> Figure:
+    """Accuracy with its interval against what the user wants to save. The band holds what is within the margin of the
+    highest accuracy; what is far below has no place in the picture, and is named under it."""
+    costs = {name: cost(comparison, name, verdict.save) for name in verdict.methods}
+    estimates = {name: comparison.accuracy(name) for name in verdict.methods}
+    best = estimates[verdict.best][0]
+    # Farther below, the close ones could not be told apart.
+    shown = [name for name in verdict.methods if estimates[name][0] >= best - max(FARTHEST, 0.03 * verdict.margin)]
+    unit, scale = {"time": ("s", 1), "memory": ("GB", 1e-9), "artefact size": ("MB", 1e-6)}[verdict.save]
+    if verdict.save == "time" and max(costs.values()) > 7200:
+        unit, scale = "h", 1 / 3600
+    figure, axes = plt.subplots(figsize=(7.2, 3.2), layout="constrained")
+    axes.axhspan(100 * best - verdict.margin, 100 * best, color=BAND, linewidth=0)
+    axes.annotate(
+        f"within {verdict.margin:g} of the highest, in points", (0.01, 100 * best - verdict.margin), (0, 3),
+        xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=8, color="#555555",
+    )  # fmt: skip
+    for name in shown:
+        _draw_points(axes, name, [(scale * costs[name], estimates[name])], "none")
+    left = [f"{NAMES[name]} {100 * estimates[name][0]:.1f} %" for name in estimates if name not in shown]
+    below = f"\nfar below: {', '.join(left)}" if left else ""
+    reach = scale * max(costs[name] for name in shown)
+    axes.set(
+        xlabel=f"{AXES[verdict.save]} ({unit}){below}",
+        ylabel="accuracy on the test rows (%)",
+        xlim=(-0.04 * reach, 1.08 * reach) if reach else (-1, 1),
+    )
+    axes.grid(axis="y", linewidth=0.4)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
-
-
-def _accuracy(comparison: Comparison, run: str) -> Estimate:
-    """A run's accuracy with its interval, or the mean over its seeds, if there are several, with its own."""
-    if run in comparison.over_seeds:
-        several = comparison.over_seeds[run]
-        return several.mean, several.low, several.high
-    return _of_test_rows(comparison.scoring[run])
 
 
 def _of_test_rows(scoring: Metrics) -> Estimate:
@@ -163,23 +172,42 @@ def pareto(comparison: Comparison) -> Figure:
     tuned = comparison.tuned()
     if not tuned:
         return _nothing("No model was trained yet.")
-    measured = {run: costs.costs(comparison.trainings(run)) for run in tuned}
-    axis_titles = [
-        title for title in next(iter(measured.values())) if all(of[title] is not None for of in measured.values())
-    ]
+    costs = {run: measured(comparison.trainings(run)) for run in tuned}
+    axis_titles = [title for title in next(iter(costs.values())) if all(of[title] is not None for of in costs.values())]
     columns = 3 if len(axis_titles) > 4 else 2
     lines = -(-len(axis_titles) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(9, 2.9 * lines), layout="constrained", squeeze=False)
     for axis in axes.flat[len(axis_titles) :]:
         axis.set_visible(False)
     for axis, title in zip(axes.flat, axis_titles, strict=False):
-        points = {run: (measured[run][title], _accuracy(comparison, run)) for run in tuned}
+        points = {run: (costs[run][title], comparison.accuracy(run)) for run in tuned}
         _draw_pareto(axis, points)
         axis.set(xlabel=title, xlim=(0, 1.1 * max(cost for cost, _ in points.values())))
     for line in axes:
         line[0].set_ylabel("accuracy (%)")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure
+
+
+def measured(trainings: Sequence[Training]) -> dict[str, float | None]:
+    """The costs that accuracy is drawn against, by axis title; None where one was not measured."""
+    energy = tables.median(trainings, "energy_joules")
+    return {
+        "training time (minutes)": tables.median(trainings, "seconds") / 60,
+        "peak memory (GB)": tables.median(trainings, "peak_memory_bytes") / 1e9,
+        "energy (kJ)": None if energy is None else energy / 1000,
+        "artefact (MB)": trainings[0].artefact_bytes / 1e6,
+        "trained parameters (millions)": trainings[0].trainable_parameters / 1e6,
+    }
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (cost, accuracy) that none beats in one without losing in the other, the cheapest first."""
+    front = []
+    for index in sorted(range(len(points)), key=lambda index: (points[index][0], -points[index][1])):
+        if not front or points[index][1] > points[front[-1]][1]:
+            front.append(index)
+    return front
 
 
 def learning_curve(comparison: Comparison) -> Figure:
@@ -282,7 +310,7 @@ def _draw_pareto(axis, points: dict[str, tuple[float, Estimate]]) -> None:
     for run, point in points.items():
         _draw_points(axis, run, [point], "none")
     ordered = [(cost, 100 * share) for cost, (share, _, _) in points.values()]
-    front = [ordered[index] for index in costs.pareto_front(ordered)]
+    front = [ordered[index] for index in pareto_front(ordered)]
     axis.plot(*zip(*front, strict=True), color="black", linewidth=0.8, linestyle="--", drawstyle="steps-post")
 
 

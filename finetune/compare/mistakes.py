@@ -16,12 +16,12 @@ from data_prep import LABELS, PROMPTS, prepare, read_examples
 from data_prep.sources import sample
 from data_prep.store import MANIFEST, load_manifest
 from finetune import metrics, paths
-from finetune.calibration import arrays
+from finetune.compare.calibration import arrays
 from finetune.metrics import Metrics
 from finetune.records import DataReference
 
 if TYPE_CHECKING:
-    from finetune.comparison import Comparison
+    from finetune.compare.comparison import Comparison
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def suspects(comparison: Comparison) -> list[int]:
     """Test rows whose label is to be doubted, the least credible first, as indices.
 
     Confident learning (Northcutt, Jiang and Chuang 2021): a row is an issue for a run that gives another class at
-    least the confidence that it has, on average, in rows of that class. Suspected is what every judged run says of the
-    same row with the same other class. That all are wrong where the label is right is possible too.
+    least the confidence that it has, on average, in rows of that class. We suspect a row if every judged run says so,
+    with the same other class. All may be wrong, and the label right.
     """
     predictions = [comparison.predictions[run] for run in judged(comparison)]
     codes = np.array([LABELS.index(label) for label in comparison.labels])
@@ -99,8 +99,8 @@ def suspects(comparison: Comparison) -> list[int]:
 def without_suspects(comparison: Comparison) -> dict[str, Metrics]:
     """Each run's metrics on the rows that are not suspected.
 
-    Rows that all tuned runs get wrong are taken out, so that their accuracy can only rise: a picture of what the label
-    noise may hide, not a result.
+    The rows that we take out are rows that all tuned runs get wrong. So their accuracy can only rise: this shows what
+    label noise may hide, and is no result.
     """
     doubted = set(suspects(comparison))
     kept = [row for row in range(len(comparison.labels)) if row not in doubted]

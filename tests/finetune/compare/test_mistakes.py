@@ -7,8 +7,9 @@ from factories import predictions, right_on, write_run
 
 from data_prep import LABELS, PROMPTS, prepare
 from data_prep.sources import sample
-from finetune import errors, paths
-from finetune.comparison import load_folder
+from finetune import paths
+from finetune.compare import mistakes
+from finetune.compare.comparison import load_folder
 from finetune.records import Prediction
 
 
@@ -44,7 +45,7 @@ class TestMistakes:
             lora=run_of({0: ("Sports", 0.6), 5: ("World", 0.8)}),
             qlora=run_of({0: ("Business", 0.7), 6: ("World", 0.95)}),
         )
-        found = errors.mistakes(compared, {"test-0": "a text"})
+        found = mistakes.mistakes(compared, {"test-0": "a text"})
         assert [mistake.id for mistake in found] == ["test-6", "test-5", "test-0"]
         last = found[-1]
         assert last.wrong == {"lora": ("Sports", 0.6), "qlora": ("Business", 0.7)}
@@ -52,7 +53,7 @@ class TestMistakes:
         assert (found[0].text, found[0].by_all, found[0].wrong) == (None, False, {"qlora": ("World", 0.95)})
 
     def test_the_base_s_errors_are_listed_where_nothing_was_tuned(self, results):
-        assert len(errors.mistakes(compare(results), {})) == 20
+        assert len(mistakes.mistakes(compare(results), {})) == 20
 
 
 class TestSuspects:
@@ -80,29 +81,29 @@ class TestSuspects:
 
         expected = doubted(runs["lora"]) & doubted(runs["qlora"])
         assert expected and expected != set(range(24))
-        assert set(errors.suspects(compared)) == expected
-        assert {m.id for m in errors.mistakes(compared, {}) if m.is_suspect} == {f"test-{row}" for row in expected}
+        assert set(mistakes.suspects(compared)) == expected
+        assert {m.id for m in mistakes.mistakes(compared, {}) if m.is_suspect} == {f"test-{row}" for row in expected}
 
     def test_runs_that_disagree_on_the_class_suspect_nothing(self, results):
         compared = compare(results, lora=run_of({0: ("Sports", 0.99)}), qlora=run_of({0: ("Business", 0.99)}))
-        assert errors.suspects(compared) == []
+        assert mistakes.suspects(compared) == []
 
     def test_a_run_that_is_right_acquits(self, results):
-        assert errors.suspects(compare(results, lora=run_of({0: ("Sports", 0.99)}), qlora=run_of({}))) == []
+        assert mistakes.suspects(compare(results, lora=run_of({0: ("Sports", 0.99)}), qlora=run_of({}))) == []
 
     def test_the_least_credible_comes_first(self, results):
         rows = run_of({0: ("Sports", 0.95), 1: ("World", 0.99), 2: ("World", 0.97)})
-        assert errors.suspects(compare(results, lora=rows)) == [1, 2, 0]
+        assert mistakes.suspects(compare(results, lora=rows)) == [1, 2, 0]
 
     def test_without_a_class_there_is_nothing_to_compare_with(self, results):
         rows = [answer(row, "World", "Sports", 0.9) for row in range(8)]
         write_run(results, "base", [], rows=rows)
-        assert errors.suspects(load_folder(results, "cpu")) == []
+        assert mistakes.suspects(load_folder(results, "cpu")) == []
 
     def test_accuracy_without_them_by_hand(self, results):
         """40 rows, 3 wrong, all of them suspected: 37 of 37; the base, right on rows 0 to 19, loses three of these."""
         rows = run_of({0: ("Sports", 0.95), 1: ("World", 0.99), 2: ("World", 0.97)})
-        found = errors.without_suspects(compare(results, lora=rows))
+        found = mistakes.without_suspects(compare(results, lora=rows))
         assert (found["lora"].rows, found["lora"].accuracy) == (37, 1)
         assert found["base"].accuracy == pytest.approx(17 / 37)
 
@@ -113,25 +114,25 @@ class TestArticles:
         return factories.data_reference(128, **{"source": "sample", "fingerprint": manifest.fingerprint} | changes)
 
     def test_the_sample_s_texts_may_be_published(self, tmp_path):
-        texts = errors.publishable_articles(self.reference(tmp_path))
+        texts = mistakes.publishable_articles(self.reference(tmp_path))
         assert len(texts) == 128
         assert texts["test-0"] == next(sample().articles("test")).text
 
     def test_those_of_other_data_may_not(self, tmp_path):
-        assert errors.publishable_articles(self.reference(tmp_path, source="csv")) == {}
+        assert mistakes.publishable_articles(self.reference(tmp_path, source="csv")) == {}
 
     def test_another_sample_s_texts_are_not_shown(self, tmp_path):
-        assert errors.publishable_articles(self.reference(tmp_path, fingerprint="ffffffffffff")) == {}
+        assert mistakes.publishable_articles(self.reference(tmp_path, fingerprint="ffffffffffff")) == {}
 
     def test_prepared_data_gives_its_texts_where_it_is_the_record_s(self, home):
         mine = self.reference(paths.dataset_folder("csv"), source="csv")
-        assert len(errors.articles(mine)) == 128
-        assert errors.articles(mine.model_copy(update={"fingerprint": "ffffffffffff"})) == {}
+        assert len(mistakes.articles(mine)) == 128
+        assert mistakes.articles(mine.model_copy(update={"fingerprint": "ffffffffffff"})) == {}
 
     def test_without_prepared_data_there_are_none(self, home):
-        assert errors.articles(factories.data_reference(40)) == {}
+        assert mistakes.articles(factories.data_reference(40)) == {}
 
 
 def test_the_first_row_of_the_base_alone_is_its_own(results):
-    assert errors.judged(compare(results)) == ["base"]
-    assert errors.judged(compare(results, lora=predictions([True] * 40, 0.6))) == ["lora"]
+    assert mistakes.judged(compare(results)) == ["base"]
+    assert mistakes.judged(compare(results, lora=predictions([True] * 40, 0.6))) == ["lora"]

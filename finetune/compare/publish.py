@@ -1,0 +1,210 @@
+"""Reference results: the committed records that every figure in README and docs comes from."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+
+from data_prep import DataError, UserError
+from data_prep.store import replacing
+from finetune import paths, records
+from finetune.baselines import Baseline
+from finetune.compare import ablation, comparison, mistakes, report, tables, verdict
+from finetune.compare.ablation import Ablation, NoAblation
+from finetune.compare.comparison import Comparison, NotComparable
+from finetune.wording import markdown
+
+README = paths.PROJECT / "README.md"
+DOCS = paths.PROJECT / "docs"
+FOLDER = paths.PROJECT / "results" / "reference"
+# The sample's predictions stay readable; those of 7,600 rows would weigh 1.7 MB a run.
+PACKED_FROM = 256 * 1024
+
+
+class References:
+    """The folders of reference results, each read when it is first asked for."""
+
+    def __init__(self):
+        self._read: dict[str, Comparison] = {}
+
+    def __getitem__(self, name: str) -> Comparison:
+        """A folder's records.
+
+        Raises:
+            DataError: There is no such folder, or its records are broken.
+        """
+        if name not in self._read:
+            if not (FOLDER / name).is_dir():
+                raise DataError(FOLDER / name, "no such folder of reference results; publish it, or correct the name")
+            self._read[name] = comparison.load_folder(FOLDER / name, name)
+        return self._read[name]
+
+    def beside(self, name: str) -> tuple[list[Ablation], dict[str, str]]:
+        """Ablations of the folders that are called as this one with a suffix, and why the others of these are none.
+
+        One whose name begins with a longer name's (`gpu-answer-all`, where there is `gpu-answer`) belongs to that.
+        """
+        found, refused, names = [], {}, published()
+        for sibling in names:
+            parents = [folder for folder in names if sibling.startswith(f"{folder}-")]
+            if max(parents, key=len, default=None) == name:
+                theirs = self[sibling]
+                try:
+                    found.append(ablation.between(theirs, self[name]))
+                except (NoAblation, NotComparable) as error:
+                    refused[sibling] = str(error)
+        return found, refused
+
+
+def published() -> list[str]:
+    """The names of the folders of reference results."""
+    return sorted(path.parent.name for path in FOLDER.glob("*/base"))
+
+
+def publish(profile: str, name: str) -> Path:
+    """Copy a profile's records and predictions to `results/reference/<name>`; renew README and docs.
+
+    Raises:
+        UserError: A record was made from a tree with uncommitted changes: nobody could reproduce it.
+    """
+    folder = copy(paths.results_folder(profile), name)
+    regenerate()
+    return folder
+
+
+def copy(results: Path, name: str) -> Path:
+    """Copy the records and predictions in a folder of results to `results/reference/<name>`, in place of older ones.
+
+    Raises:
+        UserError: A record was made from a tree with uncommitted changes: nobody could reproduce it.
+    """
+    compared, target = comparison.load_folder(results, results.name), FOLDER / name
+    found = tables.all_records(compared)
+    made = {place: [of.environment] if isinstance(of, Baseline) else of.environments for place, of in found.items()}
+    merged = {f"{run}/{records.MERGED}": [of.environment] for run, of in compared.merged.items()}
+    for place, environments in (made | merged).items():
+        if any(part.dirty or part.commit is None for part in environments):
+            raise UserError(f"{place} was measured on a tree with uncommitted changes: commit, then run it again")
+    for file in (records.RECORD, records.PREDICTIONS, records.VALIDATION, records.MERGED):
+        for old in target.rglob(f"{file}*"):
+            old.unlink()
+    for place in (*found, *merged):
+        folder = (target / place).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(results / place, target / place)
+        for file in (records.PREDICTIONS, records.VALIDATION):
+            source = (results / place).parent / file
+            if source.is_file():
+                _copy_or_pack(source, folder / file)
+    return target
+
+
+def _copy_or_pack(source: Path, target: Path) -> None:
+    content = source.read_bytes()
+    if len(content) < PACKED_FROM:
+        shutil.copyfile(source, target)
+    else:
+        # Without a time: the same content is the same file.
+        target.with_name(target.name + ".gz").write_bytes(gzip.compress(content, mtime=0))
+
+
+def regenerate() -> list[Path]:
+    """Read every reference record, and write the blocks of README and docs anew from them.
+
+    Returns:
+        The files whose content changed.
+
+    Raises:
+        DataError: A record's figures are not those of its predictions.
+        NoAblation: A page names two folders that do not differ in exactly one setting.
+    """
+    references = References()
+    for name in published():
+        # Reading checks the figures against the predictions.
+        references[name]
+    changed = []
+    for page in (README, *sorted(DOCS.glob("*.md"))):
+        before = page.read_text(encoding="utf-8")
+        after = with_results(before, references)
+        if after != before:
+            with replacing(page) as file:
+                file.write(after)
+            changed.append(page)
+    return changed
+
+
+def write_report(name: str, margin: float = verdict.MARGIN, save: str = "time") -> Path:
+    """Write the report of a folder of reference results, with the ablations beside it; returns its path.
+
+    Article texts are in it only where they may be published.
+    """
+    references = References()
+    compared = references[name]
+    texts = mistakes.publishable_articles(compared.any_record.data)
+    return report.write_report(
+        compared, FOLDER / name / "report.html", texts, *references.beside(name), margin=margin, save=save
+    )
+
+
+def with_results(page: str, references: References | None = None) -> str:
+    """A page with every block of results made anew: `<!-- summary:NAME -->`, `<!-- results:NAME -->` or
+    `<!-- contrast:NAME:OTHER -->`, each to `<!-- /KIND -->`.
+
+    Raises:
+        DataError: A block names a folder that is not there.
+        NoAblation: A contrast names two folders that do not differ in exactly one setting.
+    """
+    references = References() if references is None else references
+    for kind, written in (("summary", summary_text), ("results", results_text), ("contrast", ablation_text)):
+
+        def block(match: re.Match, written=written) -> str:
+            return match["head"] + written(*(references[name] for name in match["names"].split(":"))) + match["tail"]
+
+        pattern = rf"(?P<head><!-- {kind}:(?P<names>[\w:-]+) -->\n).*?(?P<tail><!-- /{kind} -->)"
+        page = re.sub(pattern, block, page, flags=re.DOTALL)
+    return page
+
+
+def summary_text(compared: Comparison) -> str:
+    """Verdict and table in Markdown."""
+    return f"{verdict.decide(compared)}\n\n{_table(tables.summary(compared))}\n"
+
+
+def results_text(compared: Comparison) -> str:
+    """Verdict, tables, notes and provenance of a comparison in Markdown."""
+    found, data = verdict.decide(compared), compared.any_record.data
+    where = compared.records["base"].evaluation.environment
+    first = f", {compared.first_seed}" if compared.over_seeds else ""
+    details = [
+        (f"Quality in detail{first}", tables.quality(compared)),
+        ("Every pair over all seeds", tables.pairs_over_seeds(compared)),
+        (f"Every pair{first}", tables.pairs(compared)),
+        ("Costs", tables.all_costs(compared)),
+    ]
+    folded = [
+        f"<details><summary>{title}</summary>\n\n{_table(table)}\n\n</details>"
+        for title, table in details
+        if len(table)
+    ]
+    source = (
+        f"{compared.any_record.model} on {data.title} (fingerprint `{data.fingerprint}`, prompt `{data.prompt}`, "
+        f"{data.train_rows:,} training and {data.test_rows:,} test rows); {where.machine}; commit "
+        f"`{(where.commit or '')[:10]}`; `{where.command}`; records in `results/reference/{compared.profile}/`."
+    )
+    notes = "\n".join(f"- {note}" for note in report.notes(compared))
+    return "\n\n".join([f"**{found}**", _table(tables.summary(compared)), found.method, notes, *folded, source]) + "\n"
+
+
+def ablation_text(mine: Comparison, other: Comparison) -> str:
+    """Title, tables, notes and provenance of an ablation in Markdown."""
+    found = ablation.between(mine, other)
+    parts = [f"**{found.title}**", *map(_table, found.tables()), "\n".join(f"- {note}" for note in found.notes())]
+    return "\n\n".join([*parts, f"Records in `results/reference/`: {found.provenance()}."]) + "\n"
+
+
+def _table(table: pd.DataFrame) -> str:
+    return markdown(table.rename_axis("").reset_index())

@@ -1,0 +1,305 @@
+"""The report: one file that holds everything, answers first, and runs nothing that it was given."""
+
+import base64
+import re
+from dataclasses import replace
+from html import unescape
+from html.parser import HTMLParser
+
+import factories
+import numpy as np
+import pytest
+from factories import SETTINGS, generation, predictions, right_on, write_run, write_variant
+from statsmodels.stats.proportion import proportion_confint
+from test_baselines import write_baseline
+
+from data_prep import LABELS, PROMPTS
+from finetune import paths, records
+from finetune.__main__ import main
+from finetune.compare import ablation, calibration, plots, report, tables
+from finetune.compare.comparison import load, load_folder
+from finetune.compare.verdict import decide
+
+HOSTILE = "<script>alert('x')</script>&\"{{ 7 * 7 }}"
+RUNS = ("base", "full", "full_unsloth", "lora", "qlora")
+TEXTS = {f"test-{row}": f"text {row}" for row in range(40)}
+
+
+def write_report(runs=("base", "lora"), articles=None, **changes) -> str:
+    """The report on runs of 40 rows, one more right than the other."""
+    results = paths.results_folder("cpu")
+    for number, run in enumerate(runs):
+        write_run(results, run, right_on(20 + 4 * number, 40), confidence=0.5 + number / 100, **changes)
+    return report.write_report(load("cpu"), results / "report.html", articles or {}).read_text(encoding="utf-8")
+
+
+def text_of(html: str) -> str:
+    return " ".join(unescape(re.sub("<[^>]+>", " ", html)).split())
+
+
+@pytest.mark.usefixtures("home")
+class TestReport:
+    def test_it_is_self_contained(self):
+        html = write_report()
+        assert not re.findall(r"""(?:src|href|action)\s*=\s*["']?(?!data:|#)[^"'>\s]""", html)
+        assert "http://" not in html and "https://" not in html
+        assert "<link" not in html and "@import" not in html and "<script" not in html
+        pictures = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', html)
+        assert len(pictures) == html.count("<img") == 7
+        for picture in pictures:
+            assert b"<svg" in base64.b64decode(picture, validate=True)
+
+    def test_verdict_picture_and_table_come_before_everything_that_folds(self):
+        html = write_report(RUNS)
+        first, folded = html.partition("<details>")[::2]
+        assert decide(load("cpu")).text in text_of(first)
+        assert first.count("<img") == first.count("<table") == 1
+        for run, name in zip(RUNS, ("base model", "full", "full (Unsloth)", "LoRA", "QLoRA"), strict=True):
+            accuracy = tables.summary(load("cpu")).loc[name, "accuracy %"]
+            assert f'<th scope="row">{name}</th><td>{accuracy}</td>' in first, run
+        assert folded.count("<summary>") == html.count("<details>") == 6
+
+    def test_margin_and_what_to_save_reach_the_verdict(self):
+        write_report(RUNS)
+        html = report.render(load("cpu"), {}, margin=60, save="memory")
+        assert decide(load("cpu"), 60, "memory").text in text_of(html)
+        assert "peak memory of the training" in html
+
+    def test_every_picture_has_a_text_and_every_table_its_heads(self):
+        """For screen readers; and each table scrolls in a box of its own, that the keyboard reaches."""
+        checker = Checker()
+        checker.feed(write_report(RUNS, articles=TEXTS))
+        assert checker.tables >= 12 and checker.faults == []
+
+    @pytest.mark.parametrize(("source", "warned"), [("sample", True), ("csv", False), ("hub", False)])
+    def test_the_sample_s_warning_is_there_for_the_sample_alone(self, source, warned):
+        assert ("These are not AG News results." in text_of(write_report(data={"source": source}))) == warned
+
+    def test_a_hostile_name_is_shown_and_not_obeyed(self):
+        html = write_report(model=HOSTILE, data={"title": HOSTILE}, articles={"test-30": HOSTILE})
+        assert "<script" not in html
+        assert HOSTILE in unescape(html)
+        assert "49" not in re.search("<title>(.*?)</title>", html).group(1)
+
+    def test_a_hostile_folder_and_setting_are_shown_and_not_obeyed(self):
+        results = paths.results_folder("cpu")
+        for name, loss in (("mine", "answer"), ("other", HOSTILE)):
+            write_run(results / name, "base", right_on(20, 40))
+            write_run(results / name, "lora", right_on(30, 40), settings=SETTINGS | {"supervise": loss})
+        sides = [load_folder(results / name, f"{HOSTILE}{name}") for name in ("other", "mine")]
+        html = report.render(sides[1], {}, [ablation.between(*sides)], {HOSTILE: HOSTILE})
+        assert "<script" not in html and f"supervise={HOSTILE}" in unescape(html)
+
+    def test_how_each_was_trained_is_told(self):
+        results = paths.results_folder("cpu")
+        write_run(results, "base", right_on(20, 40))
+        both = SETTINGS | {"epochs": 3, "lora_rank": 16}
+        write_run(results, "full", right_on(30, 40), settings=both | {"adapter": False, "weights": "float32"})
+        write_run(results, "lora", right_on(31, 40), settings=both | {"adapter": True, "weights": "bfloat16"})
+        table, shared = tables.recipes(load("cpu"))
+        assert dict(table["full"]) == {"adapter": "False", "weights": "float32", "lora_rank": "-"}
+        assert dict(table["LoRA"]) == {"adapter": "True", "weights": "bfloat16", "lora_rank": "16"}
+        assert shared["epochs"] == "3" and "seed" not in shared
+        assert "epochs=3" in text_of(report.render(load("cpu"), {}))
+
+    @pytest.mark.parametrize("name", ["lean", "verbose"])
+    def test_the_prompt_is_the_record_s_with_placeholders(self, name):
+        html = write_report(data={"prompt": PROMPTS[name].id})
+        _, user, answer = re.findall("<dd>(.*?)</dd>", html, re.DOTALL)
+        assert unescape(user) == "Classify the following news article:\n\nTITLE DESCRIPTION"
+        assert unescape(answer) == '{"category":"World"}'
+        assert "which this version no longer has" in text_of(write_report(data={"prompt": "lean-0"}))
+
+    def test_the_figures_of_guessing_are_right(self):
+        """All four alike: (3/4)² + 3 (1/4)² and ln 4, as this suite scores them."""
+        guess = calibration.score(list(LABELS), np.full((4, 4), 0.25))
+        said = f"a Brier score of {guess.brier.value:.2f} and a log loss of {guess.log_loss.value:.3f}"
+        assert said in text_of(write_report())
+
+    def test_wrong_rows_can_be_filtered_by_run_and_label(self):
+        """LoRA is right on rows 0 to 23: the other 16 are listed, with the classes that the filters go by."""
+        html = write_report(articles=TEXTS)
+        rows = re.findall(r'<tr class="label-(\d)( by-all)? run-lora">\s*<th scope="row">test-(\d+)', html)
+        assert sorted(int(row) for _, _, row in rows) == list(range(24, 40))
+        assert all(int(label) == int(row) % 4 and by_all for label, by_all, row in rows)
+        for choice in ("#run-lora:checked) tbody tr:not(.run-lora)", "#label-3:checked) tbody tr:not(.label-3)"):
+            assert choice in html
+        assert 'id="run-lora"' in html and 'id="label-3"' in html
+
+    def test_rows_without_their_text_are_not_listed(self):
+        assert '<th scope="row">test-' not in write_report()
+        assert (
+            re.findall(r'<th scope="row">(test-\d+)', write_report(articles={"test-30": "a text"})) == ["test-30"] * 2
+        )
+
+    def test_accuracy_without_doubted_rows_is_marked(self):
+        text = text_of(write_report())
+        # All of LoRA's answers are as sure, so that its 16 errors are doubted, and with them its accuracy is 24 of 24.
+        assert "16 of 40 labels are in doubt" in text and "Not a result: accuracy without these rows." in text
+        assert "LoRA 60.0 100.0 86.2 to 100.0" in text
+
+    def test_the_base_alone_makes_a_report(self):
+        text = text_of(write_report(("base",)))
+        assert "Only the base model was evaluated. It gets 50.0 %." in text
+        assert "Empty DataFrame" not in text and "Index: []" not in text
+
+    def test_a_perfect_and_a_hopeless_run_can_be_drawn(self):
+        results = paths.results_folder("cpu")
+        write_run(results, "base", right_on(0, 40))
+        write_run(results, "lora", right_on(40, 40))
+        assert "100.0" in text_of(report.render(load("cpu"), {}))
+
+    def test_the_same_records_give_the_same_file(self):
+        assert write_report() == write_report()
+
+    def test_a_failure_while_writing_keeps_the_earlier_report(self):
+        before = write_report()
+        path = paths.results_folder("cpu") / "report.html"
+        comparison = load("cpu")
+        unwritable = {run: record.model_copy(update={"model": "\ud800"}) for run, record in comparison.records.items()}
+        with pytest.raises(UnicodeEncodeError):
+            report.write_report(replace(comparison, records=unwritable), path, {})
+        assert path.read_text(encoding="utf-8") == before
+        assert not list(path.parent.glob("*.partial"))
+
+    def test_the_colours_are_those_of_the_pictures(self, monkeypatch):
+        monkeypatch.setitem(plots.COLOURS, "full", "#123456")
+        assert "#123456" in write_report()
+
+    def test_what_was_not_recorded_is_called_so(self):
+        text = text_of(write_report())
+        assert "Not recorded: these records hold no times of validations." in text
+        assert "Not recorded: no model was trained on fewer rows" in text
+        assert "Each method was trained with one seed" in text
+        assert "these records hold no scores of validation rows" in text
+
+
+class Checker(HTMLParser):
+    """Faults of pictures and tables."""
+
+    def __init__(self):
+        super().__init__()
+        self.faults, self.tables, self._opened = [], 0, []
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        if tag == "img" and not values.get("alt"):
+            self.faults.append("a picture without a text")
+        if tag == "th" and values.get("scope") not in ("col", "row"):
+            self.faults.append("a head without a scope")
+        if tag == "table":
+            self.tables += 1
+            box = self._opened[-1] if self._opened else {}
+            if not values.get("aria-label") or "scroll" not in box.get("class", "") or box.get("tabindex") != "0":
+                self.faults.append(f"a table without a name or a box: {self.getpos()}")
+        if tag == "div":
+            self._opened.append(values)
+
+    def handle_endtag(self, tag):
+        if tag == "div":
+            self._opened.pop()
+
+
+@pytest.mark.usefixtures("home")
+class TestNotes:
+    def test_the_share_of_ag_news_counts_what_was_trained_on(self):
+        results = paths.results_folder("cpu")
+        write_run(results, "base", right_on(20, 40), data={"train_rows": 9_000})
+        write_run(results, "lora", right_on(24, 40), data={"train_rows": 1_100})
+        assert "Training and validation used 1,200 of AG News' 120,000 rows, the test 40 of 7,600." in report.notes(
+            load("cpu")
+        )
+
+    @pytest.mark.parametrize(("model", "is_said"), [("embedded", True), ("unsloth/Qwen2.5-7B-Instruct", False)])
+    def test_the_embedded_model_was_rounded_before_and_qlora_rounds_again(self, model, is_said):
+        write_report(("base", "lora", "qlora"), settings=SETTINGS | {"model": model})
+        said = " ".join(report.notes(load("cpu")))
+        assert ("4-bit file (Q4_1)" in said) == ("QLoRA rounds them a second time" in said) == is_said
+
+    def test_what_the_base_writes_when_it_is_free(self):
+        # Of 30 answers every tenth is invalid.
+        rows = predictions(right_on(20, 40), 0.4)
+        write_run(paths.results_folder("cpu"), "base", [], rows=rows, results_of_generation=generation(rows, 30))
+        assert "gave a valid answer to 27 of 30 test rows" in " ".join(report.notes(load("cpu")))
+
+    @pytest.mark.parametrize("jobs", ["", " --jobs 6", " --jobs=6"])
+    def test_notebooks_at_once_make_seconds_doubtful(self, jobs):
+        where = factories.environment().model_copy(update={"command": f"python -m finetune run{jobs}"})
+        write_report(("base", "lora"), cost={"environment": where})
+        assert ("Up to 6 notebooks ran at once" in " ".join(report.notes(load("cpu")))) == bool(jobs)
+
+    def test_versions_that_differ_are_beside_each_other(self):
+        results = paths.results_folder("cpu")
+        other = factories.environment().model_copy(update={"packages": {"torch": "3.0.0", "unsloth": "1"}})
+        write_report(("base",))
+        write_run(results, "lora", right_on(30, 40), cost={"environment": other})
+        assert "torch 2.0.0 or 3.0.0" in text_of(report.render(load("cpu"), {}))
+
+
+@pytest.mark.usefixtures("home")
+class TestProvenance:
+    def test_every_record_has_its_line(self):
+        results = paths.results_folder("cpu")
+        write_run(results, "base", right_on(20, 40))
+        write_run(results, "lora", right_on(30, 40), settings=SETTINGS)
+        write_variant(results, "lora", "seed-43", right_on(32, 40))
+        write_variant(results, "lora", "rows-250", right_on(24, 40), data={"train_rows": 250})
+        write_baseline(results, "svm", right_on(28, 40))
+        found = tables.sources(load("cpu"))
+        assert dict(found["seed"]) == {
+            "baselines/svm/record.json": "-",
+            "base/record.json": "-",
+            "lora/record.json": "42",
+            "lora/seed-43/record.json": "43",
+            "lora/rows-250/record.json": "42",
+        }
+        text = text_of(report.render(load("cpu"), {}))
+        assert "TF-IDF + linear SVM: as it was made" in text and text.count("make demo") == 5
+
+    def test_each_training_and_evaluation_has_its_machine(self):
+        results = paths.results_folder("cpu")
+        trained, evaluated = (
+            factories.environment().model_copy(update={"hardware": {"cpu": "A processor", "cores": 8, "gpu": gpu}})
+            for gpu in ("GPU one", "GPU two")
+        )
+        write_run(results, "base", right_on(20, 40))
+        lora = write_run(results, "lora", right_on(30, 40), cost={"environment": trained})
+        write_baseline(results, "svm", right_on(28, 40), environment=evaluated)
+        write_baseline(results, "few_shot", right_on(29, 40), environment=evaluated)
+        moved = lora.model_copy(update={"evaluation": lora.evaluation.model_copy(update={"environment": evaluated})})
+        records.write(moved, results / "lora")
+        found = tables.sources(load("cpu"))
+        assert found.loc["lora/record.json", "trained"] == "0123456789; GPU one, 8 cores"
+        machines = {place: text.split("; ")[1] for place, text in found["evaluated"].items()}
+        assert machines == {
+            "baselines/svm/record.json": "A processor, 8 cores",
+            "base/record.json": "A processor, 2 cores",
+            "baselines/few_shot/record.json": "GPU two, 8 cores",
+            "lora/record.json": "GPU two, 8 cores",
+        }
+
+    def test_merged_models_are_traced_to_their_files(self):
+        results = paths.results_folder("cpu")
+        write_run(results, "base", right_on(20, 40))
+        record = write_run(results, "lora", right_on(30, 40))
+        merged = records.Merged(
+            environment=factories.environment(), run="lora", base="the base", artefact="a", artefact_bytes=273_100_000,
+            adapter_digest=record.training.artefact_digest, artefact_digest="b", scoring=record.evaluation.scoring,
+            adapter_accuracy=0.775, agreement=0.95, largest_difference=0.0625,
+        )  # fmt: skip
+        (results / "lora" / "merged.json").write_text(merged.model_dump_json())
+        text = text_of(report.render(load("cpu"), {}))
+        assert "lora/merged.json (commit 0123456789 ; A processor, 2 cores, no GPU)" in text
+        # Of 40 rows 30 are right when merged, and 31 with the adapter apart; 38 are labelled alike.
+        low, high = (f"{100 * end:.1f}" for end in proportion_confint(30, 40, method="wilson"))
+        assert f"LoRA the base 77.5 75.0 {low} to {high} 95.0 0.062 273.1" in text
+
+
+@pytest.mark.usefixtures("home")
+def test_the_command_has_margin_and_save(capsys):
+    write_report(RUNS)
+    folder = paths.results_folder("cpu")
+    assert main(["report", str(folder), "--margin", "60", "--save", "artefact size"]) == 0
+    assert decide(load("cpu"), 60, "artefact size").text in text_of((folder / "report.html").read_text())
+    assert main(["report", str(folder), "--margin", "0"]) == 2
+    assert "error: the margin is 0.0: give points" in capsys.readouterr().err
