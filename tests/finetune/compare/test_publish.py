@@ -5,6 +5,7 @@ import re
 from html import unescape
 
 import factories
+import matplotlib.pyplot as plt
 import pytest
 from factories import SETTINGS, right_on, write_run, write_variant
 from test_baselines import write_baseline
@@ -24,7 +25,7 @@ README = "# A page\n\n<!-- results:agnews -->\nold figures\n<!-- /results -->\n\
 def public(tmp_path, monkeypatch):
     """A project of the test's own: README and reference folder."""
     # Drawing takes most of the time, and is tested elsewhere.
-    monkeypatch.setattr(report, "data_address", lambda figure: "")
+    monkeypatch.setattr(report, "data_address", lambda figure: plt.close(figure) or "")
     monkeypatch.setattr(publish, "README", tmp_path / "README.md")
     monkeypatch.setattr(publish, "DOCS", tmp_path / "docs")
     monkeypatch.setattr(publish, "FOLDER", tmp_path / "results" / "reference")
