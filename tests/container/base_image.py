@@ -170,8 +170,9 @@ def add_folder(bulk, source, target):
 
 def add_jupyter(bulk):
     """JupyterLab and its widgets, as installed in this environment, go into the store under its name."""
-    prefix = Path(sys.prefix)
-    site = Path(sysconfig.get_path("purelib"))
+    # Resolved, because the environment may be a link to another checkout's.
+    prefix = Path(sys.prefix).resolve()
+    site = Path(sysconfig.get_path("purelib")).resolve()
     for package in closure("jupyterlab", "ipykernel", "ipywidgets"):
         for file in package.files:
             source = Path(file.locate()).resolve()

@@ -122,6 +122,7 @@ def make_checkout(folder):
         (folder / name).mkdir()
         (folder / name / "__init__.py").touch()
     (folder / "finetune/__main__.py").write_text(SUITE)
+    shutil.copy(REPO / "finetune/activity.py", folder / "finetune")
     subprocess.run(["chown", "-R", f"{USER}:{USER}", folder], check=True)
     return folder
 
