@@ -29,7 +29,9 @@ lint: $(READY) ## check style and that committed notebooks carry no outputs
 	@$(VENV)/bin/nbstripout --keep-id --verify notebooks/*.ipynb
 
 lab: $(READY) ## open Jupyter Lab on 127.0.0.1:8888, with a token
-	@$(VENV)/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.port=8888 --ServerApp.root_dir=$(CURDIR)
+	@# Jupyter asks root for --allow-root. On a rented GPU machine the user is root; the token and 127.0.0.1 protect both.
+	@$(VENV)/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.port=8888 --ServerApp.root_dir=$(CURDIR) \
+		$(if $(filter 0,$(shell id -u)),--allow-root)
 
 data: $(READY) ## prepare the data
 	@$(PY) -m finetune data --profile $(PROFILE)

