@@ -21,9 +21,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_prep import DataError, UserError
 from data_prep.store import replacing
-from finetune import hardware, models, paths
+from finetune import machine, paths
+from finetune.config.plan import EVALUATION_ONLY, Settings
 from finetune.metrics import Metrics, first_difference
-from finetune.settings import EVALUATION_ONLY, Settings
 
 RECORD = "record.json"
 PREDICTIONS = "predictions.jsonl"
@@ -226,7 +226,7 @@ def new_record(settings: Settings, data: DataReference, **parts: Any) -> RunReco
         run=settings.run,
         profile=settings.profile,
         engine=settings.engine,
-        model=models.model_name(settings),
+        model=settings.model_name,
         seed=settings.experiment.seed,
         settings=settings.values,
         settings_digest=settings.digest,
@@ -243,8 +243,8 @@ def environment() -> Environment:
         command=os.environ.get("FINETUNE_COMMAND", "Run All in Jupyter"),
         commit=commit,
         dirty=dirty,
-        packages=hardware.package_versions(),
-        hardware=hardware.snapshot(),
+        packages=machine.package_versions(),
+        hardware=machine.snapshot(),
     )
 
 

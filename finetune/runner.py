@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from data_prep import UserError
 from data_prep.store import MANIFEST, replacing, write_json
-from finetune import paths, records, settings
+from finetune import paths, records
+from finetune.config.plan import RUNS, Settings, UnavailableHere, applicable, fewer_rows, plan
 from finetune.kernels import Kernels
 
 NOTEBOOKS = paths.PROJECT / "notebooks"
@@ -153,11 +154,11 @@ class Suite:
         curve: tuple[int, ...] = (),
     ):
         self.overrides = dict(overrides or {})
-        base = settings.plan("base", profile, self.overrides_for("base"))
+        base = plan("base", profile, self.overrides_for("base"))
         self.profile = base.profile
         self.steps = _curve(_selected(only), curve) if curve else _seeded(_selected(only), base.experiment.seed, seeds)
         self.fresh = fresh
-        self._plans: dict[str, settings.Settings] = {}
+        self._plans: dict[str, Settings] = {}
         self._refused: dict[str, UserError] = {}
         for step in self.steps:
             try:
@@ -166,7 +167,7 @@ class Suite:
                 self._refused[step.name] = error
         trained = [step.name for step in self.steps if step.kind == "train"]
         refused = [self._refused[name] for name in trained if name in self._refused]
-        if trained and len(refused) == len(trained) and not isinstance(refused[0], settings.UnavailableHere):
+        if trained and len(refused) == len(trained) and not isinstance(refused[0], UnavailableHere):
             raise refused[0]
 
     @property
@@ -176,7 +177,7 @@ class Suite:
 
     def overrides_for(self, run: str | None, variant: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The overrides that a run knows (the base model has no learning rate), and its variant's."""
-        return settings.applicable(self.overrides, run or "base") | dict(variant or {})
+        return applicable(self.overrides, run or "base") | dict(variant or {})
 
     def execute(self) -> list[Outcome]:
         """Run the steps, reusing and skipping what can be; after one that fails, what needs it is skipped.
@@ -257,8 +258,8 @@ class Suite:
         plan = self._plans[step.name]
         return plan.artefact_folder if step.kind == "train" else plan.run_folder / records.PREDICTIONS
 
-    def _plan(self, step: Step) -> settings.Settings:
-        return settings.plan(step.run or "base", self.profile, self.overrides_for(step.run, step.variant))
+    def _plan(self, step: Step) -> Settings:
+        return plan(step.run or "base", self.profile, self.overrides_for(step.run, step.variant))
 
     def _key(self, step: Step) -> str:
         """Changes when anything does that the step's result depends on."""
@@ -361,7 +362,7 @@ def _training_progress(profile: str) -> str:
 
 
 def _selected(only: tuple[str, ...]) -> tuple[Step, ...]:
-    known = [*settings.RUNS, "compare"]
+    known = [*RUNS, "compare"]
     unknown = [name for name in only if name not in known]
     if unknown:
         raise UserError(f"--only {unknown[0]}: there is no such run; the runs are: {', '.join(known)}")
@@ -376,7 +377,7 @@ def _seeded(steps: tuple[Step, ...], first: int, seeds: int) -> tuple[Step, ...]
 
 def _curve(steps: tuple[Step, ...], rows: tuple[int, ...]) -> tuple[Step, ...]:
     """The steps of every trained run for each number of rows, and the comparison; all rows are the run itself."""
-    trained = _before_the_comparison(steps, [settings.fewer_rows(count) for count in rows])
+    trained = _before_the_comparison(steps, [fewer_rows(count) for count in rows])
     return tuple(step for step in trained if step.variant or step.run is None)
 
 

@@ -17,7 +17,7 @@ import urllib.request
 import pytest
 from container_kit import REPO, USER, make_checkout
 
-from finetune import embedded
+from finetune.model import smollm2
 
 NOTEBOOK = "notebooks/base_model_performance.ipynb"
 CHROMIUM = [
@@ -167,16 +167,16 @@ def run_all(browser, base, notebook, seconds, picture):
 @pytest.fixture(scope="module")
 def model(workdir):
     """The folder of the small model that the CPU profile evaluates: this checkout's, or fetched for these tests."""
-    made = REPO / "checkpoints" / embedded.NAME
+    made = REPO / "checkpoints" / smollm2.NAME
     if made.exists():
         return made
     home = workdir / "model"
     subprocess.run(
-        [sys.executable, "-c", "from finetune import embedded; embedded.ensure()"],
+        [sys.executable, "-c", "from finetune.model import smollm2; smollm2.ensure()"],
         env={**os.environ, "FINETUNE_HOME": str(home)},
         check=True,
     )
-    return home / "checkpoints" / embedded.NAME
+    return home / "checkpoints" / smollm2.NAME
 
 
 @pytest.fixture
