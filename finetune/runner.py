@@ -1,14 +1,13 @@
 """Run the notebooks headless, one after the other in their order, as a user would with Run All.
 
 A step is reused when nothing that its result depends on has changed since it last succeeded: the code cells of its
-notebook, its settings, the data, the artefacts or records that it reads, and the modules that compute it (`COMPUTES`).
+notebook, its settings, the data, the artefacts or records that it reads, and the modules that compute it (`keys.COMPUTES`).
 Comments, tables, pictures and templates train no model again. A step that this machine or its settings do not allow
 is skipped, with the reason, and so are the steps that need it; neither counts as passed.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import hashlib
 import json
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from data_prep import UserError
 from data_prep.store import MANIFEST, replacing, write_json
-from finetune import paths, records
+from finetune import keys, paths, records
 from finetune.config.plan import RUNS, Settings, UnavailableHere, applicable, fewer_rows, plan
 from finetune.kernels import Kernels
 
@@ -38,16 +37,6 @@ RECORD = records.RECORD
 STALE_SECONDS = 300
 SECONDS_BETWEEN_LINES = 30
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
-
-# The modules whose code a step's result comes from, besides data_prep and the notebook. Values from the registries
-# (profiles, recipes) are in the settings. Not here: what records, shows, explains or watches. A test
-# holds these lists against what the modules import.
-_MODEL = ("chat", "data", "embedded", "models", "precision", "segments")
-COMPUTES: dict[str, tuple[str, ...]] = {
-    "train": (*_MODEL, "graphs", "trainer", "training", "updates"),
-    "evaluate": (*_MODEL, "baselines", "evaluation", "metrics", "performance", "resampling"),
-    "compare": ("compare", "metrics", "resampling", "wording"),
-}
 
 
 @dataclass(frozen=True)
@@ -270,7 +259,7 @@ class Suite:
             *(cell.encode() for cell in cells),
             (plan.training_digest if step.kind == "train" else plan.digest).encode(),
             manifest.read_bytes() if manifest.is_file() else b"",
-            *(_code(path) for path in sorted(sources(step.kind))),
+            *(keys.code(path) for path in sorted(keys.sources(step.kind))),
             *self._reads(step),
         ]
         return hashlib.sha256(b"\0".join(parts)).hexdigest()
@@ -389,18 +378,3 @@ def _before_the_comparison(steps: tuple[Step, ...], variants: list[dict[str, Any
 
 def _notebook(step: Step) -> nbformat.NotebookNode:
     return load_notebook_node(str(NOTEBOOKS / f"{step.notebook}.ipynb"))
-
-
-def sources(kind: str) -> list[Path]:
-    """The files whose code computes a step of this kind."""
-    prepared = sorted((paths.PROJECT / "data_prep").rglob("*.py")) + sorted(
-        (paths.PROJECT / "data_prep").rglob("*.csv")
-    )
-    templates = sorted((paths.PROJECT / "finetune").rglob("*.html")) if kind == "compare" else []
-    return [*prepared, *(paths.PROJECT / "finetune" / f"{name}.py" for name in COMPUTES[kind]), *templates]
-
-
-def _code(path: Path) -> bytes:
-    """What a file says, without the comments and line breaks of Python."""
-    content = path.read_bytes()
-    return ast.dump(ast.parse(content)).encode() if path.suffix == ".py" else content

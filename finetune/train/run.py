@@ -2,59 +2,34 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from data_prep import Example, UserError
 from data_prep.store import write_json
-from finetune import cards, machine, metrics, paths, records
+from finetune import cards, machine, paths, records
 from finetune.config.plan import Settings
 from finetune.config.recipes import Recipe
 from finetune.data import PreparedData
-from finetune.evaluate import score
 from finetune.files import folder_bytes, folder_digest, replacing_folder
 from finetune.model import encode, load, packing
 from finetune.model.precision import Precision
-from finetune.train import energy, memory
+from finetune.train import memory
+from finetune.train.callbacks import Clock, StopOnNonFiniteLoss, ValidationWatch, newest_whole_checkpoint
+from finetune.train.checks import Supervision, check_isolation, check_supervision
 from finetune.train.trainer import FixedShapes, RowCollator, RowTrainer
-
-# Written last into a checkpoint: one without it was cut short.
-WHOLE = "whole.json"
-SUPERVISION_ROWS = 8
-CHECKED_TOKENS = 32
-SECONDS_BETWEEN_REPORTS = 1
-# bf16 rounding gives 0.003 to 0.01; a row whose articles saw each other, 0.9.
-LARGEST_ISOLATION_ERROR = 0.1
-
-
-@dataclass(frozen=True)
-class Supervision:
-    """What the loss sees of the first rows, read from the collated batch that the model gets."""
-
-    rows: int
-    tokens: int
-    labelled_tokens: int
-    decoded: list[str]
-
-    def table(self) -> pd.DataFrame:
-        return pd.DataFrame({"tokens that carry loss, decoded": self.decoded})
 
 
 @dataclass
@@ -219,71 +194,6 @@ def _fixed_shapes(recipe: Recipe, encoded: Sequence[encode.Encoded], shared: int
     return FixedShapes(multiple, longest=max(map(len, encoded)), supervised=supervised)
 
 
-def check_supervision(trainer: SFTTrainer, tokenizer) -> Supervision:
-    """Collate the first rows as the training will, and read which tokens carry loss.
-
-    Raises:
-        UserError: None does. The training would run, and learn nothing.
-    """
-    rows = min(SUPERVISION_ROWS, len(trainer.train_dataset))
-    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(rows)])
-    labelled = batch["labels"] != encode.IGNORED
-    if not labelled.any():
-        raise UserError("no token of the first rows carries loss: the answers were lost in collation or truncation")
-    return Supervision(
-        rows=rows,
-        tokens=sum(len(trainer.train_dataset[row]["input_ids"]) for row in range(rows)),
-        labelled_tokens=int(labelled.sum()),
-        decoded=[tokenizer.decode(ids) for ids in _labelled_stretches(batch["input_ids"], labelled)],
-    )
-
-
-def _labelled_stretches(ids: torch.Tensor, labelled: torch.Tensor) -> list[list[int]]:
-    """Tokens that carry loss, shape (rows, tokens) each, as uninterrupted stretches."""
-    stretches = []
-    for row_ids, row_labelled in zip(ids.tolist(), labelled.tolist(), strict=True):
-        for is_labelled, stretch in itertools.groupby(zip(row_ids, row_labelled, strict=True), key=itemgetter(1)):
-            if is_labelled:
-                stretches.append([token for token, _ in stretch])
-    return stretches
-
-
-@torch.no_grad()
-def check_isolation(backbone: packing.Backbone, precision: Precision, encoded: Sequence[encode.Encoded]) -> str:
-    """Two articles in one row behind what they share, against each of them alone in the model's own attention.
-
-    Returns:
-        How much their hidden states differ, in words.
-
-    Raises:
-        UserError: They see each other.
-    """
-    sequences = [(row.prompt + row.answer)[-CHECKED_TOKENS:] for row in encoded[:2]]
-    shared = sequences[0][:8]
-    forest = packing.Forest()
-    root = forest.add(shared)
-    for sequence in sequences:
-        forest.add(sequence, root)
-    load.evaluating(backbone.model)
-    with precision.autocast():
-        together = backbone(forest.row().to(backbone.device)).float()[len(shared) :].split([*map(len, sequences)])
-        alone = [backbone.alone(shared + sequence).float()[len(shared) :] for sequence in sequences]
-    backbone.model.train()
-    error = max(((a - b).norm() / b.norm()).item() for a, b in zip(together, alone, strict=True))
-    if not error < LARGEST_ISOLATION_ERROR:
-        raise UserError(
-            f"packed articles see each other: their hidden states differ from those of each alone by {error:.0%}. The "
-            "model's attention does not go through the packed one; use packing=False"
-        )
-    return f"packed articles are apart: hidden states within {error:.1%} of each article's alone"
-
-
-def newest_whole_checkpoint(state: Path) -> Path | None:
-    """The checkpoint to resume from; one that was cut short while it was written does not count."""
-    whole = [path.parent for path in state.glob(f"checkpoint-*/{WHOLE}")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
 def save_artefact(session: Session) -> Path:
     """Save weights (or adapter), tokenizer and model card; the folder appears whole or not at all."""
     settings = session.settings
@@ -300,135 +210,6 @@ def save_artefact(session: Session) -> Path:
             cards.model_card(settings, session.data, settings.model_name), encoding="utf-8"
         )
     return folder
-
-
-class Clock(TrainerCallback):
-    """Counts seconds and energy of training, without those of validation, across interruptions; reports progress."""
-
-    def __init__(self, settings: Settings):
-        self.seconds = 0.0
-        self.energy = energy.EnergyMeter()
-        self._since = 0.0
-        self._resumed_at = 0
-        self._before = 0.0
-        self._reported = 0.0
-        # A variant's too: `lora/seed-43`.
-        self._run = str(settings.run_folder.relative_to(paths.results_folder(settings.profile)))
-        self._progress = settings.run_folder / "progress.json"
-
-    def pause(self) -> None:
-        # What was launched is not done yet; it must not count as validation.
-        machine.wait_for_gpu()
-        self.seconds += time.perf_counter() - self._since
-        self.energy.stop()
-
-    def go_on(self) -> None:
-        self.energy.start()
-        self._since = time.perf_counter()
-
-    def on_train_begin(self, args, state, control, **_) -> None:
-        checkpoint = newest_whole_checkpoint(Path(args.output_dir))
-        if state.global_step and checkpoint:
-            before = json.loads((checkpoint / WHOLE).read_text())
-            self.seconds = before["seconds"]
-            self.energy.go_on_from(before.get("joules"))
-        self._resumed_at, self._before = state.global_step, self.seconds
-        self.go_on()
-
-    def on_step_end(self, args, state, control, **_) -> None:
-        # Small models take a hundred steps a second; a file each would take longer.
-        if time.time() - self._reported < SECONDS_BETWEEN_REPORTS:
-            return
-        self._reported = time.time()
-        seconds = self.seconds + time.perf_counter() - self._since
-        pace = (seconds - self._before) / (state.global_step - self._resumed_at)
-        write_json(
-            self._progress,
-            {
-                "run": self._run,
-                "step": state.global_step,
-                "total_steps": state.max_steps,
-                "seconds_left": round(pace * (state.max_steps - state.global_step)),
-                "updated": time.time(),
-            },
-        )
-
-    def on_save(self, args, state, control, **_) -> None:
-        self.pause()
-        self.go_on()
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_json(
-            checkpoint / WHOLE, {"step": state.global_step, "seconds": self.seconds, "joules": self.energy.joules}
-        )
-
-    def on_train_end(self, args, state, control, **_) -> None:
-        self.pause()
-        self._progress.unlink(missing_ok=True)
-
-
-class ValidationWatch(TrainerCallback):
-    """Scores the validation rows several times during a training, and logs accuracy and log loss."""
-
-    trainer: SFTTrainer
-    clock: Clock
-
-    def __init__(
-        self,
-        backbone: packing.Backbone,
-        precision: Precision,
-        tokenizer,
-        examples: Sequence[Example],
-        encoded: Sequence[encode.Encoded],
-        settings: Settings,
-    ):
-        self._scorer = score.LabelScorer(backbone, tokenizer, settings.experiment.evaluation_batch_size)
-        self._precision = precision
-        self._labels = [example.label for example in examples]
-        self._prompts = [row.prompt for row in encoded]
-        self._times = settings.recipe.evaluations
-        self._on_start = settings.recipe.eval_on_start or settings.recipe.cuda_graphs
-
-    def on_train_begin(self, args, state, control, model=None, **_) -> None:
-        """The model as it begins: where the curve starts. It also is the longest row that the model will see, so that
-        what grows with rows (Unsloth's tables of rotary embeddings) has its size and place before a CUDA graph reads
-        it: replaced later, it left graphs with freed memory, and losses of NaN."""
-        if self._on_start:
-            self._validate(model, control)
-
-    def on_step_end(self, args, state, control, model=None, **_) -> None:
-        if state.global_step in _spread(state.max_steps, self._times):
-            self._validate(model, control)
-
-    def _validate(self, model, control) -> None:
-        self.clock.pause()
-        load.evaluating(model)
-        # The same products as in training; the labels' probabilities are formed in fp32.
-        with self._precision.autocast():
-            probabilities = self._scorer.score(self._prompts)
-        model.train()
-        predicted = score.predicted_labels(probabilities)
-        # Logging clears the flag that this step's loss is due to be logged too.
-        due = control.should_log
-        self.trainer.log(
-            {
-                "validation_accuracy": float(np.mean(np.equal(predicted, self._labels))),
-                "validation_log_loss": metrics.log_loss(self._labels, probabilities),
-                "training_seconds": self.clock.seconds,
-            }
-        )
-        control.should_log = due
-        self.clock.go_on()
-
-
-class StopOnNonFiniteLoss(TrainerCallback):
-    """Ends a training whose loss is no number: it never recovers, and would fill hours with nothing."""
-
-    def on_log(self, args, state, control, logs=None, **_) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss} at step {state.global_step}; lower learning_rate, or set weights=float32"
-            )
 
 
 def _choices(
@@ -537,11 +318,6 @@ def _fresh_state(settings: Settings) -> Path:
         shutil.rmtree(folder)
     write_json(mark, {"digest": settings.training_digest})
     return folder
-
-
-def _spread(steps: int, times: int) -> set[int]:
-    """`times` steps, evenly spread, the last among them."""
-    return {max(1, round(steps * part / times)) for part in range(1, times + 1)}
 
 
 def _history(log: list[dict[str, float]]) -> list[records.LogPoint]:
