@@ -29,6 +29,7 @@ RECORD = "record.json"
 PREDICTIONS = "predictions.jsonl"
 VALIDATION = "validation.jsonl"
 MERGED = "merged.json"
+Kind = TypeVar("Kind", bound="Part")
 
 
 class Part(BaseModel):
@@ -217,9 +218,6 @@ class Merged(Part):
         )
 
 
-Kind = TypeVar("Kind", bound=Part)
-
-
 def new_record(settings: Settings, data: DataReference, **parts: Any) -> RunRecord:
     """A record of `settings` on `data`, with a training or an evaluation part."""
     return RunRecord(
@@ -274,9 +272,8 @@ def _parsed(kind: type[Kind], path: Path) -> Kind:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
-        raise DataError(
-            path, f"not a record of this version ({where}: {first['msg']}); run its notebook again"
-        ) from error
+        reason = f"not a record of this version ({where}: {first['msg']}); run its notebook again"
+        raise DataError(path, reason) from error
 
 
 def read_merged(record: RunRecord, folder: Path) -> Merged | None:

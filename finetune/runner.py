@@ -1,7 +1,7 @@
 """Run the notebooks headless, one after the other in their order, as a user would with Run All.
 
 A step is reused when nothing that its result depends on has changed since it last succeeded: the code cells of its
-notebook, its settings, the data, the artefacts or records that it reads, and the modules that compute it (`keys.COMPUTES`).
+notebook, its settings, the data, the artefacts or records that it reads, and the modules that compute it (`keys`).
 Comments, tables, pictures and templates train no model again. A step that this machine or its settings do not allow
 is skipped, with the reason, and so are the steps that need it; neither counts as passed.
 """
