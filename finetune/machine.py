@@ -1,6 +1,6 @@
 """The machine: which accelerator, how much memory, and the snapshot of both that every record carries.
 
-torch is imported where it is asked: records and the comparison need this module, and not the second that torch takes.
+torch and pandas are imported where they are asked: a plan and the command line need neither, and both take long.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import resource
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import joblib
-import pandas as pd
 import psutil
 import pynvml
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PACKAGES = (
     "torch",
@@ -72,6 +74,8 @@ def visible_gpus() -> tuple[str, ...]:
 
 def usable_cores() -> int:
     """Physical cores that this process may use: its affinity and its control group's limit count."""
+    import joblib
+
     allowed = os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
     topology = [Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list") for number in allowed]
     siblings = {path.read_text() for path in topology if path.is_file()}
@@ -185,4 +189,6 @@ def _cpu_name() -> str:
 
 def table() -> pd.DataFrame:
     """Machine and package versions, for people."""
+    import pandas as pd
+
     return pd.DataFrame({"": {**snapshot(), **package_versions()}}).dropna()

@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import pandas as pd
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -24,6 +23,10 @@ from finetune import machine, paths
 from finetune.config import embedded
 from finetune.config.profiles import PROFILES, choose_profile
 from finetune.config.recipes import FULL, FULL_UNSLOTH, LORA, QLORA, STRICT, Count, Recipe, check
+
+if TYPE_CHECKING:
+    # It takes most of the time of `import finetune`; a plan needs it for its table alone.
+    import pandas as pd
 
 ENVIRONMENT_PREFIX = "FINETUNE_"
 EVALUATION_ONLY = {"test_rows", "generation_rows", "few_shot_examples", "evaluation_batch_size", "evaluation_kernels"}
@@ -130,6 +133,8 @@ class Settings:
 
     def table(self) -> pd.DataFrame:
         """Parameter, value, origin and meaning, one row a parameter."""
+        import pandas as pd
+
         rows = [(name, str(value), self.origins[name], meaning(name)) for name, value in self.values.items()]
         return pd.DataFrame(rows, columns=["parameter", "value", "from", "meaning"]).set_index("parameter")
 
