@@ -134,7 +134,8 @@ def _training(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _suite_trainer(rung: Rung, plan, data):
-    from finetune.train.run import ValidationWatch, prepare_training
+    from finetune.train.callbacks import ValidationWatch
+    from finetune.train.run import prepare_training
     from finetune.train.trainer import RowCollator
 
     trainer = prepare_training(plan, data).trainer

@@ -24,7 +24,9 @@ from finetune.evaluate.run import evaluate
 from finetune.model import encode, load
 from finetune.model.packing import Backbone
 from finetune.runner import _training_progress
-from finetune.train.run import Clock, Session, check_supervision, newest_whole_checkpoint, prepare_training
+from finetune.train.callbacks import Clock, newest_whole_checkpoint
+from finetune.train.checks import check_supervision
+from finetune.train.run import Session, prepare_training
 
 RUNS = ["full", "lora", "qlora"]
 TRAIN_SCRIPT = """
