@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from finetune import embedded
 from finetune.files import replacing_folder
+from finetune.model import smollm2
 
 SHARED = (
     "vocab_size",
@@ -34,7 +34,7 @@ SHARED = (
 
 def main() -> None:
     """Write the folder."""
-    source = embedded.ensure()
+    source = smollm2.ensure()
     with replacing_folder(Path(sys.argv[1])) as beside:
         convert(AutoModelForCausalLM.from_pretrained(source)).save_pretrained(beside)
         AutoTokenizer.from_pretrained(source).save_pretrained(beside)

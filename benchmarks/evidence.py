@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import UserError
-from finetune import embedded, paths, settings
+from finetune import paths
 from finetune.compare import publish
+from finetune.config.plan import parse_assignments, plan
+from finetune.model import smollm2
 
 # The exit status of a command that Ctrl-C ended.
 INTERRUPTED = 130
@@ -63,10 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the sets; returns 0 if all are whole, 1 if a step failed, 2 if the command was wrong, 130 after Ctrl-C."""
     options = _options(arguments)
     try:
-        asked = settings.parse_assignments(options.assignments)
-        options.profile = settings.plan("base", options.profile).profile
+        asked = parse_assignments(options.assignments)
+        options.profile = plan("base", options.profile).profile
         sets = [each for each in SETS if _is_wanted(each, options.profile, asked)]
-        embedded.ensure()
+        smollm2.ensure()
         failed = [each for each in sets if not _run(each, options)]
         if options.publish:
             _publish([each for each in sets if each not in failed], options.profile)
@@ -109,18 +111,18 @@ def _is_behind(each: RecordSet, other: RecordSet) -> bool:
 
 
 def _planned(run: str, profile: str, asked: Mapping[str, str], each: RecordSet) -> tuple:
-    plan = settings.plan(run, profile, dict(asked) | dict(each.change))
+    planned = plan(run, profile, dict(asked) | dict(each.change))
     # An engine that is asked for by name may be what would be chosen.
-    return plan.engine, {name: value for name, value in plan.values.items() if name != "engine"}
+    return planned.engine, {name: value for name, value in planned.values.items() if name != "engine"}
 
 
 def _run(each: RecordSet, options: argparse.Namespace) -> bool:
     """Execute a set's commands; whether all went well."""
     checkpoints = _home(options.profile, each) / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    model = checkpoints / embedded.NAME
+    model = checkpoints / smollm2.NAME
     if not model.exists():
-        model.symlink_to(embedded.folder().resolve())
+        model.symlink_to(smollm2.folder().resolve())
     # One that fails must not cost the others their results.
     statuses = []
     for command in _commands(each, options):

@@ -20,10 +20,10 @@ from benchmarks.roofline import (
     work_of_row,
 )
 from data_prep import UserError
-from finetune import memory
-from finetune.profiles import PROFILES
-from finetune.recipes import Recipe
-from finetune.settings import RUNS
+from finetune.config.plan import RUNS
+from finetune.config.profiles import PROFILES
+from finetune.config.recipes import Recipe
+from finetune.train import memory
 
 GIB = 2**30
 # Articles of an epoch of AG News.

@@ -108,7 +108,7 @@ def _training(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
     plan = plan_training(rung.run, "gpu", wanted | {"evaluations": 1})
     import torch
 
-    from finetune import models
+    from finetune.model import load
 
     data = data_of(plan, options.scratch)
     peak = matrix_peak()
@@ -117,7 +117,7 @@ def _training(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = plan.recipe.cudnn_benchmark
     trainer = _suite_trainer(rung, plan, data) if rung.trainer == "suite" else _trl_trainer(rung, plan, data)
     timing = _timed(trainer, rung.key in options.profile)
-    parameters = models.parameter_count(trainer.model)
+    parameters = load.parameter_count(trainer.model)
     flops = (4 if plan.recipe.adapter else 6) * parameters * timing["computed_per_second"]
     return {
         "key": rung.key,
@@ -134,8 +134,9 @@ def _training(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _suite_trainer(rung: Rung, plan, data):
-    from finetune.trainer import RowCollator
-    from finetune.training import ValidationWatch, prepare_training
+    from finetune.train.callbacks import ValidationWatch
+    from finetune.train.run import prepare_training
+    from finetune.train.trainer import RowCollator
 
     trainer = prepare_training(plan, data).trainer
     trainer.remove_callback(ValidationWatch)
@@ -149,12 +150,12 @@ def _trl_trainer(rung: Rung, plan, data):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from finetune import chat, models
+    from finetune.model import encode, load
 
     recipe = plan.recipe
-    model = models.load_for_training(plan, recipe.gradient_checkpointing)
-    tokenizer = models.load_tokenizer(plan)
-    rows = chat.encode(tokenizer, data.train, recipe.max_length)
+    model = load.load_for_training(plan, recipe.gradient_checkpointing)
+    tokenizer = load.load_tokenizer(plan)
+    rows = encode.encode(tokenizer, data.train, recipe.max_length)
     arguments = SFTConfig(
         output_dir="/tmp/throughput",
         per_device_train_batch_size=recipe.batch_size,
@@ -287,28 +288,30 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Scoring and generation of the same test rows by plain transformers."""
     import torch
 
-    from finetune import chat, evaluation, models, plan, segments
+    from finetune import plan
+    from finetune.evaluate import score
+    from finetune.model import encode, load, packing
 
     for prompt, batch, kernels in ladder.SCORED:
         wanted = {"model": options.model, "source": "csv", "data_path": options.csv, "prompt": prompt}
         wanted |= {"test_rows": 2048, "evaluation_batch_size": batch, "evaluation_kernels": kernels}
         settings = plan("base", "gpu", wanted)
         data = data_of(settings, options.scratch)
-        tokenizer = models.load_tokenizer(settings)
-        prompts = [row.prompt for row in chat.encode(tokenizer, data.test, 1024)]
-        model = models.load_for_evaluation(settings, None)
+        tokenizer = load.load_tokenizer(settings)
+        prompts = [row.prompt for row in encode.encode(tokenizer, data.test, 1024)]
+        model = load.load_for_evaluation(settings, None)
         peak = matrix_peak()
         torch.cuda.reset_peak_memory_stats()
-        scorer = evaluation.LabelScorer(segments.Backbone(model), tokenizer, batch)
+        scorer = score.LabelScorer(packing.Backbone(model), tokenizer, batch)
         scorer.score(prompts[:batch])
-        _, seconds = evaluation.timed(scorer.score, prompts)
-        read = _computed_tokens(prompts, [chat.answer_tokens(tokenizer, label)[:-1] for label in LABELS])
-        flops = 2 * models.parameter_count(model) * read / seconds
+        _, seconds = score.timed(scorer.score, prompts)
+        read = _computed_tokens(prompts, [encode.answer_tokens(tokenizer, label)[:-1] for label in LABELS])
+        flops = 2 * load.parameter_count(model) * read / seconds
         key = ladder.scoring_key(prompt, batch, kernels)
         yield {
             "key": key,
             "name": f"scoring, {prompt} prompt, {batch} articles at once, {KERNELS[kernels]} kernels",
-            "parameters": models.parameter_count(model),
+            "parameters": load.parameter_count(model),
             "articles_per_second": len(prompts) / seconds,
             "tokens_per_second": sum(map(len, prompts)) / seconds,
             "computed_per_second": read / seconds,
@@ -319,7 +322,7 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             **(_kernels(functools.partial(scorer.score, prompts[:batch])) if key in options.profile else {}),
         }
         if (key := f"generation_{prompt}_{batch}") in ladder.GENERATED and kernels == "fused":
-            _, seconds = evaluation.timed(evaluation.generate, model, tokenizer, prompts[:512], batch)
+            _, seconds = score.timed(score.generate, model, tokenizer, prompts[:512], batch)
             yield {
                 "key": key,
                 "name": f"generation, {prompt} prompt, 128 articles at once",
@@ -333,9 +336,9 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def _computed_tokens(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> int:
     """Tokens that scoring computes: what articles do not share, what all answers begin with, and what each goes on with
     but its last token, which is predicted only."""
-    from finetune import chat
+    from finetune.model import encode
 
-    shared, prefix = chat.shared_length(prompts), len(chat.common_prefix(answers))
+    shared, prefix = encode.shared_length(prompts), len(encode.common_prefix(answers))
     per_article = prefix + sum(len(answer) - prefix - 1 for answer in answers)
     return sum(len(prompt) - shared + per_article for prompt in prompts)
 

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from data_prep import DataError
-from finetune.recipes import Recipe
-from finetune.settings import RUNS
+from finetune.config.plan import RUNS
+from finetune.config.recipes import Recipe
 
 # What every training has.
 FIGURES = [

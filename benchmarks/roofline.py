@@ -18,8 +18,8 @@ import pandas as pd
 from benchmarks.ladder import QWEN_7B
 from benchmarks.records import SpeedRecord
 from data_prep import UserError
-from finetune import memory
-from finetune.recipes import Recipe
+from finetune.config.recipes import Recipe
+from finetune.train import memory
 
 CONFIGURATION = SimpleNamespace(**QWEN_7B)
 SHAPE = memory.shape_of(CONFIGURATION)

@@ -24,7 +24,7 @@ from typing import Any
 from data_prep import UserError
 from data_prep.store import replacing
 from finetune import paths, plan_training
-from finetune.settings import Settings, parse_assignments
+from finetune.config.plan import Settings, parse_assignments
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,13 +76,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _train(settings: Settings) -> dict[str, Any]:
-    from finetune import hardware, records
+    from finetune import machine, records
     from finetune.data import prepare_data
-    from finetune.training import prepare_training
+    from finetune.train.run import prepare_training
 
     data = prepare_data(settings)
     session = prepare_training(settings, data)
-    hardware.reset_peak_memory()
+    machine.reset_peak_memory()
     try:
         session.trainer.train()
         outcome = {}
@@ -98,7 +98,7 @@ def _train(settings: Settings) -> dict[str, Any]:
         "validation_log_loss": logged.get("validation_log_loss"),
         "seconds": round(session.clock.seconds, 2),
         "steps": session.trainer.state.global_step,
-        "peak_memory_bytes": hardware.peak_memory()[0],
+        "peak_memory_bytes": machine.peak_memory()[0],
         "engine": settings.engine,
         "settings": settings.values,
         "data": data.reference.model_dump(),

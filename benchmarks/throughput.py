@@ -177,9 +177,9 @@ def _write_shape(layers: int, folder: Path) -> None:
     """Configuration and tokenizer of a model of Qwen2.5-7B's shape (config.json of Qwen/Qwen2.5-7B-Instruct)."""
     from transformers import AutoTokenizer, Qwen2Config
 
-    from finetune import embedded
+    from finetune.model import smollm2
 
-    tokenizer = AutoTokenizer.from_pretrained(embedded.folder())
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.folder())
     config = Qwen2Config(
         **(ladder.QWEN_7B | {"num_hidden_layers": layers}),
         max_position_embeddings=32_768,

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import UserError
-from finetune import paths, settings, wording
+from finetune import paths, wording
+from finetune.config.plan import Settings, applicable, fewer_rows, parse_assignments, plan
 
 # What `curve --only` knows besides the suite's runs.
 SVM = "svm"
@@ -142,11 +143,11 @@ def _fewer_rows(options: argparse.Namespace) -> tuple[int, ...]:
 
 def _fit_svms(options: argparse.Namespace, rows: tuple[int, ...]) -> None:
     """The linear SVM on fewer rows, before the comparison reads it; no notebook, because it takes a second."""
-    from finetune import baselines
     from finetune.data import prepare_data
+    from finetune.evaluate import baselines
 
     for count in rows:
-        resolved = _plan_of_base(options, settings.fewer_rows(count))
+        resolved = _plan_of_base(options, fewer_rows(count))
         data = prepare_data(resolved)
         if not options.fresh and baselines.svm_is_fitted(resolved, data):
             print(f"reused: the linear SVM on {count:,} rows")
@@ -154,9 +155,9 @@ def _fit_svms(options: argparse.Namespace, rows: tuple[int, ...]) -> None:
             print(f"the linear SVM on {count:,} rows: {baselines.fit_svm(resolved, data).scoring.accuracy:.1%} right")
 
 
-def _plan_of_base(options: argparse.Namespace, variant: Mapping[str, Any] | None = None) -> settings.Settings:
-    overrides = settings.applicable(settings.parse_assignments(options.assignments), "base")
-    return settings.plan("base", options.profile, overrides | dict(variant or {}))
+def _plan_of_base(options: argparse.Namespace, variant: Mapping[str, Any] | None = None) -> Settings:
+    overrides = applicable(parse_assignments(options.assignments), "base")
+    return plan("base", options.profile, overrides | dict(variant or {}))
 
 
 def _execute(options: argparse.Namespace, **trainings: Any) -> int:
@@ -164,9 +165,9 @@ def _execute(options: argparse.Namespace, **trainings: Any) -> int:
 
     # pyzmq's advice about event loops on Windows, and nbclient's about cell ids, are not for our users.
     warnings.filterwarnings("ignore", module="(zmq|nbformat|nbclient|papermill)")
-    overrides = settings.parse_assignments(options.assignments)
+    overrides = parse_assignments(options.assignments)
     suite = Suite(options.profile, overrides, tuple(options.only), options.fresh, **trainings)
-    reason = settings.plan("base", options.profile, suite.overrides_for("base")).profile_reason
+    reason = plan("base", options.profile, suite.overrides_for("base")).profile_reason
     print(f"Profile {suite.profile} ({reason}); the executed notebooks go to {suite.folder}")
     outcomes = suite.execute()
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
@@ -194,7 +195,7 @@ def wrapped(text: str) -> str:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    resolved = settings.plan(options.run, options.profile, settings.parse_assignments(options.assignments))
+    resolved = plan(options.run, options.profile, parse_assignments(options.assignments))
     print(f"{resolved.run}: profile {resolved.profile} ({resolved.profile_reason})")
     print(f"engine {resolved.engine} ({resolved.engine_reason})")
     print(resolved.table().to_string())
@@ -204,16 +205,16 @@ def _plan(options: argparse.Namespace) -> int:
 def _data(options: argparse.Namespace) -> int:
     from finetune.data import prepare_data
 
-    overrides = settings.parse_assignments(options.assignments)
-    print(prepare_data(settings.plan("base", options.profile, overrides)).table().to_string())
+    overrides = parse_assignments(options.assignments)
+    print(prepare_data(plan("base", options.profile, overrides)).table().to_string())
     return 0
 
 
 def _merge(options: argparse.Namespace) -> int:
     from finetune.data import prepare_data
-    from finetune.merging import merge
+    from finetune.evaluate.merge import merge
 
-    resolved = settings.plan(options.run, options.profile, settings.parse_assignments(options.assignments))
+    resolved = plan(options.run, options.profile, parse_assignments(options.assignments))
     print(merge(resolved, prepare_data(resolved)))
     return 0
 
@@ -247,7 +248,7 @@ def _contrast(options: argparse.Namespace) -> int:
 def _publish(options: argparse.Namespace) -> int:
     from finetune.compare.publish import publish
 
-    profile = settings.plan("base", options.profile).profile
+    profile = plan("base", options.profile).profile
     print(publish(profile, options.name or profile))
     return 0
 

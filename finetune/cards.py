@@ -6,8 +6,8 @@ import json
 
 from data_prep import LABELS, PROMPTS, Article
 from data_prep.schema import Message
+from finetune.config.plan import Settings
 from finetune.data import PreparedData
-from finetune.settings import Settings
 
 LOADING_ADAPTER = """\
 from peft import AutoPeftModelForCausalLM

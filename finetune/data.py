@@ -12,10 +12,11 @@ import pandas as pd
 from data_prep import LABELS, PROMPTS, Example, Manifest, UserError, prepare, read_examples
 from data_prep.schema import SPLITS, Split
 from data_prep.sources import open_source
-from finetune import chat, models, paths
+from finetune import paths
+from finetune.config.plan import Settings
 from finetune.files import locked
+from finetune.model import encode, load
 from finetune.records import DataReference
-from finetune.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def prepare_data(settings: Settings) -> PreparedData:
     experiment = settings.experiment
     source = open_source(experiment.source, experiment.data_path)
     folder = paths.dataset_folder(experiment.source)
-    count_tokens = partial(chat.count_tokens, models.load_tokenizer(settings))
+    count_tokens = partial(encode.count_tokens, load.load_tokenizer(settings))
     with locked(folder, f"Waiting for {folder}: another process prepares it"):
         manifest, reused = prepare(
             source,

@@ -28,7 +28,7 @@ from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from traitlets.config import Config
 
-from finetune import hardware
+from finetune import machine
 
 SECONDS_BETWEEN_INTERRUPTS = 10
 # Linux' limit for the path of a socket.
@@ -52,7 +52,7 @@ class Kernels:
 
     def __enter__(self) -> Kernels:
         self._scratch = tempfile.TemporaryDirectory(prefix="finetune-")
-        self._server = None if hardware.has_cuda() else self._serve(Path(self._scratch.name))
+        self._server = None if machine.has_cuda() else self._serve(Path(self._scratch.name))
         return self
 
     def __exit__(self, *_) -> None:
@@ -167,9 +167,10 @@ def serve(address: str) -> None:
     listener.listen()
     print("listening", flush=True)
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
-    import finetune.baselines
-    import finetune.performance
-    import finetune.training  # noqa: F401
+    import finetune.compare.comparison
+    import finetune.evaluate.baselines
+    import finetune.evaluate.run
+    import finetune.train.run  # noqa: F401
 
     # Nobody waits for kernels: their proxies see the connection end.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

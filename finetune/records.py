@@ -21,14 +21,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_prep import DataError, UserError
 from data_prep.store import replacing
-from finetune import hardware, models, paths
+from finetune import machine, paths
+from finetune.config.plan import EVALUATION_ONLY, Settings
 from finetune.metrics import Metrics, first_difference
-from finetune.settings import EVALUATION_ONLY, Settings
 
 RECORD = "record.json"
 PREDICTIONS = "predictions.jsonl"
 VALIDATION = "validation.jsonl"
 MERGED = "merged.json"
+Kind = TypeVar("Kind", bound="Part")
 
 
 class Part(BaseModel):
@@ -217,16 +218,13 @@ class Merged(Part):
         )
 
 
-Kind = TypeVar("Kind", bound=Part)
-
-
 def new_record(settings: Settings, data: DataReference, **parts: Any) -> RunRecord:
     """A record of `settings` on `data`, with a training or an evaluation part."""
     return RunRecord(
         run=settings.run,
         profile=settings.profile,
         engine=settings.engine,
-        model=models.model_name(settings),
+        model=settings.model_name,
         seed=settings.experiment.seed,
         settings=settings.values,
         settings_digest=settings.digest,
@@ -243,8 +241,8 @@ def environment() -> Environment:
         command=os.environ.get("FINETUNE_COMMAND", "Run All in Jupyter"),
         commit=commit,
         dirty=dirty,
-        packages=hardware.package_versions(),
-        hardware=hardware.snapshot(),
+        packages=machine.package_versions(),
+        hardware=machine.snapshot(),
     )
 
 
@@ -274,9 +272,8 @@ def _parsed(kind: type[Kind], path: Path) -> Kind:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
-        raise DataError(
-            path, f"not a record of this version ({where}: {first['msg']}); run its notebook again"
-        ) from error
+        reason = f"not a record of this version ({where}: {first['msg']}); run its notebook again"
+        raise DataError(path, reason) from error
 
 
 def read_merged(record: RunRecord, folder: Path) -> Merged | None:

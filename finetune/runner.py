@@ -1,14 +1,13 @@
 """Run the notebooks headless, one after the other in their order, as a user would with Run All.
 
 A step is reused when nothing that its result depends on has changed since it last succeeded: the code cells of its
-notebook, its settings, the data, the artefacts or records that it reads, and the modules that compute it (`COMPUTES`).
+notebook, its settings, the data, the artefacts or records that it reads, and the modules that compute it (`keys`).
 Comments, tables, pictures and templates train no model again. A step that this machine or its settings do not allow
 is skipped, with the reason, and so are the steps that need it; neither counts as passed.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import hashlib
 import json
@@ -28,7 +27,8 @@ from tqdm import tqdm
 
 from data_prep import UserError
 from data_prep.store import MANIFEST, replacing, write_json
-from finetune import paths, records, settings
+from finetune import keys, paths, records
+from finetune.config.plan import RUNS, Settings, UnavailableHere, applicable, fewer_rows, plan
 from finetune.kernels import Kernels
 
 NOTEBOOKS = paths.PROJECT / "notebooks"
@@ -37,16 +37,6 @@ RECORD = records.RECORD
 STALE_SECONDS = 300
 SECONDS_BETWEEN_LINES = 30
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
-
-# The modules whose code a step's result comes from, besides data_prep and the notebook. Values from the registries
-# (profiles, recipes) are in the settings. Not here: what records, shows, explains or watches. A test
-# holds these lists against what the modules import.
-_MODEL = ("chat", "data", "embedded", "models", "precision", "segments")
-COMPUTES: dict[str, tuple[str, ...]] = {
-    "train": (*_MODEL, "graphs", "trainer", "training", "updates"),
-    "evaluate": (*_MODEL, "baselines", "evaluation", "metrics", "performance", "resampling"),
-    "compare": ("compare", "metrics", "resampling", "wording"),
-}
 
 
 @dataclass(frozen=True)
@@ -153,11 +143,11 @@ class Suite:
         curve: tuple[int, ...] = (),
     ):
         self.overrides = dict(overrides or {})
-        base = settings.plan("base", profile, self.overrides_for("base"))
+        base = plan("base", profile, self.overrides_for("base"))
         self.profile = base.profile
         self.steps = _curve(_selected(only), curve) if curve else _seeded(_selected(only), base.experiment.seed, seeds)
         self.fresh = fresh
-        self._plans: dict[str, settings.Settings] = {}
+        self._plans: dict[str, Settings] = {}
         self._refused: dict[str, UserError] = {}
         for step in self.steps:
             try:
@@ -166,7 +156,7 @@ class Suite:
                 self._refused[step.name] = error
         trained = [step.name for step in self.steps if step.kind == "train"]
         refused = [self._refused[name] for name in trained if name in self._refused]
-        if trained and len(refused) == len(trained) and not isinstance(refused[0], settings.UnavailableHere):
+        if trained and len(refused) == len(trained) and not isinstance(refused[0], UnavailableHere):
             raise refused[0]
 
     @property
@@ -176,7 +166,7 @@ class Suite:
 
     def overrides_for(self, run: str | None, variant: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The overrides that a run knows (the base model has no learning rate), and its variant's."""
-        return settings.applicable(self.overrides, run or "base") | dict(variant or {})
+        return applicable(self.overrides, run or "base") | dict(variant or {})
 
     def execute(self) -> list[Outcome]:
         """Run the steps, reusing and skipping what can be; after one that fails, what needs it is skipped.
@@ -257,8 +247,8 @@ class Suite:
         plan = self._plans[step.name]
         return plan.artefact_folder if step.kind == "train" else plan.run_folder / records.PREDICTIONS
 
-    def _plan(self, step: Step) -> settings.Settings:
-        return settings.plan(step.run or "base", self.profile, self.overrides_for(step.run, step.variant))
+    def _plan(self, step: Step) -> Settings:
+        return plan(step.run or "base", self.profile, self.overrides_for(step.run, step.variant))
 
     def _key(self, step: Step) -> str:
         """Changes when anything does that the step's result depends on."""
@@ -269,7 +259,7 @@ class Suite:
             *(cell.encode() for cell in cells),
             (plan.training_digest if step.kind == "train" else plan.digest).encode(),
             manifest.read_bytes() if manifest.is_file() else b"",
-            *(_code(path) for path in sorted(sources(step.kind))),
+            *(keys.code(path) for path in sorted(keys.sources(step.kind))),
             *self._reads(step),
         ]
         return hashlib.sha256(b"\0".join(parts)).hexdigest()
@@ -361,7 +351,7 @@ def _training_progress(profile: str) -> str:
 
 
 def _selected(only: tuple[str, ...]) -> tuple[Step, ...]:
-    known = [*settings.RUNS, "compare"]
+    known = [*RUNS, "compare"]
     unknown = [name for name in only if name not in known]
     if unknown:
         raise UserError(f"--only {unknown[0]}: there is no such run; the runs are: {', '.join(known)}")
@@ -376,7 +366,7 @@ def _seeded(steps: tuple[Step, ...], first: int, seeds: int) -> tuple[Step, ...]
 
 def _curve(steps: tuple[Step, ...], rows: tuple[int, ...]) -> tuple[Step, ...]:
     """The steps of every trained run for each number of rows, and the comparison; all rows are the run itself."""
-    trained = _before_the_comparison(steps, [settings.fewer_rows(count) for count in rows])
+    trained = _before_the_comparison(steps, [fewer_rows(count) for count in rows])
     return tuple(step for step in trained if step.variant or step.run is None)
 
 
@@ -388,18 +378,3 @@ def _before_the_comparison(steps: tuple[Step, ...], variants: list[dict[str, Any
 
 def _notebook(step: Step) -> nbformat.NotebookNode:
     return load_notebook_node(str(NOTEBOOKS / f"{step.notebook}.ipynb"))
-
-
-def sources(kind: str) -> list[Path]:
-    """The files whose code computes a step of this kind."""
-    prepared = sorted((paths.PROJECT / "data_prep").rglob("*.py")) + sorted(
-        (paths.PROJECT / "data_prep").rglob("*.csv")
-    )
-    templates = sorted((paths.PROJECT / "finetune").rglob("*.html")) if kind == "compare" else []
-    return [*prepared, *(paths.PROJECT / "finetune" / f"{name}.py" for name in COMPUTES[kind]), *templates]
-
-
-def _code(path: Path) -> bytes:
-    """What a file says, without the comments and line breaks of Python."""
-    content = path.read_bytes()
-    return ast.dump(ast.parse(content)).encode() if path.suffix == ".py" else content

@@ -49,8 +49,9 @@ def test_start_docker_commands_are_in_its_usage():
 
 def test_the_tree_names_every_module_and_no_other():
     tree = re.search(r"## The tree\n\n```\n(.*?)```", README, re.DOTALL)[1]
-    named = set(re.findall(r"^    (\w+\.py) ", tree, re.MULTILINE))
-    there = {path.name for package in ("data_prep", "finetune") for path in (PROJECT / package).glob("[!_]*.py")}
+    named = set(re.findall(r"^    ([\w/]+\.py) ", tree, re.MULTILINE))
+    packages = (PROJECT / "data_prep", PROJECT / "finetune")
+    there = {str(path.relative_to(package)) for package in packages for path in package.rglob("[!_]*.py")}
     assert named == there
     top = [name for line in tree.splitlines() if not line.startswith(" ") for name in line.split("  ")[0].split()]
     assert [name for name in top if not (PROJECT / name).exists()] == []

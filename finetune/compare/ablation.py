@@ -13,8 +13,8 @@ from data_prep import DataError, UserError
 from finetune.compare import comparison, stats, tables
 from finetune.compare.comparison import HARMLESS, Comparison, check_comparable
 from finetune.compare.stats import OverSeeds, Pair
+from finetune.config.plan import meaning
 from finetune.records import RunRecord
-from finetune.settings import meaning
 from finetune.wording import NAMES, format_p, interval_of, listed, one_decimal, sentence, spoken
 
 # What says how a run was judged, or which of its trainings it is: test rows and seeds are compared themselves.

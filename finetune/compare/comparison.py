@@ -14,14 +14,14 @@ from typing import Any, Literal
 import numpy as np
 
 from data_prep import DataError
-from finetune import baselines, metrics, paths, records
-from finetune.baselines import Baseline
+from finetune import baseline_records, metrics, paths, records
+from finetune.baseline_records import Baseline
 from finetune.compare import calibration, stats
 from finetune.compare.calibration import Calibration
 from finetune.compare.stats import Estimate, Pair
+from finetune.config.plan import RUNS
 from finetune.metrics import Metrics
 from finetune.records import Merged, Prediction, RunRecord, Training
-from finetune.settings import RUNS
 from finetune.wording import NAMES
 
 # How a run is evaluated, but for its test rows: this may differ.
@@ -209,9 +209,9 @@ def load_folder(folder: Path, profile: str) -> Comparison:
     places = {run: folder / run for run in RUNS}
     evaluated = _read_evaluated(places, folder)
     predictions = {run: records.read_predictions(record, places[run]) for run, record in evaluated.items()}
-    beside, rows_beside = baselines.read_all(folder)
-    svm_curve, rows_of_curve = baselines.read_svm_curve(folder)
-    places |= {name: baselines.baselines_folder(folder) / name for name in (beside | svm_curve)}
+    beside, rows_beside = baseline_records.read_all(folder)
+    svm_curve, rows_of_curve = baseline_records.read_svm_curve(folder)
+    places |= {name: baseline_records.baselines_folder(folder) / name for name in (beside | svm_curve)}
 
     # Figures on other data, test rows or models are not comparable; who saw more training rows is not better for it.
     everything, rows = evaluated | beside | svm_curve, predictions | rows_beside | rows_of_curve

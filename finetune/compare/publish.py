@@ -12,7 +12,7 @@ import pandas as pd
 from data_prep import DataError, UserError
 from data_prep.store import replacing
 from finetune import paths, records
-from finetune.baselines import Baseline
+from finetune.baseline_records import Baseline
 from finetune.compare import ablation, comparison, mistakes, report, tables, verdict
 from finetune.compare.ablation import Ablation, NoAblation
 from finetune.compare.comparison import Comparison, NotComparable

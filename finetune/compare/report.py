@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from data_prep import LABELS, PROMPTS, Article
 from data_prep.sources import AG_NEWS_ROWS
 from data_prep.store import replacing
-from finetune import embedded
-from finetune.baselines import Baseline
+from finetune.baseline_records import Baseline
 from finetune.compare import mistakes, plots, tables, verdict
 from finetune.compare.ablation import Ablation
 from finetune.compare.comparison import Comparison
-from finetune.hardware import PACKAGES
+from finetune.config import embedded
+from finetune.machine import PACKAGES
 from finetune.wording import NAMES, sentence, spoken
 
 # A page that lists thousands of rows is slow on a phone, and nobody reads them.

@@ -13,13 +13,13 @@ import pandas as pd
 
 from data_prep import LABELS
 from finetune import records
-from finetune.baselines import Baseline
+from finetune.baseline_records import Baseline
 from finetune.compare import mistakes
 from finetune.compare.calibration import COVERAGES, Calibration, Scores
 from finetune.compare.comparison import Comparison, CurvePoint
 from finetune.compare.stats import Pair
+from finetune.config.recipes import Recipe
 from finetune.metrics import accuracy_interval
-from finetune.recipes import Recipe
 from finetune.records import Environment, RunRecord, Training
 from finetune.wording import NAMES, duration, extent, format_p, interval_of, one_decimal, percent, percent_interval
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import evidence
-from finetune import embedded
 from finetune.compare import publish
+from finetune.model import smollm2
 
 GPU = ["--profile", "gpu", "--set", "source=csv", "--set", "data_path=/data/ag_news"]
 
@@ -28,7 +28,7 @@ def commands(home, monkeypatch) -> list[tuple[str, str]]:
     monkeypatch.setattr(evidence, "HOME", home / "results" / "evidence")
     monkeypatch.setattr(publish, "copy", lambda results, name: done.append((name, f"copied {results.name}")))
     monkeypatch.setattr(publish, "regenerate", lambda: done.append(("", "renewed")))
-    embedded.folder().mkdir(parents=True)
+    smollm2.folder().mkdir(parents=True)
     return done
 
 
@@ -67,7 +67,7 @@ def test_a_set_that_changes_nothing_here_is_skipped(commands, capsys):
 
 def test_each_set_finds_the_embedded_model(commands, home):
     evidence.main(["--profile", "cpu", "--seeds", "1"])
-    assert (home / "results/evidence/cpu/checkpoints" / embedded.NAME).resolve() == embedded.folder().resolve()
+    assert (home / "results/evidence/cpu/checkpoints" / smollm2.NAME).resolve() == smollm2.folder().resolve()
 
 
 def test_a_wrong_parameter_is_refused_before_anything_runs(commands, capsys):

@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks import gb10, roofline
 from data_prep import UserError
-from finetune.profiles import PROFILES
-from finetune.recipes import FULL, LORA
+from finetune.config.profiles import PROFILES
+from finetune.config.recipes import FULL, LORA
 
 
 def hours(table, method: str, articles: str, prompt: str = "lean") -> tuple[float, float]:

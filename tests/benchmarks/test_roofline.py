@@ -9,7 +9,7 @@ import pytest
 from benchmarks import roofline
 from benchmarks.roofline import Machine, Work, share_of, work_of
 from data_prep import UserError
-from finetune.recipes import FULL, LORA, QLORA
+from finetune.config.recipes import FULL, LORA, QLORA
 
 # Qwen2.5-7B: 28 layers of 2 x 3584 x (3584 + 512) + 3 x 3584 x 18944 weights; 152,064 x 3584 in the head.
 LAYERS, HEAD = 6_525_288_448, 544_997_376

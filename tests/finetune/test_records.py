@@ -13,8 +13,8 @@ import pytest
 
 from data_prep import DataError, UserError
 from finetune import paths, records
+from finetune.config.plan import plan
 from finetune.records import LogPoint, Prediction
-from finetune.settings import plan
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 from data_prep import UserError
-from finetune import paths, records, runner
+from finetune import keys, paths, records
 from finetune.__main__ import main
 from finetune.compare import comparison, verdict
 from finetune.runner import NOTEBOOKS, STEPS, Suite
@@ -156,13 +156,16 @@ def test_what_is_reused_names_the_commit_that_made_it(finished, overrides):
     [
         ("finetune/compare/plots.py", {"compare_methods"}),
         ("finetune/compare/templates/report.html", {"compare_methods"}),
+        ("finetune/compare/tables.py", {"compare_methods"}),
         ("finetune/cards.py", set()),
-        ("finetune/hardware.py", set()),
-        ("finetune/trainer.py", TRAININGS),
-        ("finetune/training.py", TRAININGS),
-        ("finetune/evaluation.py", EVALUATIONS),
-        ("finetune/chat.py", TRAININGS | EVALUATIONS),
-        ("finetune/segments.py", TRAININGS | EVALUATIONS),
+        ("finetune/machine.py", set()),
+        ("finetune/train/trainer.py", TRAININGS),
+        ("finetune/train/run.py", TRAININGS),
+        ("finetune/evaluate/score.py", EVALUATIONS),
+        ("finetune/model/encode.py", TRAININGS | EVALUATIONS),
+        ("finetune/model/load.py", TRAININGS | EVALUATIONS),
+        ("finetune/model/packing.py", TRAININGS | EVALUATIONS),
+        ("finetune/model/precision.py", TRAININGS | EVALUATIONS),
         ("data_prep/text.py", ALL),
     ],
 )
@@ -184,24 +187,35 @@ def test_what_a_changed_file_computed_is_computed_again_and_nothing_else(
 # What trainings and evaluations import besides, without a result depending on it: values of the registries are in the
 # settings, validation in a training is only shown, and the rest names, counts, writes or explains.
 SHOWN_OR_WRITTEN = {
-    "cards", "embedded", "energy", "files", "hardware", "memory", "paths", "profiles", "recipes", "records", "settings",
+    "cards", "config.embedded", "config.plan", "config.profiles", "config.recipes", "files", "machine", "paths",
+    "records", "train.energy", "train.memory",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("entry", "kind", "besides"),
     [
-        ("training", "train", {"evaluation", "metrics", "resampling"}),
-        ("evaluation", "evaluate", set()),
-        ("models", "evaluate", set()),
+        ("train.run", "train", {"evaluate.score", "metrics", "resampling"}),
+        ("evaluate.run", "evaluate", {"wording"}),
+        ("evaluate.baselines", "evaluate", {"baseline_records", "wording"}),
     ],
 )
 def test_every_module_that_computes_a_result_is_in_its_key(entry, kind, besides):
     """Whoever adds a module that a training imports decides whether it computes."""
-    script = f"import sys, finetune.{entry}; print(*(name for name in sys.modules if name.startswith('finetune.')))"
+    script = (
+        f"import sys, finetune.{entry}\n"
+        "print(*(name for name, module in sys.modules.items() if name.startswith('finetune.')"
+        " and not hasattr(module, '__path__')))"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=paths.PROJECT, text=True, capture_output=True, check=True)
     imported = {name.removeprefix("finetune.") for name in done.stdout.split()}
-    assert imported <= {path.stem for path in runner.sources(kind)} | SHOWN_OR_WRITTEN | besides
+    engine = paths.PROJECT / "finetune"
+    computing = {
+        ".".join(path.relative_to(engine).with_suffix("").parts)
+        for path in keys.sources(kind)
+        if path.is_relative_to(engine)
+    }
+    assert imported <= computing | SHOWN_OR_WRITTEN | besides
 
 
 def test_a_run_that_refuses_an_override_is_skipped_before_anything_runs(tiny):

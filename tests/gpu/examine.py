@@ -44,7 +44,7 @@ def main() -> None:
 
 def _examine(settings) -> dict:
     from finetune.data import prepare_data
-    from finetune.training import prepare_training
+    from finetune.train.run import prepare_training
 
     data = prepare_data(settings)
     session = prepare_training(settings, data)
@@ -95,9 +95,9 @@ def _step(session, batches, loss_of):
 
 
 def _packed_loss(session, batch, count) -> float:
-    from finetune import segments
+    from finetune.model import packing
 
-    with segments.within(batch["row"]):
+    with packing.within(batch["row"]):
         loss = session.trainer.compute_loss(session.model, batch, num_items_in_batch=count)
         loss.backward()
     return loss.item()
@@ -128,7 +128,7 @@ def _resumption(settings, data) -> dict[str, float]:
     """How far apart two uninterrupted trainings end, and a resumed one from them, as shares of the way they went."""
     from transformers import TrainerCallback
 
-    from finetune.training import prepare_training
+    from finetune.train.run import prepare_training
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
@@ -163,29 +163,31 @@ def _probabilities(backbone, tokenizer, data) -> list[list[float]]:
     """Of the test rows' labels, by a model that is loaded."""
     import torch
 
-    from finetune import chat, evaluation
+    from finetune.evaluate import score
+    from finetune.model import encode
 
-    prompts = [row.prompt for row in chat.encode(tokenizer, data.test, 1024)]
+    prompts = [row.prompt for row in encode.encode(tokenizer, data.test, 1024)]
     backbone.model.eval()
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        return evaluation.LabelScorer(backbone, tokenizer, 64).score(prompts).tolist()
+        return score.LabelScorer(backbone, tokenizer, 64).score(prompts).tolist()
 
 
 def _load(settings) -> dict:
     """The artefact by plain transformers and peft, and merged where it is an adapter: the same probabilities? And those
     of the base."""
-    from finetune import models, records, segments
+    from finetune import records
     from finetune.data import prepare_data
-    from finetune.merging import merge
-    from finetune.performance import evaluate
+    from finetune.evaluate.merge import merge
+    from finetune.evaluate.run import evaluate
+    from finetune.model import load, packing
 
     data = prepare_data(settings)
     record = evaluate(settings, data, "examine.py")
     rows = records.read_predictions(record, settings.run_folder)
     merged = merge(settings, data) if settings.recipe.adapter else None
-    base = segments.Backbone(models.load_for_evaluation(settings, None))
+    base = packing.Backbone(load.load_for_evaluation(settings, None))
     return {
-        "base": _probabilities(base, models.load_tokenizer(settings), data),
+        "base": _probabilities(base, load.load_tokenizer(settings), data),
         "probabilities": [list(row.probabilities.values()) for row in rows],
         "merged": merged and {"agreement": merged.agreement, "largest_difference": merged.largest_difference},
     }

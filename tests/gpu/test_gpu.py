@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from finetune import embedded, hardware
+from finetune import machine
+from finetune.model import smollm2
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,7 +38,7 @@ CASES = [
 @cache
 def examinations() -> dict[tuple[str, str], Future]:
     """All cases, side by side and shared out to the GPUs: they wait for Python more than for a GPU."""
-    pool, gpus = ThreadPoolExecutor(len(CASES)), hardware.visible_gpus()
+    pool, gpus = ThreadPoolExecutor(len(CASES)), machine.visible_gpus()
     return {case: pool.submit(examine, *case, gpus[number % len(gpus)]) for number, case in enumerate(CASES)}
 
 
@@ -57,7 +58,7 @@ def examine(engine: str, run: str, gpu: str) -> dict:
 
 def result_of(home: str, gpu: str, *arguments: str) -> dict:
     """A process of its own: Unsloth changes transformers for the whole process."""
-    command = [sys.executable, "tests/gpu/examine.py", str(embedded.ensure().resolve()), str(CSV), *arguments]
+    command = [sys.executable, "tests/gpu/examine.py", str(smollm2.ensure().resolve()), str(CSV), *arguments]
     search = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
     own = {"PYTHONPATH": search, "FINETUNE_HOME": home, "CUDA_VISIBLE_DEVICES": gpu}
     # Or each compiles into the same folder, and finds another's files there.
@@ -132,9 +133,9 @@ def test_a_merged_adapter_answers_as_apart(engine, run):
 
 
 def test_flash_and_padded_attend_alike():
-    from finetune import segments
+    from finetune.model import packing
 
-    forest = segments.Forest()
+    forest = packing.Forest()
     root = forest.add(range(27))
     for length in (40, 70, 33, 128, 5):
         forest.add(range(length), root)
@@ -143,7 +144,7 @@ def test_flash_and_padded_attend_alike():
     shape = (row.input_ids.shape[1],)
     states = [torch.randn(*shape, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (28, 4, 4)]
     results = []
-    for kernel in (segments._flash, segments._padded):
+    for kernel in (packing._flash, packing._padded):
         inputs = [state.clone().requires_grad_() for state in states]
         output = kernel(*inputs, row, None)
         output.backward(states[0])

@@ -17,8 +17,8 @@ from finetune.__main__ import main
 from finetune.compare import ablation
 from finetune.compare.ablation import IN_WORDS, Change, NoAblation
 from finetune.compare.comparison import NotComparable, load_folder
-from finetune.recipes import Recipe
-from finetune.settings import Experiment
+from finetune.config.plan import Experiment
+from finetune.config.recipes import Recipe
 
 ANSWER = SETTINGS | {"supervise": "answer", "prompt": "lean", "source": "csv"}
 ALL = ANSWER | {"supervise": "all"}

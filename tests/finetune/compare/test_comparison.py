@@ -10,7 +10,7 @@ from data_prep import DataError
 from finetune import paths, records
 from finetune.compare import comparison
 from finetune.compare.comparison import load, load_folder
-from finetune.settings import plan
+from finetune.config.plan import plan
 
 
 def random_right(accuracy: float, rows: int, seed: int) -> list[bool]:

@@ -12,8 +12,8 @@ from finetune import paths
 from finetune.compare import plots
 from finetune.compare.comparison import load
 from finetune.compare.verdict import decide
+from finetune.config.plan import RUNS
 from finetune.records import LogPoint
-from finetune.settings import RUNS
 from finetune.wording import NAMES
 
 

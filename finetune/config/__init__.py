@@ -1,0 +1,1 @@
+"""What will run: methods, profiles and the plan that they give."""

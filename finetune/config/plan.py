@@ -1,0 +1,281 @@
+"""What will run: profile, experiment and recipe, resolved from defaults, profile, environment and overrides.
+
+Later ones win: default < profile < environment (FINETUNE_LEARNING_RATE=1e-4) < override. An unknown profile,
+parameter or value is refused with the list of what exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from data_prep import UserError
+from finetune import machine, paths
+from finetune.config import embedded
+from finetune.config.profiles import PROFILES, choose_profile
+from finetune.config.recipes import FULL, FULL_UNSLOTH, LORA, QLORA, STRICT, Count, Recipe, check
+
+if TYPE_CHECKING:
+    # It takes most of the time of `import finetune`; a plan needs it for its table alone.
+    import pandas as pd
+
+ENVIRONMENT_PREFIX = "FINETUNE_"
+EVALUATION_ONLY = {"test_rows", "generation_rows", "few_shot_examples", "evaluation_batch_size", "evaluation_kernels"}
+# Settings of the process, not parameters of an experiment.
+NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND"}
+
+
+@dataclass(frozen=True, config=STRICT)
+class Experiment:
+    """What is asked: which model, which rows, which prompt, evaluated how."""
+
+    model: Annotated[str, Field(min_length=1)] = "embedded"
+    """A causal chat model: a hub name, a folder, or `embedded` (SmolLM2-135M-Instruct from a PyPI wheel)."""
+    source: Literal["sample", "csv", "hub"] = "sample"
+    """Where the articles come from."""
+    data_path: str | None = None
+    """The CSV folder for source=csv; a data set's name for source=hub (default fancyzhx/ag_news)."""
+    prompt: Literal["lean", "verbose"] = "lean"
+    """The prompt that precedes every article."""
+    normalise: bool = True
+    """Repair AG News' text artefacts (#39; &lt;b&gt; and backslashes)."""
+    train_rows: Count | None = None
+    """Training rows to use, drawn evenly from the classes; all if not given."""
+    validation_rows: Annotated[int, Field(ge=4)] = 2000
+    """Rows cut from train for validation, where the source has no validation split."""
+    test_rows: Count | None = None
+    """Test rows to use, drawn evenly from the classes; all if not given."""
+    generation_rows: Annotated[int, Field(ge=0)] = 1000
+    """Test rows that are also answered by generation, to compare with scoring; 0 skips it."""
+    few_shot_examples: Annotated[int, Field(ge=1)] = 8
+    """Training rows in the prompt of the few-shot baseline, drawn evenly from the classes."""
+    evaluation_batch_size: Count = 64
+    """Articles per forward pass of the evaluation; the result does not depend on it."""
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of matrix products in training and evaluation; `auto`: bfloat16 on a GPU, the faster of both on a CPU."""
+    evaluation_kernels: Literal["fused", "plain"] = "fused"
+    """Kernels of the evaluation on a GPU: Liger's for norms, rotary embeddings and activations, or PyTorch's."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Seed of a training: the initialisation and the order of the rows."""
+    data_seed: Annotated[int, Field(ge=0)] = 42
+    """Seed of the split and of the row selection, which all trainings of a comparison share."""
+    variant: Annotated[str, Field(pattern="^[a-z0-9-]*$")] = ""
+    """Set by `run --seeds` and `curve`: a folder in the run's own (seed-43, rows-250); empty for the run itself."""
+
+
+# The base model is not trained.
+RUNS: dict[str, Recipe | None] = {
+    "base": None,
+    "full": FULL,
+    "full_unsloth": FULL_UNSLOTH,
+    "lora": LORA,
+    "qlora": QLORA,
+}
+
+
+@plain_dataclass(frozen=True)
+class Settings:
+    """Everything that determines a run, with where each value came from."""
+
+    run: str
+    profile: str
+    profile_reason: str
+    engine: Literal["transformers", "unsloth"]
+    engine_reason: str
+    experiment: Experiment
+    recipe: Recipe | None
+    origins: Mapping[str, str]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All parameters by name."""
+        return asdict(self.experiment) | (asdict(self.recipe) if self.recipe else {})
+
+    @property
+    def digest(self) -> str:
+        """12 hexadecimal digits that change when anything that determines the run changes."""
+        return self._digest_of(self.values)
+
+    @property
+    def training_digest(self) -> str:
+        """The same of what determines the training alone: a model may be evaluated in more ways than one."""
+        return self._digest_of({name: value for name, value in self.values.items() if name not in EVALUATION_ONLY})
+
+    @property
+    def model_name(self) -> str:
+        """The model's name for people."""
+        return embedded.NAME if self.experiment.model == "embedded" else self.experiment.model
+
+    @property
+    def run_folder(self) -> Path:
+        return paths.run_folder(self.profile, self.run, self.experiment.variant)
+
+    @property
+    def state_folder(self) -> Path:
+        return paths.state_folder(self.profile, self.run, self.experiment.variant)
+
+    @property
+    def artefact_folder(self) -> Path:
+        return paths.artefact_folder(self.profile, self.run, self.recipe.adapter, self.experiment.variant)
+
+    def _digest_of(self, values: dict[str, Any]) -> str:
+        content = json.dumps([self.run, self.engine, values], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    def table(self) -> pd.DataFrame:
+        """Parameter, value, origin and meaning, one row a parameter."""
+        import pandas as pd
+
+        rows = [(name, str(value), self.origins[name], meaning(name)) for name, value in self.values.items()]
+        return pd.DataFrame(rows, columns=["parameter", "value", "from", "meaning"]).set_index("parameter")
+
+    def _repr_html_(self) -> str:
+        head = (
+            f"<p><b>{self.run}</b>: profile <code>{self.profile}</code> ({self.profile_reason}); "
+            f"engine <code>{self.engine}</code> ({self.engine_reason})</p>"
+        )
+        return head + self.table().to_html()
+
+
+def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Settle what will run.
+
+    Args:
+        run: `base`, `full`, `full_unsloth`, `lora` or `qlora`.
+        profile: A profile's name, or `auto` to choose by the hardware (or by FINETUNE_PROFILE).
+        overrides: Parameter values that win over everything else.
+
+    Raises:
+        UserError: An unknown run, profile, parameter or value; or an engine that this machine does not have.
+    """
+    if run not in RUNS:
+        raise UserError(f"unknown run '{run}'; the runs are: {', '.join(RUNS)}")
+    recipe = RUNS[run]
+    profile, reason = choose_profile(profile)
+    layers = [
+        (f"profile {profile}", PROFILES[profile].values_for(recipe.method if recipe else None)),
+        ("environment", _from_environment()),
+        ("override", dict(overrides or {})),
+    ]
+    values, origins = _merge(layers)
+    experiment = _build(Experiment, values, None)
+    recipe = _build(Recipe, values, recipe) if recipe else None
+    if recipe:
+        check(recipe, RUNS[run].method)
+        if recipe.weights == "bfloat16" and experiment.compute_dtype == "float32":
+            raise UserError("compute_dtype=float32 contradicts weights=bfloat16: bfloat16 weights multiply in bfloat16")
+    engine, engine_reason = _choose_engine(recipe.engine) if recipe else ("transformers", "evaluation only")
+    if engine == "unsloth" and experiment.compute_dtype == "float32":
+        raise UserError("compute_dtype=float32 needs engine=transformers: Unsloth multiplies in bfloat16")
+    used = {field.name for part in filter(None, (experiment, recipe)) for field in fields(part)}
+    origins = {name: origins.get(name, "default" if name in _names(Experiment) else "recipe") for name in used}
+    return Settings(run, profile, reason, engine, engine_reason, experiment, recipe, origins)
+
+
+def _choose_engine(wanted: str) -> tuple[Literal["transformers", "unsloth"], str]:
+    """The training engine, and why.
+
+    Raises:
+        UserError: Unsloth is asked for by name where there is no CUDA.
+    """
+    if wanted == "transformers":
+        return "transformers", "asked for by name"
+    if not machine.has_cuda():
+        if wanted == "unsloth":
+            raise UnavailableHere(
+                "Unsloth needs an NVIDIA GPU with CUDA and this machine has none; "
+                "fine_tuning_full.ipynb does the same training with transformers + TRL"
+            )
+        return "transformers", "no CUDA on this machine, so transformers + TRL + PEFT instead of Unsloth"
+    return "unsloth", "CUDA is present"
+
+
+def meaning(parameter: str) -> str:
+    """What a parameter is, in a sentence; records may hold some that are none any more."""
+    return (_documentation(Experiment) | _documentation(Recipe)).get(parameter, "A parameter of an earlier version.")
+
+
+class UnavailableHere(UserError):
+    """A step that this machine cannot run; the suite reports it as skipped, with the reason."""
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, str]:
+    """`["learning_rate=1e-4"]` as a dict; values stay text, and are converted when a plan is made."""
+    parsed = {}
+    for assignment in assignments:
+        name, separator, value = assignment.partition("=")
+        if not separator:
+            raise UserError(f"--set {assignment}: write it as name=value")
+        parsed[name.strip()] = value.strip()
+    return parsed
+
+
+def fewer_rows(count: int) -> dict[str, Any]:
+    """The overrides of a training on fewer rows, a point of a learning curve."""
+    return {"train_rows": count, "variant": f"rows-{count}"}
+
+
+def applicable(overrides: Mapping[str, Any], run: str) -> dict[str, Any]:
+    """The overrides that mean something to a run: the base model has no learning rate."""
+    unknown = set(overrides) - _names(Experiment) - _names(Recipe)
+    if unknown:
+        raise UserError(_unknown(unknown.pop(), "override"))
+    return {name: value for name, value in overrides.items() if RUNS[run] or name in _names(Experiment)}
+
+
+def _unknown(name: str, origin: str) -> str:
+    known = sorted(_names(Experiment) | _names(Recipe))
+    return f"unknown parameter '{name}' ({origin}); the parameters are: {', '.join(known)}"
+
+
+def _from_environment() -> dict[str, str]:
+    return {
+        name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for name, value in os.environ.items()
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in NOT_PARAMETERS
+    }
+
+
+def _merge(layers: list[tuple[str, Mapping[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Later layers win; returns values and the layer each came from. Refuses names that no part knows."""
+    known = _names(Experiment) | _names(Recipe)
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        for name, value in layer.items():
+            if name not in known:
+                raise UserError(_unknown(name, origin))
+            values[name] = None if value == "None" else value
+            origins[name] = origin
+    return values, origins
+
+
+def _build(part: type, values: Mapping[str, Any], base: Any) -> Any:
+    """An instance of `part` from the values that it knows, over the fields of `base`."""
+    own = {name: value for name, value in values.items() if name in _names(part)}
+    try:
+        return part(**((asdict(base) if base else {}) | own))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise UserError(
+            f"{name}={first['input']!r} is not possible: {first['msg']} ({_documentation(part)[name]})"
+        ) from error
+
+
+def _names(part: type) -> set[str]:
+    return {field.name for field in fields(part)}
+
+
+def _documentation(part: type) -> dict[str, str]:
+    # In a table, a docstring's line break would be shown as `\n`.
+    return {name: " ".join(field.description.split()) for name, field in part.__pydantic_fields__.items()}

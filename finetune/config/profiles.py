@@ -1,0 +1,114 @@
+"""Profiles: one name for a machine's model, data and sizes. They hold values only; code never asks for a profile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_prep import UserError
+from finetune import machine
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Values for every run, and more for single methods (`full`, `lora`, `qlora`)."""
+
+    purpose: str
+    shared: Mapping[str, Any]
+    by_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def values_for(self, method: str | None) -> dict[str, Any]:
+        return dict(self.shared) | dict(self.by_method.get(method, {}))
+
+
+PROFILES = {
+    "spark": Profile(
+        "Qwen2.5-7B-Instruct on all of AG News, on a DGX Spark or another large CUDA GPU",
+        shared={
+            "model": "unsloth/Qwen2.5-7B-Instruct",
+            "source": "hub",
+            # The update of 8 x 4 articles in one pass: each pass reads all weights, and memory there is slow.
+            "batch_size": 32,
+            "gradient_accumulation_steps": 1,
+        },
+        # fp32 weights and gradients take 61 GB of the 7B model; 8-bit moments add 15 GB where fp32 ones add 61.
+        by_method={"full": {"optimizer": "adamw_8bit"}},
+    ),
+    "gpu": Profile(
+        "The embedded SmolLM2-135M on AG News, on any CUDA GPU",
+        shared={
+            "source": "hub",
+            "article_loss": 0.5,
+            "epochs": 3,
+            "validation_rows": 1000,
+            "batch_size": 64,
+            "gradient_accumulation_steps": 1,
+            "gradient_checkpointing": "off",
+            "cuda_graphs": True,
+            # Scoring is bound by launches too: 512 articles are 40,000 tokens.
+            "evaluation_batch_size": 512,
+            # A run takes seconds; a checkpoint of all weights with their optimiser state takes one or two.
+            "saves": 0,
+            "lora_targets": "all-linear",
+        },
+        # By few trainings, judged on validation rows (results/LOG.md): LoRA's is the highest that was tried, QLoRA's is
+        # LoRA's.
+        by_method={
+            "full": {"learning_rate": 0.0001},
+            "lora": {"learning_rate": 0.002},
+            "qlora": {"learning_rate": 0.002},
+        },
+    ),
+    "cpu": Profile(
+        "The embedded SmolLM2-135M on the built-in sample, on a laptop without a GPU",
+        shared={
+            "train_rows": 192,
+            "batch_size": 8,
+            "gradient_accumulation_steps": 1,
+            "gradient_checkpointing": "off",
+            "lora_targets": "all-linear",
+            # The base model's notebook scores the validation rows of the untrained model.
+            "eval_on_start": False,
+            "evaluations": 2,
+            "saves": 2,
+            "generation_rows": 16,
+            "few_shot_examples": 4,
+            "evaluation_batch_size": 32,
+        },
+        by_method={
+            "full": {"learning_rate": 5e-5},
+            "lora": {"learning_rate": 5e-4},
+            "qlora": {"learning_rate": 5e-4},
+        },
+    ),
+}
+
+# Qwen2.5-7B with fp32 weights, gradients and 8-bit moments needs 76 GB before activations.
+LARGE_GPU_BYTES = 90e9
+
+
+def choose_profile(name: str) -> tuple[str, str]:
+    """The profile to use, and why.
+
+    Raises:
+        UserError: No profile has this name.
+    """
+    reason = "asked for by name"
+    if name == "auto" and "FINETUNE_PROFILE" in os.environ:
+        name, reason = os.environ["FINETUNE_PROFILE"], "FINETUNE_PROFILE in the environment"
+    if name == "auto":
+        return _by_hardware()
+    if name not in PROFILES:
+        raise UserError(f"unknown profile '{name}'; the profiles are: auto, {', '.join(PROFILES)}")
+    return name, reason
+
+
+def _by_hardware() -> tuple[str, str]:
+    if not machine.has_cuda():
+        return "cpu", "chosen: no CUDA on this machine"
+    gpu = machine.gpu_name()
+    memory = machine.total_memory_bytes()
+    size = "spark" if memory >= LARGE_GPU_BYTES else "gpu"
+    return size, f"chosen: {gpu} with {memory / 1e9:.0f} GB"

@@ -1,0 +1,1 @@
+"""Scoring a model, the baselines and a merged adapter on the test rows."""

@@ -1,0 +1,187 @@
+"""Evaluate one run on the test rows, and write what came out into its record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data_prep import LABELS, Example
+from finetune import machine, metrics, paths, records
+from finetune.config.plan import Settings
+from finetune.data import PreparedData
+from finetune.evaluate import score
+from finetune.model import encode, load, packing
+from finetune.model.precision import Precision
+from finetune.wording import percent_interval
+
+# A prompt must fit, whatever it was trained with; no article of AG News comes near this.
+MAX_LENGTH = 1024
+
+
+def evaluate(settings: Settings, data: PreparedData, notebook: str | None = None) -> records.RunRecord:
+    """Evaluate the base model, or the artefact that `notebook` made, and record the result.
+
+    Args:
+        settings: The run; its artefact must have been made with these settings.
+        data: The prepared data; its test rows are judged, and its validation rows scored for what is fitted on them.
+        notebook: The notebook that trains this run, None for the base model.
+
+    Raises:
+        UserError: The artefact does not exist, or was trained with other settings.
+    """
+    training, artefact = None, None
+    if notebook is not None:
+        training, artefact = records.require_artefact(settings, data.reference, notebook)
+    tokenizer = load.load_tokenizer(settings)
+    precision = load.choose_precision(settings)
+    print(f"precision: {precision}")
+    model = load.load_for_evaluation(settings, artefact)
+    machine.reset_peak_memory()
+    digest = training.artefact_digest if training else None
+    result = _evaluate_model(model, precision, tokenizer, settings, data, digest)
+    record = records.new_record(settings, data.reference, training=training, evaluation=result)
+    records.write(record, folder_of(settings))
+    return record
+
+
+def summary(record: records.RunRecord) -> pd.DataFrame:
+    """Accuracy with its interval, macro-F1 and log loss by scoring; the same rows by generation where it ran."""
+    result = record.evaluation
+    rows = {
+        "scoring, all test rows": result.scoring,
+        "scoring, rows without a twin in train": result.without_twins,
+        "generation, valid JSON or wrong": result.generation and result.generation.metrics,
+    }
+    return pd.DataFrame(
+        {
+            name: {
+                "rows": value.rows,
+                "accuracy": f"{value.accuracy:.1%}",
+                "95 % interval": f"{value.accuracy_low:.1%} to {value.accuracy_high:.1%}",
+                "macro-F1": f"{value.macro_f1:.1%}",
+                "its interval": f"{value.macro_f1_low:.1%} to {value.macro_f1_high:.1%}",
+            }
+            for name, value in rows.items()
+            if value
+        }
+    ).T
+
+
+def class_table(record: records.RunRecord) -> pd.DataFrame:
+    """Precision, recall and F1 of each class by scoring, in percent, F1 with its 95 % interval."""
+    rows = {
+        label: {
+            "precision": round(100 * value.precision, 1),
+            "recall": round(100 * value.recall, 1),
+            "F1": round(100 * value.f1, 1),
+            "95 % interval": percent_interval(value.f1_low, value.f1_high),
+        }
+        for label, value in record.evaluation.scoring.classes.items()
+    }
+    return pd.DataFrame(rows).T
+
+
+def confident_errors(record: records.RunRecord, data: PreparedData, rows: int = 8) -> pd.DataFrame:
+    """The wrong answers that the model was surest of, with their text."""
+    articles = {example.id: example.article for example in data.test}
+    wrong = [row for row in _read_predictions(record) if row.prediction != row.label]
+    wrong.sort(key=lambda row: row.probabilities[row.prediction], reverse=True)
+    return pd.DataFrame(
+        {
+            "probability": [f"{row.probabilities[row.prediction]:.2f}" for row in wrong[:rows]],
+            "predicted": [row.prediction for row in wrong[:rows]],
+            "label": [row.label for row in wrong[:rows]],
+            "article": [articles[row.id] for row in wrong[:rows]],
+        }
+    )
+
+
+def _read_predictions(record: records.RunRecord) -> list[records.Prediction]:
+    return records.read_predictions(record, paths.run_folder(record.profile, record.run, record.variant))
+
+
+def folder_of(settings: Settings) -> Path:
+    return settings.run_folder
+
+
+def _evaluate_model(
+    model, precision: Precision, tokenizer, settings: Settings, data: PreparedData, artefact_digest: str | None
+) -> records.Evaluation:
+    experiment, examples, folder = settings.experiment, data.test, folder_of(settings)
+    prompts = _prompts(tokenizer, examples)
+    scorer = score.LabelScorer(packing.Backbone(model), tokenizer, experiment.evaluation_batch_size)
+    probabilities, seconds = score.timed(scorer.score, prompts, progress="scoring")
+    labels, predicted = [example.label for example in examples], score.predicted_labels(probabilities)
+    generation, answers = _generate(model, tokenizer, settings, prompts, labels, predicted)
+    validation = scorer.score(_prompts(tokenizer, data.validation), progress="scoring validation rows")
+    digest = records.write_predictions(_predictions(examples, probabilities, answers), folder)
+    alone = [row for row, example in enumerate(examples) if not example.has_twin]
+    return records.Evaluation(
+        environment=records.environment(),
+        artefact_digest=artefact_digest,
+        seconds=seconds,
+        articles_per_second=len(examples) / seconds,
+        peak_memory_bytes=machine.peak_memory()[0],
+        batch_size=experiment.evaluation_batch_size,
+        dtype=precision.name,
+        precision=str(precision),
+        scoring=metrics.compute(labels, predicted),
+        log_loss=metrics.log_loss(labels, probabilities),
+        without_twins=metrics.compute([labels[r] for r in alone], [predicted[r] for r in alone]) if alone else None,
+        generation=generation,
+        predictions_digest=digest,
+        validation_digest=records.write_predictions(
+            _predictions(data.validation, validation, []), folder, records.VALIDATION
+        ),
+    )
+
+
+def _prompts(tokenizer, examples: list[Example]) -> list[list[int]]:
+    return [row.prompt for row in encode.encode(tokenizer, examples, MAX_LENGTH)]
+
+
+def _generate(
+    model, tokenizer, settings: Settings, prompts: list[list[int]], labels: list[str], scored: list[str]
+) -> tuple[records.Generation | None, list[str]]:
+    """Answers of the first `generation_rows` test rows, and what they are worth."""
+    rows = min(settings.experiment.generation_rows, len(prompts))
+    if rows == 0:
+        print("Generation skipped: generation_rows=0")
+        return None, []
+    answers, seconds = score.timed(
+        score.generate,
+        model,
+        tokenizer,
+        prompts[:rows],
+        settings.experiment.evaluation_batch_size,
+        progress="generating",
+    )
+    parsed = score.parsed_labels(answers)
+    generation = records.Generation(
+        seconds=seconds,
+        valid_share=sum(label is not None for label in parsed) / rows,
+        agreement_with_scoring=sum(a == b for a, b in zip(parsed, scored, strict=False)) / rows,
+        metrics=metrics.compute(labels[:rows], parsed),
+    )
+    return generation, answers
+
+
+def _predictions(examples: list[Example], probabilities: np.ndarray, answers: list[str]) -> list[records.Prediction]:
+    predicted = score.predicted_labels(probabilities)
+    generated = answers + [None] * (len(examples) - len(answers))
+    return [
+        records.Prediction(
+            id=example.id,
+            label=example.label,
+            prediction=predicted[row],
+            # Nine digits keep near ties apart, and the file the same on every run of the same weights.
+            probabilities={
+                label: round(float(value), 9) for label, value in zip(LABELS, probabilities[row], strict=True)
+            },
+            generated=generated[row],
+            has_twin=example.has_twin,
+        )
+        for row, example in enumerate(examples)
+    ]

@@ -1,0 +1,139 @@
+"""Evaluation: exact label probabilities by scoring, and strictly checked answers by generation.
+
+Scoring asks: given that the answer is one of the four, which? Every label's probability is the product of its tokens'
+probabilities after the forced prefix `{"category":"`, up to the closing brace, so labels of different lengths and
+labels that share a first token are compared exactly. One forward pass does a batch: behind what all prompts begin with
+stand the articles, and behind each article the labels, as segments that each see only what stands before them. Only
+the positions that predict a label's token reach the vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from data_prep import LABELS, parse_answer
+from finetune.model.encode import answer_tokens, common_prefix, shared_length
+from finetune.model.packing import Backbone, Forest, Row
+
+# The longest valid answer has about ten tokens; an answer that goes on beyond this is invalid anyway.
+MAX_ANSWER_TOKENS = 16
+
+
+class LabelScorer:
+    """Scores the four labels behind prompts. See the module's docstring for how.
+
+    Args:
+        backbone: The model.
+        tokenizer: Its tokenizer.
+        batch_size: Prompts per forward pass; it does not change the result beyond rounding.
+    """
+
+    def __init__(self, backbone: Backbone, tokenizer, batch_size: int):
+        self.backbone = backbone
+        self.batch_size = batch_size
+        # The closing brace ends an answer; whether eos follows is generation's matter.
+        self.set_answers([answer_tokens(tokenizer, label)[:-1] for label in LABELS])
+
+    def set_answers(self, answers: Sequence[list[int]]) -> None:
+        """The answers to tell apart: token ids, none the beginning of another."""
+        self._prefix = common_prefix(answers)
+        self._endings = [answer[len(self._prefix) :] for answer in answers]
+
+    @torch.inference_mode()
+    def score(self, prompts: Sequence[list[int]], progress: str | None = None) -> np.ndarray:
+        """Probabilities of the labels, shape (prompts, labels), each row adding up to 1.
+
+        Args:
+            prompts: Token ids, each ending where the answer begins.
+            progress: Text of a progress bar; none is shown without it.
+        """
+        shared = shared_length(prompts)
+        scores = []
+        bar = tqdm(total=len(prompts), desc=progress, unit="article", disable=progress is None)
+        for start in range(0, len(prompts), self.batch_size):
+            batch = prompts[start : start + self.batch_size]
+            scores.append(self._score_batch(batch, shared))
+            bar.update(len(batch))
+        bar.close()
+        # Once, at the end: to wait for a batch would leave the GPU idle while the next one is laid out.
+        return torch.cat(scores).double().softmax(dim=1).cpu().numpy()
+
+    def _score_batch(self, prompts: Sequence[list[int]], shared: int) -> torch.Tensor:
+        """Log-probabilities of the labels, shape (prompts, labels), of prompts with `shared` common tokens."""
+        row, places, tokens = self._layout(prompts, shared)
+        hidden = self.backbone(row.to(self.backbone.device))
+        # A place that predicts tokens of several labels reaches the vocabulary once.
+        unique, inverse = np.unique(places, return_inverse=True)
+        logits = self.backbone.head(hidden.index_select(0, _on(unique, hidden)))
+        scores = logits.float().log_softmax(dim=-1)[_on(inverse, hidden), _on(tokens, hidden)]
+        lengths = _on([len(ending) for ending in self._endings] * len(prompts), hidden)
+        sums = torch.segment_reduce(scores, "sum", lengths=lengths)
+        return sums.view(len(prompts), len(self._endings))
+
+    def _layout(self, prompts: Sequence[list[int]], shared: int) -> tuple[Row, list[int], list[int]]:
+        """The row, and for each prompt, label and token of its ending: where it is predicted, and which it is."""
+        forest = Forest()
+        root = forest.add(prompts[0][:shared]) if shared else None
+        places, tokens = [], []
+        for prompt in prompts:
+            stem = forest.add(prompt[shared:] + self._prefix, root)
+            for ending in self._endings:
+                places.append(forest.last(stem))
+                tokens += ending
+                # The last token is predicted, not read.
+                if len(ending) > 1:
+                    branch = forest.last(forest.add(ending[:-1], stem))
+                    places += range(branch - len(ending) + 2, branch + 1)
+        return forest.row(), places, tokens
+
+
+def _on(numbers: Sequence[int] | np.ndarray, tensor: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(numbers), device=tensor.device)
+
+
+@torch.inference_mode()
+def generate(model, tokenizer, prompts: Sequence[list[int]], batch_size: int, progress: str | None = None) -> list[str]:
+    """The model's own answers, decoded greedily, as text without special tokens."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    answers = [""] * len(prompts)
+    bar = tqdm(total=len(prompts), desc=progress, unit="article", disable=progress is None)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = tokenizer.pad(
+            {"input_ids": [prompts[row] for row in rows]}, padding_side="left", return_tensors="pt"
+        ).to(model.device)
+        output = model.generate(
+            **batch,
+            max_new_tokens=MAX_ANSWER_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row, text in zip(rows, texts, strict=True):
+            answers[row] = text
+        bar.update(len(rows))
+    bar.close()
+    return answers
+
+
+def predicted_labels(probabilities: np.ndarray) -> list[str]:
+    """The most probable label of each row of shape (rows, labels)."""
+    return [LABELS[index] for index in probabilities.argmax(axis=1)]
+
+
+def parsed_labels(answers: Sequence[str]) -> list[str | None]:
+    """The label of each generated answer; None where it is not the JSON that was asked for."""
+    return [parse_answer(answer) for answer in answers]
+
+
+def timed(function: Callable, *arguments, **named) -> tuple[object, float]:
+    """A function's result, and the seconds it took."""
+    start = time.perf_counter()
+    result = function(*arguments, **named)
+    return result, time.perf_counter() - start

@@ -1,0 +1,194 @@
+"""The machine: which accelerator, how much memory, and the snapshot of both that every record carries.
+
+torch and pandas are imported where they are asked: a plan and the command line need neither, and both take long.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pynvml
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "bitsandbytes",
+    "unsloth",
+    "unsloth_zoo",
+    "liger-kernel",
+    "torchao",
+    "triton",
+    "scikit-learn",
+    "scipy",
+    "statsmodels",
+    "cleanlab",
+    "numpy",
+)
+
+
+def has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def device() -> str:
+    return "cuda" if has_cuda() else "cpu"
+
+
+def gpu_name() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if has_cuda() else None
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """The GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it.
+
+    PyTorch asks NVML for their number, and makes no CUDA context, which would hold memory on a GPU.
+    """
+    import torch
+
+    if not has_cuda():
+        return ()
+    count = torch.cuda.device_count()
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = map(str, range(count)) if chosen is None else map(str.strip, chosen.split(","))
+    # A name that is no GPU ends the list.
+    return tuple(names)[:count]
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use: its affinity and its control group's limit count."""
+    import joblib
+
+    allowed = os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
+    topology = [Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list") for number in allowed]
+    siblings = {path.read_text() for path in topology if path.is_file()}
+    # joblib reads affinity and control group, but takes the two threads of a core for two.
+    return max(1, min(joblib.cpu_count(), len(siblings) or psutil.cpu_count(logical=False) or 1))
+
+
+def is_unified() -> bool:
+    """Whether GPU and CPU share one memory, as on a DGX Spark."""
+    import torch
+
+    return has_cuda() and bool(torch.cuda.get_device_properties(0).is_integrated)
+
+
+def total_memory_bytes() -> int:
+    """Memory that a model can live in: the GPU's, or the machine's where there is no other."""
+    import torch
+
+    if has_cuda():
+        return torch.cuda.get_device_properties(0).total_memory
+    return psutil.virtual_memory().total
+
+
+def available_memory_bytes() -> int:
+    """Memory that is free for a model now.
+
+    On unified memory the kernel's MemAvailable is right, and CUDA's figure is not: it counts page cache, which the
+    kernel gives back on demand, as used.
+    """
+    import torch
+
+    if has_cuda() and not is_unified():
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
+
+
+def wait_for_gpu() -> None:
+    """Wait until the GPU has done all that it was asked to; returns at once where there is none."""
+    import torch
+
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def reset_peak_memory() -> None:
+    import torch
+
+    if has_cuda():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> tuple[int, str]:
+    """Peak memory in bytes and what was measured: CUDA allocations, or the whole process where there is no GPU."""
+    import torch
+
+    if has_cuda():
+        return torch.cuda.max_memory_allocated(), "CUDA allocations"
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return kilobytes * (1 if platform.system() == "Darwin" else 1024), "resident memory of the process"
+
+
+def snapshot() -> dict[str, str | int | None]:
+    """What a reader needs to know of the machine."""
+    import torch
+
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": gpu_name(),
+        "gpu_memory_bytes": total_memory_bytes() if has_cuda() else None,
+        "cuda": torch.version.cuda if has_cuda() else None,
+        "driver": _driver_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of the packages that a result depends on; None where one is not installed."""
+    return {package: _version(package) for package in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver_version() -> str | None:
+    """The GPU driver's; None without a GPU, or where NVML does not answer."""
+    if not has_cuda():
+        return None
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
+        return None
+
+
+def _cpu_name() -> str:
+    """The processor's name; `platform.processor()` is empty on Linux."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def table() -> pd.DataFrame:
+    """Machine and package versions, for people."""
+    import pandas as pd
+
+    return pd.DataFrame({"": {**snapshot(), **package_versions()}}).dropna()

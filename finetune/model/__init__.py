@@ -1,0 +1,1 @@
+"""Models, their tokens, and the rows that they read."""

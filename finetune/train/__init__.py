@@ -1,0 +1,1 @@
+"""Training a method: its trainer, checks, callbacks and cost."""

@@ -1,0 +1,257 @@
+"""The baselines: trained on the same rows, judged on the same rows, recorded, refused where they are not."""
+
+import json
+import re
+import shlex
+from collections import Counter
+
+import factories
+import pytest
+from factories import right_on, write_run
+
+from data_prep import LABELS, PROMPTS, DataError
+from data_prep.schema import Example
+from data_prep.sources import sample
+from finetune import baseline_records, paths, records
+from finetune.__main__ import main
+from finetune.baseline_records import Baseline
+from finetune.compare import tables
+from finetune.compare.comparison import load, load_folder
+from finetune.config.plan import plan
+from finetune.data import prepare_data
+from finetune.evaluate import baselines
+
+
+def examples(split: str) -> list[Example]:
+    lean = PROMPTS["lean"]
+    return [Example(f"{split}-{n}", lean.render(article)) for n, article in enumerate(sample().articles(split))]
+
+
+def write_baseline(results, place: str, right, has_twin=lambda row: False, **changes):
+    """A baseline as `evaluate` would have left it, at a place in the folder of baselines."""
+    rows = [
+        row.model_copy(update={"probabilities": {}, "has_twin": has_twin(number)})
+        for number, row in enumerate(factories.predictions(right))
+    ]
+    folder, name = results / "baselines" / place, place.split("/")[0]
+    scoring = factories.metrics.compute([row.label for row in rows], [row.prediction for row in rows])
+    values = {
+        "name": name,
+        "description": "as it was made",
+        "model": "a-model" if name == "few_shot" else None,
+        "data": factories.data_reference(len(rows), **changes.pop("data", {})),
+        "environment": factories.environment(),
+        "fit_seconds": 1.5,
+        "validation_accuracy": 0.91,
+        "scoring": scoring,
+        "without_twins": scoring,
+        "predictions_digest": factories.records.write_predictions(rows, folder),
+    }
+    baseline = Baseline(**(values | changes))
+    (folder / "record.json").write_text(baseline.model_dump_json())
+    return baseline
+
+
+class TestEvaluate:
+    @pytest.fixture
+    def evaluated(self, tiny):
+        settings = plan(
+            "base", "cpu", {name: value for name, value in tiny.items() if name not in ("epochs", "evaluations")}
+        )
+        data = prepare_data(settings)
+        return data, baselines.evaluate(settings, data)
+
+    def test_all_are_recorded_with_figures_that_their_predictions_give(self, evaluated):
+        data, table = evaluated
+        found, rows = baseline_records.read_all(paths.results_folder("cpu"))
+        assert list(found) == ["majority", "svm", "few_shot"]
+        for name, baseline in found.items():
+            right = sum(row.prediction == row.label for row in rows[name])
+            assert baseline.scoring.accuracy == pytest.approx(right / 24)
+            assert [row.id for row in rows[name]] == [example.id for example in data.test]
+        assert table.loc["majority class", "accuracy"] == "25.0%"
+        assert found["svm"].fit_seconds > 0 and found["few_shot"].fit_seconds is None
+        model = baselines._svm().fit(*baselines._articles_and_labels(data.train))
+        right = sum(model.predict([row.article for row in data.validation]) == [row.label for row in data.validation])
+        assert found["svm"].validation_accuracy == pytest.approx(right / len(data.validation))
+        # The 32 training rows are eight of each class, so that the first in the alphabet is as frequent as any.
+        assert {row.prediction for row in rows["majority"]} == {"Business"}
+
+    def test_few_shots_are_training_rows(self, evaluated):
+        _, rows = baseline_records.read_all(paths.results_folder("cpu"))
+        assert all(row.probabilities == {} for name in ("majority", "svm") for row in rows[name])
+        assert len({row.prediction for row in rows["few_shot"]}) > 1
+
+
+class TestOnFewerRows:
+    @pytest.fixture
+    def planned(self, tiny):
+        """Settings on the 32 rows of the experiment, or on fewer."""
+        known = {name: value for name, value in tiny.items() if name not in ("epochs", "evaluations")}
+        return lambda **variant: plan("base", "cpu", known | variant)
+
+    @pytest.fixture
+    def curve(self, planned):
+        """The SVM on all rows and on 16 and 8 of them, fitted in this order."""
+        fitted = {}
+        for count in (32, 16, 8):
+            settings = planned() if count == 32 else planned(train_rows=count, variant=f"rows-{count}")
+            fitted[count] = baselines.fit_svm(settings, prepare_data(settings))
+        return fitted
+
+    def read(self):
+        return list(baseline_records.read_svm_curve(paths.results_folder("cpu"))[0].values())
+
+    def test_each_is_recorded_beside_the_one_on_all(self, curve, planned):
+        assert self.read() == [curve[8], curve[16]]
+        assert [fitted.data.train_rows for fitted in self.read()] == [8, 16]
+        rows = prepare_data(planned(train_rows=8, variant="rows-8"))
+        assert Counter(row.label for row in rows.train) == dict.fromkeys(LABELS, 2)
+        model = baselines._svm().fit(*baselines._articles_and_labels(rows.train))
+        answers = model.predict([row.article for row in rows.test])
+        file = paths.results_folder("cpu") / "baselines/svm/rows-8/predictions.jsonl"
+        recorded = records.read_rows(file, curve[8].predictions_digest)
+        assert [row.prediction for row in recorded] == list(answers)
+
+    def test_what_is_fitted_is_known(self, curve, planned, monkeypatch):
+        settings = planned(train_rows=8, variant="rows-8")
+        data = prepare_data(settings)
+        assert baselines.svm_is_fitted(settings, data)
+        assert not baselines.svm_is_fitted(settings, prepare_data(planned(train_rows=16)))
+        assert not baselines.svm_is_fitted(planned(train_rows=4, variant="rows-4"), data)
+        monkeypatch.setattr(baselines, "SVM_DESCRIPTION", "another")
+        assert not baselines.svm_is_fitted(settings, data)
+
+    def test_the_command_fits_what_is_missing_and_says_so(self, tiny, home, monkeypatch, capsys):
+        monkeypatch.delenv("FINETUNE_COMMAND", raising=False)
+        known = [part for name in ("model", "train_rows", "test_rows") for part in ("--set", f"{name}={tiny[name]}")]
+        command = ["curve", "--profile", "cpu", "--only", "svm", *known, "--rows", "8", "--rows", "16"]
+        assert main(command[:-2]) == 0
+        assert re.search(r"the linear SVM on 8 rows: [\d.]+% right", capsys.readouterr().out)
+        assert main(command) == 0
+        printed = capsys.readouterr().out
+        assert "reused: the linear SVM on 8 rows" in printed and "the linear SVM on 16 rows: " in printed
+        record = Baseline.model_validate_json(
+            (paths.results_folder("cpu") / "baselines/svm/rows-8/record.json").read_bytes()
+        )
+        assert record.environment.command == shlex.join(["python", "-m", "finetune", *command[:-2]])
+        assert main([*command, "--rows", "4000"]) == 2
+        assert "there are 32 training rows; ask for fewer than all of them: --rows 16" in capsys.readouterr().err
+
+    def test_without_numbers_the_usual_ones_are_taken_where_there_are_more_rows(self, tiny, home, capsys):
+        known = [part for name in ("model", "test_rows") for part in ("--set", f"{name}={tiny[name]}")]
+        command = ["curve", "--profile", "cpu", "--only", "svm", *known]
+        assert main([*command, "--set", "train_rows=280"]) == 0
+        assert "A learning curve of 250 of 280 training rows" in capsys.readouterr().out
+        assert main([*command, "--set", "train_rows=200"]) == 0
+        assert "A learning curve of 50 and 100 of 200 training rows" in capsys.readouterr().out
+        assert main([*command, "--set", "train_rows=200", "--rows", "250"]) == 2
+        assert "there are 200 training rows; ask for fewer than all of them: --rows 100" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("right", "changes", "said"),
+        [
+            (20, {"data": {"fingerprint": "ffffffffffff"}}, "fingerprint is ffffffffffff, and 0123456789ab in"),
+            (20, {"description": "words only"}, "classifier is words only, and as it was made"),
+            (30, {"scoring": factories.metrics.compute(["World", "Sports"], ["World", "World"])},
+             "record.json: the record of svm/rows-250 holds another accuracy than its predictions give"),
+        ],
+    )  # fmt: skip
+    def test_of_other_data_or_figures_it_is_refused(self, home, right, changes, said):
+        results = paths.results_folder("cpu")
+        write_run(results, "base", right_on(20, 40))
+        write_baseline(results, "svm", right_on(28, 40))
+        write_baseline(results, "svm/rows-250", right_on(right, 40), **changes)
+        with pytest.raises(DataError, match=rf"svm/rows-250.*{said}"):
+            load("cpu")
+
+    def test_on_other_test_rows_it_is_refused(self, home):
+        results = paths.results_folder("cpu")
+        write_run(results, "base", right_on(20, 40))
+        write_baseline(results, "svm", right_on(28, 40))
+        write_baseline(results, "svm/rows-250", right_on(20, 39), data={"test_rows": 40})
+        with pytest.raises(DataError, match="svm/rows-250: test rows and labels is "):
+            load("cpu")
+
+
+def test_the_svm_learns_the_sample():
+    train, test = examples("train"), examples("test")
+    model = baselines._svm().fit([row.article for row in train], [row.label for row in train])
+    assert model.score([row.article for row in test], [row.label for row in test]) > 0.65
+
+
+def test_the_svm_reaches_what_is_known_on_real_rows(ag_news):
+    from data_prep.sources import open_source
+
+    articles = {split: list(open_source("csv", str(ag_news)).articles(split)) for split in ("train", "test")}
+    texts, labels = ([[getattr(a, name) for a in articles[s]] for s in articles] for name in ("text", "label"))
+    model = baselines._svm().fit(texts[0], labels[0])
+    # 92.55 % is published for all 120,000 rows; these are 16,390.
+    assert 0.895 < model.score(texts[1], labels[1]) < 0.925
+
+
+def test_the_prompt_with_examples_is_a_conversation():
+    shots, row = examples("train")[:2], examples("test")[0]
+    prompt = baselines.few_shot_prompt(shots, row)
+    assert [message["role"] for message in prompt] == ["system", "user", "assistant", "user", "assistant", "user"]
+    assert prompt[0] == row.messages[0] and prompt[-1] == row.messages[1]
+    assert [message["content"] for message in prompt[2::2]] == [
+        json.dumps({"category": shot.label}, separators=(",", ":")) for shot in shots
+    ]
+
+
+def test_shots_are_two_of_each_class():
+    shots = baselines.evenly(examples("train"), 8, 42)
+    assert Counter(shot.label for shot in shots) == dict.fromkeys(LABELS, 2)
+
+
+class TestInTheComparison:
+    @pytest.fixture
+    def results(self, home):
+        results = paths.results_folder("cpu")
+        write_run(results, "base", right_on(20, 40))
+        write_run(results, "lora", right_on(36, 40))
+        return results
+
+    def test_they_stand_in_the_table_and_the_svm_is_tested_against(self, results):
+        write_baseline(results, "majority", right_on(10, 40))
+        write_baseline(results, "svm", right_on(28, 40))
+        write_baseline(results, "few_shot", right_on(24, 40))
+        compared = load("cpu")
+        assert list(tables.quality(compared).index) == [
+            "majority class",
+            "TF-IDF + linear SVM",
+            "base model",
+            "base, few-shot",
+            "LoRA",
+        ]
+        assert tables.quality(compared).loc["TF-IDF + linear SVM", "accuracy %"] == "70.0"
+        assert [(pair.first, pair.second) for pair in compared.pairs] == [("lora", "base"), ("lora", "svm")]
+        # Rows 28 to 35 are LoRA's alone: 2/2⁸, the larger of the two.
+        assert compared.pairs[1].corrected_p == pytest.approx(2 / 2**8)
+
+    @pytest.mark.parametrize(
+        ("name", "changes", "said"),
+        [
+            ("svm", {"data": {"fingerprint": "ffffffffffff"}}, "fingerprint is ffffffffffff, and 0123456789ab"),
+            ("svm", {"data": {"train_rows": 500}}, "train_rows is 500, and 1000 in "),
+            ("few_shot", {"data": {"prompt": "verbose-1"}}, "prompt is verbose-1, and lean-1"),
+            ("few_shot", {"model": "another"}, "model is another, and a-model"),
+        ],
+    )
+    def test_of_other_data_they_are_refused(self, results, name, changes, said):
+        write_baseline(results, name, right_on(20, 40), **changes)
+        with pytest.raises(DataError, match=f"baselines/{name}: {said}"):
+            load("cpu")
+
+    def test_on_other_rows_they_are_refused(self, results):
+        write_baseline(results, "svm", right_on(20, 39), data={"test_rows": 40})
+        with pytest.raises(DataError, match="baselines/svm: test rows and labels is "):
+            load("cpu")
+
+    def test_one_of_another_form_is_refused_with_the_field(self, results):
+        write_baseline(results, "svm", right_on(20, 40))
+        path = results / "baselines" / "svm" / "record.json"
+        path.write_text(path.read_text().replace('"fit_seconds":1.5', '"fit_seconds":"one"'))
+        with pytest.raises(DataError, match=r"svm/record\.json: not a baseline of this version \(fit_seconds: "):
+            load_folder(results, "cpu")

@@ -1,0 +1,65 @@
+"""Encoding: what training learns and what evaluation asks are the same tokens."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from data_prep import LABELS, PROMPTS, Article, Example, UserError
+from finetune.model import encode
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def example(description: str, label: str = "World", prompt: str = "lean") -> Example:
+    return Example("test-0", PROMPTS[prompt].render(Article("Title", description, label)))
+
+
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_an_encoded_example_is_the_rendered_chat(tokenizer, label, prompt):
+    one = example("Some description.", label, prompt)
+    [encoded] = encode.encode(tokenizer, [one], 512)
+    rendered = tokenizer.apply_chat_template(one.messages, tokenize=False)
+    assert tokenizer.decode(encoded.prompt + encoded.answer) + "\n" == rendered
+
+
+def test_only_the_answer_carries_loss(tokenizer):
+    [encoded] = encode.encode(tokenizer, [example("Some description.", "Sci/Tech")], 512)
+    labelled = [token for token in encoded.row()["labels"] if token != encode.IGNORED]
+    assert tokenizer.decode(labelled) == '{"category":"Sci/Tech"}<|im_end|>'
+    assert len(encoded.row()["labels"]) == len(encoded.row()["input_ids"]) == len(encoded)
+
+
+@pytest.mark.parametrize("max_length", [100, 128, 200])
+def test_a_long_article_loses_its_end_and_keeps_its_answer(tokenizer, max_length):
+    one = example(" ".join(f"word{number}" for number in range(300)), "Business")
+    [encoded] = encode.encode(tokenizer, [one], max_length)
+    text = tokenizer.decode(encoded.prompt)
+    assert max_length - 12 < len(encoded) <= max_length
+    assert "word0 word1" in text and "word299" not in text
+    assert text.endswith("<|im_start|>assistant\n")
+    assert encoded.answer == encode.answer_tokens(tokenizer, "Business")
+
+
+def test_a_length_that_cannot_hold_the_prompt_is_refused(tokenizer):
+    with pytest.raises(UserError, match=r"max_length leaves \d+ tokens"):
+        encode.encode(tokenizer, [example("word " * 300, prompt="verbose")], 64)
+
+
+def test_counted_tokens_are_the_encoded_ones(tokenizer):
+    examples = [example("Short."), example("A rather longer description, with a comma.", "Sports", "verbose")]
+    counted = encode.count_tokens(tokenizer, [one.messages for one in examples])
+    assert counted == [len(encoded) for encoded in encode.encode(tokenizer, examples, 2000)]
+
+
+def test_loss_on_all_tokens_is_asked_for_by_name(tokenizer):
+    [encoded] = encode.encode(tokenizer, [example("Some description.", "World")], 512)
+    assert encoded.row("all")["labels"] == encoded.row("all")["input_ids"]
+
+
+def test_prompts_share_what_they_begin_with_but_keep_a_token_of_their_own():
+    assert encode.shared_length([[1, 2, 3, 4], [1, 2, 5]]) == 2
+    assert encode.shared_length([[1, 2], [1, 2]]) == 1
+    assert encode.shared_length([[1], [2]]) == 0

@@ -1,0 +1,28 @@
+"""The embedded model: fetched once, whoever asks for it."""
+
+import threading
+
+from finetune.model import smollm2
+
+
+def test_two_who_need_it_at_once_fetch_it_once(home, monkeypatch, capsys):
+    fetching, go_on = threading.Event(), threading.Event()
+    fetched = []
+
+    def download(scratch):
+        fetched.append(scratch)
+        fetching.set()
+        go_on.wait(60)
+
+    monkeypatch.setattr(smollm2, "_download", download)
+    monkeypatch.setattr(smollm2, "_convert", lambda gguf, target: target.mkdir())
+    first, second = (threading.Thread(target=smollm2.ensure) for _ in range(2))
+    first.start()
+    assert fetching.wait(60)
+    second.start()
+    while "Waiting for SmolLM2-135M-Instruct: another process fetches it" not in capsys.readouterr().out:
+        assert second.is_alive()
+    go_on.set()
+    first.join()
+    second.join()
+    assert smollm2.folder().is_dir() and len(fetched) == 1

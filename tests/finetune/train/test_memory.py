@@ -1,0 +1,64 @@
+"""The question whether a training fits, before it starts."""
+
+from dataclasses import replace
+
+import pytest
+from transformers import Qwen2Config
+
+from data_prep import UserError
+from finetune import machine, plan
+from finetune.config.recipes import FULL, LORA
+from finetune.train import memory
+
+SEVEN_BILLION = 7_615_616_512
+
+
+@pytest.mark.parametrize(
+    ("recipe", "trainable", "gigabytes"),
+    [
+        # fp32 gradients and two fp32 moments: 12 bytes a weight.
+        (FULL, SEVEN_BILLION, 91.4),
+        # fp32 gradients and two moments of a byte: 6.
+        (replace(FULL, optimizer="adamw_8bit"), SEVEN_BILLION, 45.7),
+        (replace(FULL, weights="bfloat16"), SEVEN_BILLION, 45.7),
+        (replace(FULL, optimizer="adamw_8bit", update_in_backward=True), SEVEN_BILLION, 15.2),
+        (LORA, 40_000_000, 0.48),
+    ],
+)
+def test_bytes_a_weight(recipe, trainable, gigabytes):
+    assert memory.still_needed_bytes(recipe, trainable) / 1e9 == pytest.approx(gigabytes, rel=0.01)
+
+
+def test_a_training_that_cannot_fit_is_refused_with_the_figures():
+    too_many = machine.available_memory_bytes()
+    with pytest.raises(UserError, match=r"cannot fit: [\d.]+ GB for gradients and optimiser.* GB free"):
+        memory.require_room(FULL, too_many)
+
+
+def test_one_that_fits_says_what_is_free():
+    assert memory.require_room(LORA, 1_000_000).startswith("0.0 GB for gradients and optimiser, activations on top; ")
+
+
+@pytest.mark.parametrize(
+    ("change", "free", "mode"),
+    [
+        # 32 articles of 100 tokens in the 7B shape: 19.9 GB of activations beside 15.9 for the model, 0.5 GB for the
+        # loss on answers, or 4.9 on all tokens.
+        ({}, 40.5e9, "off"),
+        ({}, 37.5e9, "plain"),
+        ({"supervise": "all"}, 40.5e9, "plain"),
+        ({"article_loss": 0.5}, 40.5e9, "plain"),
+        ({"supervise": "all"}, 46e9, "off"),
+        ({"batch_size": 8, "gradient_accumulation_steps": 4}, 24e9, "off"),
+        ({"gradient_checkpointing": "off"}, 1e9, "off"),
+    ],
+)
+def test_activations_are_kept_where_they_fit(monkeypatch, change, free, mode):
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: free)
+    shape = Qwen2Config(
+        vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    settings = plan("lora", "spark", {"lora_targets": "all-linear"} | change)
+    chosen = memory.choose_checkpointing(settings, shape, [100] * 64)
+    assert chosen.mode == mode, chosen.reason
