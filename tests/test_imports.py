@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "compare": COMMON | {"baseline_records", "config", "metrics", "records"},
 }
 # They put the rest together.
-ENTRIES = {"__init__", "__main__", "kernels", "keys", "runner"}
+ENTRIES = {"__init__", "activity", "__main__", "kernels", "keys", "runner"}
 WITHOUT_TORCH = [
     "finetune",
     "finetune.records",

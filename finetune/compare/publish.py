@@ -13,7 +13,7 @@ from data_prep import DataError, UserError
 from data_prep.store import replacing
 from finetune import paths, records
 from finetune.baseline_records import Baseline
-from finetune.compare import ablation, comparison, mistakes, report, tables, verdict
+from finetune.compare import ablation, comparison, mistakes, pages, report, tables, verdict
 from finetune.compare.ablation import Ablation, NoAblation
 from finetune.compare.comparison import Comparison, NotComparable
 from finetune.wording import markdown
@@ -151,8 +151,10 @@ def write_report(name: str, margin: float = verdict.MARGIN, save: str = "time") 
 
 
 def with_results(page: str, references: References | None = None) -> str:
-    """A page with every block of results made anew: `<!-- summary:NAME -->`, `<!-- results:NAME -->` or
-    `<!-- contrast:NAME:OTHER -->`, each to `<!-- /KIND -->`.
+    """A page with every generated block made anew, each to `<!-- /KIND -->`.
+
+    From records: `<!-- summary:NAME -->`, `<!-- results:NAME -->`, `<!-- contrast:NAME:OTHER -->`. From the code:
+    `<!-- parameters -->`, `<!-- modules -->`.
 
     Raises:
         DataError: A block names a folder that is not there.
@@ -166,12 +168,19 @@ def with_results(page: str, references: References | None = None) -> str:
 
         pattern = rf"(?P<head><!-- {kind}:(?P<names>[\w:-]+) -->\n).*?(?P<tail><!-- /{kind} -->)"
         page = re.sub(pattern, block, page, flags=re.DOTALL)
+    for kind, written in (("parameters", pages.parameters), ("modules", pages.modules)):
+        head, tail = f"<!-- {kind} -->\n", f"<!-- /{kind} -->"
+        if head in page and tail in page:
+            page = page.partition(head)[0] + head + written() + tail + page.partition(tail)[2]
     return page
 
 
 def summary_text(compared: Comparison) -> str:
-    """Verdict and table in Markdown."""
-    return f"{verdict.decide(compared)}\n\n{_table(tables.summary(compared))}\n"
+    """Verdict and table in Markdown, narrow enough for the first page."""
+    table = tables.summary(compared).drop(columns="seeds", errors="ignore")
+    accuracy = table.pop("accuracy %") + " (" + table.pop("95 % interval") + ")"
+    table.insert(0, "accuracy % (95 % interval)", accuracy)
+    return f"**{verdict.decide(compared)}**\n\n{_table(table)}\n"
 
 
 def results_text(compared: Comparison) -> str:

@@ -130,8 +130,8 @@ def test_the_usage_is_the_truth(script):
     assert described == set(re.findall(r"^cmd_(\w+)\(\)", text, re.M)) | {"help"}
     codes = {int(code) for code in re.findall(r"\bfail (\d+)", text)} | {3}
     assert codes == {int(code) for code in re.findall(r"(?<=\s)(\d+) [a-zA-Z]", usage.split("exit codes")[1])}
-    readme = (REPO / "README.md").read_text().partition("### When something is wrong")[2]
-    assert codes - {2, 3} == {int(code) for code in re.findall(r"\((\d\d)[,)]", readme)}
+    page = (REPO / "docs" / "container.md").read_text().partition("## When something is wrong")[2]
+    assert codes - {2, 3} == {int(code) for code in re.findall(r"\((\d\d)[,)]", page)}
 
 
 def test_no_docker(script, bare_path):

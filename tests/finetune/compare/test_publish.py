@@ -93,7 +93,8 @@ class TestPublish:
         assert "| TF-IDF + linear SVM | 70.0 | 54.6 to 81.9 | - | 2 s | - | - |" in text
         # Of the first seed alone.
         assert "| LoRA | 90.0 | 76.9 to 96.0 | +40.0 |" in text
-        assert f"<!-- summary:agnews -->\n{decide(compared)}\n\n|  | accuracy % |" in page.read_text()
+        assert f"<!-- summary:agnews -->\n**{decide(compared)}**\n\n|  | accuracy % (" in page.read_text()
+        assert f"| LoRA | {100 * accuracy:.1f} ({100 * low:.1f} to {100 * high:.1f}) | " in page.read_text()
         assert publish.regenerate() == []
 
     def test_what_was_published_before_is_replaced_and_other_files_stay(self, public, results):
