@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
@@ -100,29 +101,30 @@ class Kernels:
             client.create_kernel_manager()
             client.km.kernel_spec_manager = KernelSpecManager(kernel_dirs=[str(Path(self._scratch.name, "kernels"))])
         errors: list[BaseException] = []
+        # Not Thread.join: interrupted, it takes a thread that runs for one that has ended (CPython 3.11, bpo-45274).
+        ended = threading.Event()
 
         def run() -> None:
             try:
                 client.execute(env=dict(os.environ))
             except BaseException as error:  # re-raised below, in the thread that waits
                 errors.append(error)
+            ended.set()
 
         # In the main thread nbclient 0.11 takes SIGINT for itself, shuts the kernel down twice and ends in an
         # AssertionError.
-        thread = threading.Thread(target=run)
-        thread.start()
+        threading.Thread(target=run).start()
         try:
-            while thread.is_alive():
-                thread.join(1)
+            while not ended.wait(1):
                 every_second()
         except KeyboardInterrupt:
             # Again and again: one gets lost in a kernel that has not begun with its cell, or in a library that swallows
             # it while it is imported.
-            while thread.is_alive():
+            while not ended.is_set():
                 # A kernel that has just ended has no manager, or none that can reach it; it needs no interrupt.
                 with contextlib.suppress(RuntimeError, AttributeError):
                     run_sync(client.km.interrupt_kernel)()
-                thread.join(SECONDS_BETWEEN_INTERRUPTS)
+                ended.wait(SECONDS_BETWEEN_INTERRUPTS)
             raise
         finally:
             # nbclient 0.11 leaves it behind where a kernel did not start: the process would end in a traceback.
@@ -214,6 +216,8 @@ def _become_kernel(connection: socket.socket, request: dict, descriptors: list[i
         os._exit(1)
 
     threading.Thread(target=end_with_proxy, daemon=True).start()
+    # pandas counts columns otherwise in a terminal, which this was when it was imported.
+    pandas.set_option("display.max_columns", 20)
     from ipykernel.kernelapp import launch_new_instance
 
     try:

@@ -257,7 +257,8 @@ class Suite:
         cells = [cell.source for cell in _notebook(step).cells if cell.cell_type == "code"]
         parts = [
             *(cell.encode() for cell in cells),
-            (plan.training_digest if step.kind == "train" else plan.digest).encode(),
+            # The comparison has no settings of its own: the records that it reads hold those of the runs.
+            {"train": plan.training_digest, "evaluate": plan.digest, "compare": ""}[step.kind].encode(),
             manifest.read_bytes() if manifest.is_file() else b"",
             *(keys.code(path) for path in sorted(keys.sources(step.kind))),
             *self._reads(step),

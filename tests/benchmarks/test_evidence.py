@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import evidence
 from finetune.compare import publish
+from finetune.config.profiles import PROFILES
 from finetune.model import smollm2
 
 GPU = ["--profile", "gpu", "--set", "source=csv", "--set", "data_path=/data/ag_news"]
@@ -34,7 +35,7 @@ def commands(home, monkeypatch) -> list[tuple[str, str]]:
 
 def test_with_a_gpu_each_set_changes_one_thing(commands, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(evidence.settings.PROFILES["gpu"].shared, "article_loss", 0.5)
+    monkeypatch.setitem(PROFILES["gpu"].shared, "article_loss", 0.5)
     assert evidence.main([*GPU, "--publish"]) == 1
     common = "--profile gpu --set source=csv --set data_path=/data/ag_news"
     runs = "--only base --only full --only lora --only qlora"

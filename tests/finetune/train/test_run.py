@@ -174,7 +174,7 @@ def _data(overrides: dict):
 
 
 def test_the_record_counts_what_was_trained(tiny):
-    session = session_of("lora", tiny | {"epochs": 2})
+    session = session_of("lora", tiny | {"epochs": 2, "eval_on_start": True})
     record = session.run()
     training = record.training
     real = sum(len(row["input_ids"]) for row in session.trainer.train_dataset)
@@ -311,7 +311,7 @@ def test_a_merged_model_predicts_what_base_and_adapter_do(tiny, run):
     stale = record.model_copy(update={"training": again})
     assert records.read_merged(stale, settings.run_folder) is None, "the adapter was trained again since"
     folder = paths.home() / result.artefact
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=load.choose_precision(settings).dtype)
     assert not any("lora" in name for name, _ in model.named_parameters())
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = encode.encode_prompts(tokenizer, [example.prompt for example in data.test])
