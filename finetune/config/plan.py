@@ -173,6 +173,8 @@ def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = 
         check(recipe, RUNS[run].method)
         if recipe.weights == "bfloat16" and experiment.compute_dtype == "float32":
             raise UserError("compute_dtype=float32 contradicts weights=bfloat16: bfloat16 weights multiply in bfloat16")
+        if recipe.cuda_graphs and experiment.compute_dtype == "float32":
+            raise UserError("compute_dtype=float32 needs cuda_graphs=False: attention in float32 cannot be recorded")
     engine, engine_reason = _choose_engine(recipe.engine) if recipe else ("transformers", "evaluation only")
     if engine == "unsloth" and experiment.compute_dtype == "float32":
         raise UserError("compute_dtype=float32 needs engine=transformers: Unsloth multiplies in bfloat16")

@@ -54,14 +54,14 @@ def load_tokenizer(settings: Settings):
 def choose_attention(settings: Settings) -> Attention:
     """The attention that training runs, with its reason."""
     if settings.recipe.packing:
-        return _packed_attention()
+        return _packed_attention(choose_precision(settings).dtype)
     return Attention("sdpa", "packing is off: padded batches")
 
 
-def _packed_attention() -> Attention:
-    if packing.kernel_for(torch.empty(1, 1, 1, 64, device=machine.device(), dtype=torch.bfloat16)) == "flash":
+def _packed_attention(dtype: torch.dtype) -> Attention:
+    if packing.kernel_for(torch.empty(1, 1, 1, 64, device=machine.device(), dtype=dtype)) == "flash":
         return Attention("flash", "FlashAttention-2 of PyTorch, all articles of a row at once")
-    lacking = "a GPU of compute capability 8.0 or later" if machine.has_cuda() else "a GPU"
+    lacking = "bfloat16 and a GPU of compute capability 8.0 or later" if machine.has_cuda() else "a GPU"
     return Attention("padded", f"articles of similar length together, in fp32: FlashAttention needs {lacking}")
 
 
