@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -187,7 +188,11 @@ def serve(address: str) -> None:
         message, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
         while not message.endswith(b"\n"):
             message += connection.recv(1 << 20)
-        kernel = os.fork()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of a fork beside threads: here the idle ones of OpenBLAS and Arrow, which both libraries
+            # prepare for it.
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            kernel = os.fork()
         if kernel == 0:
             _become_kernel(connection, json.loads(message), descriptors, listener)
         connection.sendall(f"{kernel}\n".encode())

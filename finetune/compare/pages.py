@@ -16,7 +16,13 @@ from finetune.config.recipes import Recipe
 from finetune.wording import NAMES, markdown
 
 # The other folders hold no packages.
-PACKAGES = ("data_prep", "finetune", "finetune/compare", "benchmarks")
+# In the order of the imports.
+PACKAGES = (
+    "data_prep",
+    "finetune",
+    *(f"finetune/{part}" for part in ("config", "model", "train", "evaluate", "compare")),
+    "benchmarks",
+)
 
 
 def parameters() -> str:
