@@ -76,7 +76,7 @@ def with_env(script, workdir, bare_path):
     def run(text, *words, **settings):
         (other / ".env").write_bytes(text.encode())
         os.chown(other / ".env", USER, USER)
-        result = script(*words, root=other, **{"PATH": bare_path, "MIN_FREE_GIB": "", **settings})
+        result = script(*words, root=other, **{"PATH": bare_path, "MIN_FREE_GIB": "", "JUPYTER_PORT": "", **settings})
         assert (other / ".env").read_bytes() == text.encode()
         return result
 
