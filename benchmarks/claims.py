@@ -48,6 +48,6 @@ def _fits(record: SpeedRecord, *keys: str) -> Finding:
     if missing := record.lacking(*keys):
         return missing, NOT_MEASURED
     before, after = record.measured(*keys)
-    shown = f"{after.recipe.batch_size} articles at once take {after.peak_gib:.1f} GiB with it; "
-    shown += f"{before.recipe.batch_size} take {before.peak_gib:.1f} without"
+    shown = f"{after.recipe.per_device_train_batch_size} articles at once take {after.peak_gib:.1f} GiB with it; "
+    shown += f"{before.recipe.per_device_train_batch_size} take {before.peak_gib:.1f} without"
     return shown, "yes" if after.peak_gib <= before.peak_gib else "no"

@@ -55,7 +55,7 @@ class RecordSet:
 SETS = (
     RecordSet(runs=("full", "full_unsloth", "lora", "qlora"), is_main=True),
     RecordSet("-answer", {"article_loss": 0.0}),
-    RecordSet("-answer-all", {"article_loss": 0.0, "supervise": "all"}),
+    RecordSet("-answer-all", {"article_loss": 0.0, "completion_only_loss": False}),
     RecordSet("-verbose", {"prompt": "verbose"}),
     RecordSet("-transformers", {"engine": "transformers"}, ("lora", "qlora")),
 )

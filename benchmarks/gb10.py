@@ -35,7 +35,12 @@ MEMORY_BYTES = 121.69 * GIB
 # The same articles with the lean prompt, with its beginning shared, and with the verbose prompt: they give the lengths.
 LENGTH_ROWS = ("lean", "shared", "answer")
 # What others trained on a GB10, and their hours: 8 x 4 rows of 512 tokens without padding.
-OTHERS_SETUP = {"supervise": "all", "gradient_checkpointing": "plain", "weights": "bfloat16", "optimizer": "adamw_8bit"}
+OTHERS_SETUP = {
+    "completion_only_loss": False,
+    "gradient_checkpointing": "plain",
+    "dtype": "bfloat16",
+    "optim": "adamw_8bit",
+}
 OTHERS_TOKENS = 8 * 512
 OTHERS = {"full": "about 10 h; 8 h 36 min", "LoRA": "5 h 51 min"}
 
@@ -64,7 +69,9 @@ class Method:
         if recomputes(recipe):
             return record.measured(*self.recomputing)[:1]
         rows = record.measured(*self.kept)
-        return rows[:1] + [row for row in rows[1:] if row.recipe.batch_size >= recipe.batch_size]
+        return rows[:1] + [
+            row for row in rows[1:] if row.recipe.per_device_train_batch_size >= recipe.per_device_train_batch_size
+        ]
 
 
 FULL_ROWS = {"kept": ("full", "full_checkpointing"), "recomputing": ("full_checkpointing", "full")}
@@ -82,7 +89,7 @@ METHODS = {
         checks=("qlora_graphs_16x4", "qlora_graphs_8x8", "qlora_checkpointing"),
     ),
     "full": Method("full", **FULL_ROWS, checks=("full_checkpointing",)),
-    "full, bf16 weights": Method("full", **FULL_ROWS, changes={"weights": "bfloat16"}),
+    "full, bf16 weights": Method("full", **FULL_ROWS, changes={"dtype": "bfloat16"}),
 }
 
 
@@ -112,7 +119,7 @@ def lengths(record: SpeedRecord) -> dict[str, tuple[float, float]]:
     if missing := record.lacking(*LENGTH_ROWS):
         raise UserError(f"an article's tokens come from rows that have no figures ({missing})")
     lean, shared, verbose = record.measured(*LENGTH_ROWS)
-    at_once = shared.recipe.batch_size
+    at_once = shared.recipe.per_device_train_batch_size
     beginning = (lean.computed_per_article - shared.computed_per_article) / (1 - 1 / at_once)
     own = lean.computed_per_article - beginning
     return {"lean": (beginning, own), "verbose": (verbose.computed_per_article - own, own)}
@@ -170,11 +177,11 @@ def hours_table(record: SpeedRecord) -> pd.DataFrame:
     lines = []
     for name, method in METHODS.items():
         profile = recipe_of(method.run, PROFILES["spark"].values_for(RUNS[method.run].method) | method.changes)
-        update = profile.batch_size * profile.gradient_accumulation_steps
+        update = profile.per_device_train_batch_size * profile.gradient_accumulation_steps
         for articles in (8, update, 2 * update):
             tokens = {prompt: shared + articles * own for prompt, (shared, own) in lengths(record).items()}
             passes = max(1, update // articles)
-            recipe = replace(profile, batch_size=articles, gradient_accumulation_steps=passes)
+            recipe = replace(profile, per_device_train_batch_size=articles, gradient_accumulation_steps=passes)
             recipe = settled(recipe, tokens["lean"])
             sources, apart = method.sources(record, recipe), "-"
             if sources:
@@ -206,7 +213,11 @@ def checks_table(record: SpeedRecord) -> pd.DataFrame:
             for row in record.measured(*method.checks):
                 # Refuses a row that is faster than the GPU can be.
                 share_of(record, row)
-                machine, work, articles = machine_of(record, row), work_of_row(row), row.recipe.batch_size
+                machine, work, articles = (
+                    machine_of(record, row),
+                    work_of_row(row),
+                    row.recipe.per_device_train_batch_size,
+                )
                 waits = 0 if row.recipe.cuda_graphs else host_seconds(record)
                 speed = articles / max(work.seconds(machine, share_of(record, source)), waits)
                 limit, measured = articles / work.seconds(machine, 1), row.articles_per_second

@@ -17,10 +17,10 @@ QWEN_7B = {
     "tie_word_embeddings": False,
 }
 
-SEED_BATCH = {"batch_size": 8, "gradient_accumulation_steps": 4}
-LARGE_BATCH = {"batch_size": 64, "gradient_accumulation_steps": 1}
-LARGER_BATCH = {"batch_size": 128, "gradient_accumulation_steps": 1}
-ALL_LINEAR = {"lora_targets": "all-linear"}
+SEED_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+LARGE_BATCH = {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 1}
+LARGER_BATCH = {"per_device_train_batch_size": 128, "gradient_accumulation_steps": 1}
+ALL_LINEAR = {"target_modules": "all-linear"}
 
 
 @dataclass(frozen=True)
@@ -48,24 +48,26 @@ class Rung:
     share: bool = True
 
 
-FIRST = SEED_BATCH | ALL_LINEAR | {"prompt": "verbose", "supervise": "all", "gradient_checkpointing": "plain"}
-FIRST |= {"cuda_graphs": False, "fused_kernels": False, "offload_embedding": "off", "article_loss": 0.0}
+FIRST = (
+    SEED_BATCH | ALL_LINEAR | {"prompt": "verbose", "completion_only_loss": False, "gradient_checkpointing": "plain"}
+)
+FIRST |= {"cuda_graphs": False, "use_liger_kernel": False, "offload_embedding": "off", "article_loss": 0.0}
 PLAIN = {"trainer": "trl", "engine": "transformers"}
 PACK = {"packing": True, "max_length": 512}
 UNSLOTH = FIRST | {"gradient_checkpointing": "unsloth"}
 KEPT = UNSLOTH | {"gradient_checkpointing": "off"}
-LEAN = KEPT | {"supervise": "answer", "prompt": "lean"}
+LEAN = KEPT | {"completion_only_loss": True, "prompt": "lean"}
 BEST = LEAN | LARGE_BATCH
 PEER = BEST | {"gradient_checkpointing": "plain"}
 THRIFTY = BEST | {"gradient_checkpointing": "plain", "offload_embedding": "on"}
 THRIFTY_UNSLOTH = THRIFTY | {"gradient_checkpointing": "unsloth"}
 GRAPHS = {"cuda_graphs": True, "offload_embedding": "on"}
-GRAPHS_16 = BEST | GRAPHS | {"batch_size": 16, "gradient_accumulation_steps": 4}
-GRAPHS_8 = BEST | GRAPHS | {"batch_size": 8, "gradient_accumulation_steps": 8}
-FULL = BEST | {"weights": "bfloat16", "optimizer": "adamw_8bit", "gradient_accumulation_steps": 2}
-FULL_LIGER = FULL | {"fused_kernels": True}
+GRAPHS_16 = BEST | GRAPHS | {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4}
+GRAPHS_8 = BEST | GRAPHS | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8}
+FULL = BEST | {"dtype": "bfloat16", "optim": "adamw_8bit", "gradient_accumulation_steps": 2}
+FULL_LIGER = FULL | {"use_liger_kernel": True}
 IN_BACKWARD = FULL_LIGER | {"gradient_accumulation_steps": 1, "update_in_backward": True}
-FOUR_BIT = {"optimizer": "adamw_4bit_stochastic", "gradient_checkpointing": "plain"}
+FOUR_BIT = {"optim": "adamw_torch_4bit", "optim_args": "bf16_stochastic_round=True", "gradient_checkpointing": "plain"}
 
 PARTS: dict[str, tuple[Rung, ...]] = {
     "plain": (
@@ -80,13 +82,13 @@ PARTS: dict[str, tuple[Rung, ...]] = {
         Rung("trl_packed", "+ TRL's packing, rows of 512", "lora", FIRST, options=PACK, **PLAIN),
         Rung("peer_checkpointing", "peer: TRL + PEFT, tuned, checkpointing", "lora", PEER, **PLAIN),
         Rung("peer", "peer: TRL + PEFT, tuned, no checkpointing", "lora", BEST, **PLAIN),
-        Rung("peer_liger", "peer: the same with Liger's kernels", "lora", BEST | {"fused_kernels": True}, **PLAIN),
+        Rung("peer_liger", "peer: the same with Liger's kernels", "lora", BEST | {"use_liger_kernel": True}, **PLAIN),
     ),
     "lora": (
         Rung("unsloth_seed", "+ Unsloth's kernels and checkpointing", "lora", UNSLOTH, "trl", options=PACK),
         Rung("flash", "+ flash attention over whole articles", "lora", UNSLOTH, share=False),
         Rung("kept", "+ no checkpointing", "lora", KEPT, share=False),
-        Rung("answer", "+ loss on the answer alone", "lora", KEPT | {"supervise": "answer"}, share=False),
+        Rung("answer", "+ loss on the answer alone", "lora", KEPT | {"completion_only_loss": True}, share=False),
         Rung("lean", "+ lean prompt", "lora", LEAN, share=False),
         Rung("shared", "+ common beginning computed once", "lora", LEAN),
         Rung("batch", "+ 64 articles at once", "lora", BEST),
@@ -121,7 +123,7 @@ PARTS: dict[str, tuple[Rung, ...]] = {
             "qlora_unsloth_checkpointing_96",
             "QLoRA, 96 articles at once, Unsloth's checkpointing, embeddings on the host",
             "qlora",
-            THRIFTY_UNSLOTH | {"batch_size": 96},
+            THRIFTY_UNSLOTH | {"per_device_train_batch_size": 96},
         ),
         Rung(
             "qlora_unsloth_checkpointing_128",
@@ -158,7 +160,7 @@ PARTS: dict[str, tuple[Rung, ...]] = {
             "full_in_backward_checkpointing",
             "full, 256 x 1 articles, the same, + checkpointing",
             "full",
-            IN_BACKWARD | {"gradient_checkpointing": "plain", "batch_size": 256},
+            IN_BACKWARD | {"gradient_checkpointing": "plain", "per_device_train_batch_size": 256},
             engine="transformers",
         ),
         Rung(

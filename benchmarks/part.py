@@ -103,9 +103,11 @@ def _training(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
         "seed": 1,
         "engine": rung.engine,
     }
-    wanted["train_rows"] = (WARM_STEPS + TIMED_STEPS) * wanted["batch_size"] * wanted["gradient_accumulation_steps"]
+    wanted["train_rows"] = (
+        (WARM_STEPS + TIMED_STEPS) * wanted["per_device_train_batch_size"] * wanted["gradient_accumulation_steps"]
+    )
     wanted.setdefault("cudnn_benchmark", False)
-    plan = plan_training(rung.run, "gpu", wanted | {"evaluations": 1})
+    plan = plan_training(rung.run, "gpu", wanted | {"eval_steps": 1.0})
     import torch
 
     from finetune.model import load
@@ -158,17 +160,17 @@ def _trl_trainer(rung: Rung, plan, data):
     rows = encode.encode(tokenizer, data.train, recipe.max_length)
     arguments = SFTConfig(
         output_dir="/tmp/throughput",
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=recipe.per_device_train_batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         learning_rate=recipe.learning_rate,
-        optim=recipe.optimizer,
+        optim=recipe.optim,
         bf16=True,
         gradient_checkpointing=recipe.gradient_checkpointing != "off",
         report_to=[],
         **({"train_sampling_strategy": "group_by_length"} if not rung.options else {}),
         **rung.options,
     )
-    dataset = Dataset.from_list([row.row(recipe.supervise) for row in rows])
+    dataset = Dataset.from_list([row.row(recipe.completion_only_loss) for row in rows])
     return SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
 
 
@@ -294,7 +296,7 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     for prompt, batch, kernels in ladder.SCORED:
         wanted = {"model": options.model, "source": "csv", "data_path": options.csv, "prompt": prompt}
-        wanted |= {"test_rows": 2048, "evaluation_batch_size": batch, "evaluation_kernels": kernels}
+        wanted |= {"test_rows": 2048, "per_device_eval_batch_size": batch, "evaluation_kernels": kernels}
         settings = plan("base", "gpu", wanted)
         data = data_of(settings, options.scratch)
         tokenizer = load.load_tokenizer(settings)

@@ -107,7 +107,7 @@ def read(path: Path) -> SpeedRecord:
     words = {None: None, "OutOfMemoryError": "out of memory"}
     rows["failure"] = [words.get(kind, f"failed ({kind})") for kind in kinds]
     rows["computed_per_article"] = rows.computed_per_second / rows.articles_per_second
-    batches = [recipe.batch_size if recipe else np.nan for recipe in rows.recipe]
+    batches = [recipe.per_device_train_batch_size if recipe else np.nan for recipe in rows.recipe]
     rows["seconds"] = batches / rows.articles_per_second
     return record
 

@@ -207,7 +207,7 @@ def spread(record: SpeedRecord, other: SpeedRecord) -> dict[str, float]:
     trained = record.rows[record.rows.recipe.notna()]
     ratio = trained.articles_per_second / other.rows.articles_per_second.reindex(trained.index)
     gain = np.maximum(ratio, 1 / ratio) - 1
-    is_large = np.array([recipe.batch_size >= 64 for recipe in trained.recipe])
+    is_large = np.array([recipe.per_device_train_batch_size >= 64 for recipe in trained.recipe])
     return {"small": gain[~is_large].max(), "large": gain[is_large].max()}
 
 

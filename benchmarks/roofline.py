@@ -85,7 +85,7 @@ def work_of(recipe: Recipe, articles: float, tokens: float) -> Work:
         tokens: Tokens computed for all of them.
     """
     layers, weights = SHAPE.in_layers, SHAPE.parameters
-    supervised = tokens if recipe.supervise == "all" else ANSWER_TOKENS * articles
+    supervised = tokens if not recipe.completion_only_loss else ANSWER_TOKENS * articles
     # Forwards, backwards to the inputs, and forwards again where activations are recomputed.
     passes = 3 if recomputes(recipe) else 2
     # Backwards to the weights, where they are trained.
@@ -99,14 +99,14 @@ def work_of(recipe: Recipe, articles: float, tokens: float) -> Work:
     # An update reads the gradients three times (norm, clipping, optimiser) and writes them once. It reads and writes
     # weights and moments.
     updated = SHAPE.adapter_parameters(recipe) if recipe.adapter else weights
-    each = 4 if recipe.adapter else memory.BYTES[recipe.weights]
-    moments = memory.MOMENTS * memory.MOMENT_BYTES.get(recipe.optimizer, each)
+    each = 4 if recipe.adapter else memory.BYTES[recipe.dtype]
+    moments = memory.MOMENTS * memory.MOMENT_BYTES.get(recipe.optim, each)
     apart = updated * (4 * each + 2 * (each + moments)) / recipe.gradient_accumulation_steps
     if recipe.load_in_4bit:
         apart += layers * passes * (PACKED + UNPACKED)
     elif not recipe.adapter:
         # fp32 weights are cast to bf16, and their gradients back.
-        apart += weights * 12 * (recipe.weights == "float32")
+        apart += weights * 12 * (recipe.dtype == "float32")
         # The first micro-batch of an update leaves its gradients where they are; every other one adds its own.
         apart += weights * 3 * each * (1 - 1 / recipe.gradient_accumulation_steps)
     return Work(flops, streamed, apart)
@@ -114,7 +114,7 @@ def work_of(recipe: Recipe, articles: float, tokens: float) -> Work:
 
 def work_of_row(row: pd.Series) -> Work:
     """What a micro-batch of a measured training asked for."""
-    articles = row.recipe.batch_size
+    articles = row.recipe.per_device_train_batch_size
     return work_of(row.recipe, articles, articles * row.computed_per_article)
 
 
@@ -145,7 +145,7 @@ def share_of(record: SpeedRecord, row: pd.Series) -> float:
         raise UserError(f"`{row.name}` was measured on {row.parameters:,.0f} parameters, not on all of the 7B shape")
     machine, work = machine_of(record, row), work_of_row(row)
     if row.seconds < work.seconds(machine, 1):
-        limit = row.recipe.batch_size / work.seconds(machine, 1)
+        limit = row.recipe.per_device_train_batch_size / work.seconds(machine, 1)
         raise UserError(
             f"`{row.name}` is faster than {limit:.0f} articles/s, all that this GPU could do: the measurement or the "
             "model in benchmarks/roofline.py is wrong"

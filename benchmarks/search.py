@@ -1,7 +1,7 @@
 """Search hyper-parameters on validation rows: train every combination of a grid, and never look at a test row.
 
     python -m benchmarks.search full --profile gpu --set source=csv --set data_path=FOLDER \\
-        --grid learning_rate=5e-5,1e-4 --grid weights=bfloat16,float32 --try learning_rate=1e-3,epochs=3 \\
+        --grid learning_rate=5e-5,1e-4 --grid dtype=bfloat16,float32 --try learning_rate=1e-3,num_train_epochs=3 \\
         --out results/search-full.json
 
 Writes one line of JSON for each training: its settings, final validation accuracy and log loss, seconds and peak
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     os.environ["FINETUNE_COMMAND"] = shlex.join(["python", "-m", "benchmarks.search", *sys.argv[1:]])
     try:
-        asked = {"saves": 0} | parse_assignments(options.assignments)
+        asked = {"save_steps": 0.0} | parse_assignments(options.assignments)
         wanted = combinations(options.grid) + tries(options.tries)
         # All before the first training: a wrong value must not end a search that has run for an hour.
         planned = [plan_training(options.run, options.profile, asked | each) for each in wanted]

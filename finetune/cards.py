@@ -111,12 +111,12 @@ def _prompt_form(settings: Settings) -> list[Message]:
 
 _TOLD = (
     "learning_rate",
-    "epochs",
-    "batch_size",
+    "num_train_epochs",
+    "per_device_train_batch_size",
     "gradient_accumulation_steps",
-    "lora_rank",
+    "r",
     "lora_alpha",
-    "lora_targets",
-    "weights",
+    "target_modules",
+    "dtype",
     "seed",
 )

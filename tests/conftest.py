@@ -98,6 +98,6 @@ def tiny(home, tiny_model) -> dict[str, object]:
         "train_rows": 32,
         "test_rows": 24,
         "generation_rows": 8,
-        "epochs": 1,
-        "evaluations": 2,
+        "num_train_epochs": 1,
+        "eval_steps": 0.5,
     }

@@ -26,13 +26,21 @@ IN_WORDS = {
     "article_loss": {0.0: "no auxiliary loss", 0.5: "an auxiliary loss of weight 0.5"},
     "cuda_graphs": {True: "steps as CUDA graphs", False: "steps without CUDA graphs"},
     "engine": {"transformers": "training with transformers", "unsloth": "training with Unsloth"},
-    "lora_targets": {"attention": "adapters on attention alone", "all-linear": "adapters on attention and MLP"},
     "normalise": {True: "repaired texts", False: "texts as they came"},
     "packing": {True: "packed rows", False: "padded batches"},
     "prompt": {"lean": "the lean prompt", "verbose": "the verbose prompt"},
-    "supervise": {"answer": "loss on the answer alone", "all": "loss on all tokens"},
-    "weights": {"bfloat16": "weights held in bfloat16", "float32": "weights held in float32"},
+    "completion_only_loss": {True: "loss on the answer alone", False: "loss on all tokens"},
+    "dtype": {"bfloat16": "weights held in bfloat16", "float32": "weights held in float32"},
 }
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def _in_words(name: str, value: Any) -> str | None:
+    if name == "target_modules":
+        return "adapters on attention alone" if value == ATTENTION else "adapters on attention and MLP"
+    return IN_WORDS.get(name, {}).get(value)
 
 
 class NoAblation(UserError):
@@ -50,7 +58,7 @@ class Change:
     @property
     def title(self) -> str:
         """`Loss on all tokens instead of loss on the answer alone`."""
-        words, others = (IN_WORDS.get(self.name, {}).get(value) for value in (self.value, self.other))
+        words, others = (_in_words(self.name, value) for value in (self.value, self.other))
         if words and others:
             return sentence(f"{words} instead of {others}")
         return f"With {self.name}={self.value} instead of {self.name}={self.other}"

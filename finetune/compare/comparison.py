@@ -25,7 +25,7 @@ from finetune.records import Merged, Prediction, RunRecord, Training
 from finetune.wording import NAMES
 
 # How a run is evaluated, but for its test rows: this may differ.
-HARMLESS = {"evaluation_batch_size", "generation_rows"}
+HARMLESS = {"per_device_eval_batch_size", "generation_rows"}
 # What a run with another seed, or on fewer rows, may differ in from its run.
 VARIED = {"seed": {"seed", "variant"} | HARMLESS, "rows": {"train_rows", "variant"} | HARMLESS}
 

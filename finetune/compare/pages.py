@@ -66,7 +66,7 @@ def _cell(values: Mapping[str, Any]) -> str:
     """One value, or each with the runs that have it."""
     runs: dict[Any, list[str]] = {}
     for run, value in values.items():
-        runs.setdefault(value, []).append(NAMES[run])
+        runs.setdefault(str(value), []).append(NAMES[run])
     shown = {value: "empty" if value == "" else f"`{value}`" for value in runs}
     if len(runs) == 1:
         return next(iter(shown.values()))

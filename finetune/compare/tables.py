@@ -18,7 +18,7 @@ from finetune.compare import mistakes
 from finetune.compare.calibration import COVERAGES, Calibration, Scores
 from finetune.compare.comparison import Comparison, CurvePoint
 from finetune.compare.stats import Pair
-from finetune.config.recipes import Recipe
+from finetune.config.recipes import ADAPTER_ONLY, Recipe
 from finetune.metrics import accuracy_interval
 from finetune.records import Environment, RunRecord, Training
 from finetune.wording import NAMES, duration, extent, format_p, interval_of, one_decimal, percent, percent_interval
@@ -343,7 +343,7 @@ def recipes(comparison: Comparison) -> tuple[pd.DataFrame, dict[str, str]]:
     known = [field.name for field in fields(Recipe) if any(field.name in of.settings for of in tuned.values())]
 
     def value(name: str, record: RunRecord) -> str:
-        if name.startswith("lora_") and not record.settings.get("adapter"):
+        if name in ADAPTER_ONLY and not record.settings.get("adapter"):
             return "-"
         # What ran, where it was left to the suite.
         return str(record.engine if name == "engine" else record.settings.get(name, "-"))

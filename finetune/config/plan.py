@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ENVIRONMENT_PREFIX = "FINETUNE_"
-EVALUATION_ONLY = {"test_rows", "generation_rows", "few_shot_examples", "evaluation_batch_size", "evaluation_kernels"}
+EVALUATION_ONLY = {
+    "test_rows",
+    "generation_rows",
+    "few_shot_examples",
+    "per_device_eval_batch_size",
+    "evaluation_kernels",
+}
 # Settings of the process, not parameters of an experiment.
 NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND"}
 
@@ -58,7 +64,7 @@ class Experiment:
     """Test rows that are also answered by generation, to compare with scoring; 0 skips it."""
     few_shot_examples: Annotated[int, Field(ge=1)] = 8
     """Training rows in the prompt of the few-shot baseline, drawn evenly from the classes."""
-    evaluation_batch_size: Count = 64
+    per_device_eval_batch_size: Count = 64
     """Articles per forward pass of the evaluation; the result does not depend on it."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type of matrix products in training and evaluation; `auto`: bfloat16 on a GPU, the faster of both on a CPU."""
@@ -171,8 +177,8 @@ def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = 
     recipe = _build(Recipe, values, recipe) if recipe else None
     if recipe:
         check(recipe, RUNS[run].method)
-        if recipe.weights == "bfloat16" and experiment.compute_dtype == "float32":
-            raise UserError("compute_dtype=float32 contradicts weights=bfloat16: bfloat16 weights multiply in bfloat16")
+        if recipe.dtype == "bfloat16" and experiment.compute_dtype == "float32":
+            raise UserError("compute_dtype=float32 contradicts dtype=bfloat16: bfloat16 weights multiply in bfloat16")
         if recipe.cuda_graphs and experiment.compute_dtype == "float32":
             raise UserError("compute_dtype=float32 needs cuda_graphs=False: attention in float32 cannot be recorded")
     engine, engine_reason = _choose_engine(recipe.engine) if recipe else ("transformers", "evaluation only")

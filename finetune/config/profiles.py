@@ -30,28 +30,28 @@ PROFILES = {
             "model": "unsloth/Qwen2.5-7B-Instruct",
             "source": "hub",
             # The update of 8 x 4 articles in one pass: each pass reads all weights, and memory there is slow.
-            "batch_size": 32,
+            "per_device_train_batch_size": 32,
             "gradient_accumulation_steps": 1,
         },
         # fp32 weights and gradients take 61 GB of the 7B model; 8-bit moments add 15 GB where fp32 ones add 61.
-        by_method={"full": {"optimizer": "adamw_8bit"}},
+        by_method={"full": {"optim": "adamw_8bit"}},
     ),
     "gpu": Profile(
         "The embedded SmolLM2-135M on AG News, on any CUDA GPU",
         shared={
             "source": "hub",
             "article_loss": 0.5,
-            "epochs": 3,
+            "num_train_epochs": 3,
             "validation_rows": 1000,
-            "batch_size": 64,
+            "per_device_train_batch_size": 64,
             "gradient_accumulation_steps": 1,
             "gradient_checkpointing": "off",
             "cuda_graphs": True,
             # Scoring is bound by launches too: 512 articles are 40,000 tokens.
-            "evaluation_batch_size": 512,
+            "per_device_eval_batch_size": 512,
             # A run takes seconds; a checkpoint of all weights with their optimiser state takes one or two.
-            "saves": 0,
-            "lora_targets": "all-linear",
+            "save_steps": 0.0,
+            "target_modules": "all-linear",
         },
         # By few trainings, judged on validation rows (results/LOG.md): LoRA's is the highest that was tried, QLoRA's is
         # LoRA's.
@@ -65,17 +65,17 @@ PROFILES = {
         "The embedded SmolLM2-135M on the built-in sample, on a laptop without a GPU",
         shared={
             # All 288 training rows: after 192 of them LoRA was not yet better than the base model by a paired test.
-            "batch_size": 8,
+            "per_device_train_batch_size": 8,
             "gradient_accumulation_steps": 1,
             "gradient_checkpointing": "off",
-            "lora_targets": "all-linear",
+            "target_modules": "all-linear",
             # The base model's notebook scores the validation rows of the untrained model.
             "eval_on_start": False,
-            "evaluations": 2,
-            "saves": 2,
+            "eval_steps": 0.5,
+            "save_steps": 0.5,
             "generation_rows": 16,
             "few_shot_examples": 4,
-            "evaluation_batch_size": 32,
+            "per_device_eval_batch_size": 32,
         },
         by_method={
             "full": {"learning_rate": 5e-5},

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from data_prep import UserError
@@ -18,7 +18,16 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_8bit_stochastic", "adamw_4bit_stochastic"]
+# Parameters that mean nothing where all weights are trained.
+ADAPTER_ONLY = {"r", "lora_alpha", "lora_dropout", "target_modules"}
+Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_torch_8bit", "adamw_torch_4bit"]
+
+
+def _names(value: Any) -> Any:
+    """Names of modules; `q_proj,v_proj` is how a command line writes them."""
+    if isinstance(value, str) and value != "all-linear":
+        return [name.strip() for name in value.split(",") if name.strip()]
+    return value
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -33,34 +42,36 @@ class Recipe:
     """Hold the base weights in 4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023)."""
     learning_rate: Positive = 2e-4
     """Peak learning rate."""
-    epochs: Positive = 1.0
+    num_train_epochs: Positive = 1.0
     """Passes over the training rows."""
-    batch_size: Count = 8
+    per_device_train_batch_size: Count = 8
     """Articles in one forward pass."""
     gradient_accumulation_steps: Count = 4
-    """Forward passes per optimiser step; an update sees batch_size x gradient_accumulation_steps articles."""
+    """Forward passes per optimiser step; an update sees per_device_train_batch_size x as many articles."""
     max_length: Annotated[int, Field(ge=64)] = 512
     """Tokens of an article with its prompt and answer; a longer article is shortened, its answer never."""
     packing: bool = True
     """Join a batch into one row without padding, and compute once what all prompts begin with; changes no result."""
-    supervise: Literal["answer", "all"] = "answer"
-    """Which tokens carry loss: the answer's, or the prompt's and the article's too."""
+    completion_only_loss: bool = True
+    """Only the answer's tokens carry loss; False: the prompt's and the article's too."""
     article_loss: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the article's own loss beside the answer's, each a mean over tokens: language modelling as an auxiliary
     objective (Radford et al. 2018)."""
-    label_smoothing: Share = 0.0
+    label_smoothing_factor: Share = 0.0
     """Share of each target that goes to the other tokens of the vocabulary (Szegedy et al. 2016)."""
-    weights: Literal["auto", "bfloat16", "float32"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type that the model's weights are held in; `auto`: the type of the products. Adapters are always held in
     float32."""
-    optimizer: Optimizer = "adamw_torch_fused"
-    """AdamW; `adamw_8bit` (bitsandbytes) holds its two moments in a byte each, `adamw_8bit_stochastic` (torchao) also
-    rounds bfloat16 weights up or down at random, so that small updates count on average; `adamw_4bit_stochastic` does
-    the same with moments of half a byte."""
-    lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    optim: Optimizer = "adamw_torch_fused"
+    """AdamW; `adamw_8bit` (bitsandbytes) and `adamw_torch_8bit` (torchao) hold its two moments in a byte each,
+    `adamw_torch_4bit` in half a byte."""
+    optim_args: str | None = None
+    """Options of the optimiser. torchao's rounds bfloat16 weights up or down at random with
+    `bf16_stochastic_round=True`, so that small updates count on average."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after the warm-up."""
-    warmup_share: Share = 0.03
-    """Share of the steps in which the learning rate rises to its peak."""
+    warmup_steps: Share = 0.03
+    """Share of all steps in which the learning rate rises to its peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay."""
     max_grad_norm: Positive = 1.0
@@ -72,7 +83,7 @@ class Recipe:
     """Recompute activations in the backward pass to save memory; `auto`: only where they would not fit."""
     cuda_graphs: bool = False
     """Replay each step as one CUDA graph: several times the speed for small models, nothing for large ones."""
-    fused_kernels: bool = True
+    use_liger_kernel: bool = True
     """Norms, rotary embeddings and the MLP's activation as one kernel each (Liger), where transformers trains on CUDA;
     Unsloth brings its own."""
     offload_embedding: Literal["auto", "on", "off"] = "auto"
@@ -80,20 +91,22 @@ class Recipe:
     gradient checkpointing, where the GPU has a memory of its own."""
     cudnn_benchmark: bool = True
     """Let cuDNN time its algorithms and keep the fastest; it governs convolutions, and a GPU alone."""
-    lora_rank: Count = 16
+    r: Count = 16
     """Rank of the adapter's matrices."""
     lora_alpha: Count = 32
-    """The adapter's output is scaled by lora_alpha / lora_rank."""
+    """The adapter's output is scaled by lora_alpha / r."""
     lora_dropout: Share = 0.0
     """Dropout before the adapter; Unsloth's kernels need 0."""
-    lora_targets: Literal["attention", "all-linear"] = "attention"
-    """Which projections get an adapter: q, k, v and o, or the MLP's gate, up and down too."""
-    evaluations: Count = 4
-    """How often validation accuracy is measured during the training, the end included."""
+    target_modules: Annotated[list[str] | Literal["all-linear"], BeforeValidator(_names)] = Field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
+    """Which projections get an adapter: their names, or `all-linear` for all but the output layer."""
+    eval_steps: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of the steps after which validation accuracy is measured, again and again, and at the end."""
     eval_on_start: bool = True
     """Measure it before the first step too; with CUDA graphs it always is."""
-    saves: Annotated[int, Field(ge=0)] = 4
-    """How often a checkpoint is written that an interrupted run resumes from; 0: never."""
+    save_steps: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Share of the steps after which a checkpoint is written that an interrupted run resumes from; 0: never."""
 
     @property
     def method(self) -> str:
@@ -101,15 +114,10 @@ class Recipe:
             return "full"
         return "qlora" if self.load_in_4bit else "lora"
 
-    @property
-    def target_modules(self) -> list[str]:
-        attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
-        return attention if self.lora_targets == "attention" else [*attention, "gate_proj", "up_proj", "down_proj"]
-
 
 # bfloat16 has 8 bits of precision: an update below 1/256 of a weight is lost. With fp32 weights the same run ended
 # 4.1 points higher on AG News (SmolLM2-135M, 514 steps, learning rate 5e-5).
-FULL = Recipe(adapter=False, engine="transformers", learning_rate=2e-5, weights="float32")
+FULL = Recipe(adapter=False, engine="transformers", learning_rate=2e-5, dtype="float32")
 FULL_UNSLOTH = replace(FULL, engine="unsloth")
 LORA = Recipe(adapter=True)
 QLORA = replace(LORA, load_in_4bit=True)
@@ -130,10 +138,12 @@ def check(recipe: Recipe, method: str) -> None:
             f"adapter={recipe.adapter} and load_in_4bit={recipe.load_in_4bit} make this a {recipe.method} run, "
             f"not {method}; choose the run instead"
         )
-    if recipe.load_in_4bit and recipe.weights == "float32":
-        raise UserError("load_in_4bit=True contradicts weights=float32")
-    if not recipe.packing and (recipe.article_loss or recipe.label_smoothing):
-        raise UserError("article_loss and label_smoothing need packing=True: the loss of padded batches is TRL's own")
+    if recipe.load_in_4bit and recipe.dtype == "float32":
+        raise UserError("load_in_4bit=True contradicts dtype=float32")
+    if not recipe.packing and (recipe.article_loss or recipe.label_smoothing_factor):
+        raise UserError(
+            "article_loss and label_smoothing_factor need packing=True: the loss of padded batches is TRL's own"
+        )
     if recipe.update_in_backward:
         _check_update_in_backward(recipe)
 

@@ -99,7 +99,7 @@ def _few_shot(settings: Settings, data: PreparedData) -> Baseline:
     model = load.load_for_evaluation(settings, None)
     shots = evenly(data.train, settings.experiment.few_shot_examples, settings.experiment.data_seed)
     prompts = encode.encode_prompts(tokenizer, [few_shot_prompt(shots, row) for row in data.test])
-    scorer = score.LabelScorer(packing.Backbone(model), tokenizer, settings.experiment.evaluation_batch_size)
+    scorer = score.LabelScorer(packing.Backbone(model), tokenizer, settings.experiment.per_device_eval_batch_size)
     predicted = score.predicted_labels(scorer.score(prompts, progress="scoring with examples"))
     description = f"the untuned model with {len(shots)} training rows and their answers in the prompt"
     model_name = settings.model_name

@@ -46,7 +46,7 @@ def merge(settings: Settings, data: PreparedData) -> records.Merged:
         )
     model.to(products)
     prompts = [row.prompt for row in encode.encode(tokenizer, data.test, MAX_LENGTH)]
-    scorer = score.LabelScorer(packing.Backbone(model), tokenizer, settings.experiment.evaluation_batch_size)
+    scorer = score.LabelScorer(packing.Backbone(model), tokenizer, settings.experiment.per_device_eval_batch_size)
     probabilities = scorer.score(prompts, progress="scoring")
     predicted = score.predicted_labels(probabilities)
     known = np.array([[row.probabilities[label] for label in LABELS] for row in before])

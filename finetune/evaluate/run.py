@@ -111,7 +111,7 @@ def _evaluate_model(
 ) -> records.Evaluation:
     experiment, examples, folder = settings.experiment, data.test, folder_of(settings)
     prompts = _prompts(tokenizer, examples)
-    scorer = score.LabelScorer(packing.Backbone(model), tokenizer, experiment.evaluation_batch_size)
+    scorer = score.LabelScorer(packing.Backbone(model), tokenizer, experiment.per_device_eval_batch_size)
     probabilities, seconds = score.timed(scorer.score, prompts, progress="scoring")
     labels, predicted = [example.label for example in examples], score.predicted_labels(probabilities)
     generation, answers = _generate(model, tokenizer, settings, prompts, labels, predicted)
@@ -124,7 +124,7 @@ def _evaluate_model(
         seconds=seconds,
         articles_per_second=len(examples) / seconds,
         peak_memory_bytes=machine.peak_memory()[0],
-        batch_size=experiment.evaluation_batch_size,
+        batch_size=experiment.per_device_eval_batch_size,
         dtype=precision.name,
         precision=str(precision),
         scoring=metrics.compute(labels, predicted),
@@ -155,7 +155,7 @@ def _generate(
         model,
         tokenizer,
         prompts[:rows],
-        settings.experiment.evaluation_batch_size,
+        settings.experiment.per_device_eval_batch_size,
         progress="generating",
     )
     parsed = score.parsed_labels(answers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from data_prep import LABELS, Example, UserError, answer_for
 from data_prep.schema import Message
@@ -19,9 +18,9 @@ class Encoded:
     prompt: list[int]
     answer: list[int]
 
-    def row(self, supervise: Literal["answer", "all"] = "answer") -> dict[str, list[int]]:
+    def row(self, completion_only_loss: bool = True) -> dict[str, list[int]]:
         """Training row: `input_ids`, and `labels` that carry loss on the answer, or on all tokens."""
-        prompt = self.prompt if supervise == "all" else [IGNORED] * len(self.prompt)
+        prompt = [IGNORED] * len(self.prompt) if completion_only_loss else self.prompt
         return {"input_ids": self.prompt + self.answer, "labels": prompt + self.answer}
 
     def __len__(self) -> int:

@@ -76,7 +76,7 @@ def configuration(settings: Settings):
 
 def choose_precision(settings: Settings) -> Precision:
     """The type of all matrix products of a run, in training and evaluation."""
-    if settings.recipe and settings.recipe.weights == "bfloat16":
+    if settings.recipe and settings.recipe.dtype == "bfloat16":
         return precision.choose("bfloat16", 0)
     hidden = configuration(settings).get_text_config().hidden_size
     return precision.choose(settings.experiment.compute_dtype, hidden)
@@ -92,19 +92,19 @@ def load_for_training(settings: Settings, checkpointing: str = "off"):
     """
     if settings.engine == "unsloth":
         return unsloth.load_for_training(settings, {"unsloth": "unsloth", "plain": True, "off": False}[checkpointing])
-    compute, weights = choose_precision(settings).name, settings.recipe.weights
+    compute, weights = choose_precision(settings).name, settings.recipe.dtype
     # What is only read lies in the type that it is multiplied in, so that no step converts it.
     model = _load_plain(
         model_path(settings), compute if weights == "auto" else weights, compute, settings.recipe.load_in_4bit
     )
     if uses_liger(settings):
-        _fuse_kernels(model, "fused_kernels=False")
+        _fuse_kernels(model, "use_liger_kernel=False")
     return _with_adapter(model, settings) if settings.recipe.adapter else model
 
 
 def uses_liger(settings: Settings) -> bool:
     """Whether Liger's kernels replace the model's own: Triton needs CUDA, and Unsloth has others."""
-    return settings.recipe.fused_kernels and settings.engine == "transformers" and machine.has_cuda()
+    return settings.recipe.use_liger_kernel and settings.engine == "transformers" and machine.has_cuda()
 
 
 def _fuse_kernels(model, otherwise: str) -> None:
@@ -235,7 +235,7 @@ def _with_adapter(model, settings: Settings):
     return get_peft_model(
         model,
         LoraConfig(
-            r=recipe.lora_rank,
+            r=recipe.r,
             lora_alpha=recipe.lora_alpha,
             lora_dropout=recipe.lora_dropout,
             target_modules=recipe.target_modules,

@@ -14,6 +14,8 @@ from finetune.config.recipes import Recipe
 from finetune.model import packing
 from finetune.model.hub import loading, model_path
 
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
 
 @functools.cache
 def import_unsloth() -> None:
@@ -49,7 +51,7 @@ def load_for_training(settings: Settings, checkpointing: str | bool):
             full_finetuning=not recipe.adapter,
             dtype=torch.bfloat16,
             # Unsloth's name for fp32 weights under bf16 products.
-            float32_mixed_precision=recipe.weights == "float32",
+            float32_mixed_precision=recipe.dtype == "float32",
             use_gradient_checkpointing=checkpointing,
             offload_embedding=_offloads_embedding(recipe, bool(checkpointing)),
         )
@@ -57,10 +59,11 @@ def load_for_training(settings: Settings, checkpointing: str | bool):
         return model
     return FastLanguageModel.get_peft_model(
         model,
-        r=recipe.lora_rank,
+        r=recipe.r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
-        target_modules=recipe.target_modules,
+        # It knows `all-linear` by other names.
+        target_modules=ALL_LINEAR if recipe.target_modules == "all-linear" else recipe.target_modules,
         use_gradient_checkpointing=checkpointing,
         random_state=settings.experiment.seed,
     )

@@ -111,11 +111,11 @@ class ValidationWatch(TrainerCallback):
         encoded: Sequence[encode.Encoded],
         settings: Settings,
     ):
-        self._scorer = score.LabelScorer(backbone, tokenizer, settings.experiment.evaluation_batch_size)
+        self._scorer = score.LabelScorer(backbone, tokenizer, settings.experiment.per_device_eval_batch_size)
         self._precision = precision
         self._labels = [example.label for example in examples]
         self._prompts = [row.prompt for row in encoded]
-        self._times = settings.recipe.evaluations
+        self._share = settings.recipe.eval_steps
         self._on_start = settings.recipe.eval_on_start or settings.recipe.cuda_graphs
 
     def on_train_begin(self, args, state, control, model=None, **_) -> None:
@@ -126,7 +126,7 @@ class ValidationWatch(TrainerCallback):
             self._validate(model, control)
 
     def on_step_end(self, args, state, control, model=None, **_) -> None:
-        if state.global_step in _spread(state.max_steps, self._times):
+        if state.global_step in _spread(state.max_steps, self._share):
             self._validate(model, control)
 
     def _validate(self, model, control) -> None:
@@ -157,10 +157,10 @@ class StopOnNonFiniteLoss(TrainerCallback):
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
             raise UserError(
-                f"the loss became {loss} at step {state.global_step}; lower learning_rate, or set weights=float32"
+                f"the loss became {loss} at step {state.global_step}; lower learning_rate, or set dtype=float32"
             )
 
 
-def _spread(steps: int, times: int) -> set[int]:
-    """`times` steps, evenly spread, the last among them."""
-    return {max(1, round(steps * part / times)) for part in range(1, times + 1)}
+def _spread(steps: int, share: float) -> set[int]:
+    """The steps after each `share` of all, and the last."""
+    return {max(1, round(steps * min(1.0, share * part))) for part in range(1, math.ceil(1 / share) + 1)}

@@ -20,9 +20,7 @@ from finetune.config.recipes import Recipe
 BYTES = {"auto": 2, "bfloat16": 2, "float32": 4}
 # AdamW's two moments: in the trained weights' precision, or in what the optimiser's name says.
 MOMENTS = 2
-MOMENT_BYTES = {"adamw_8bit": 1, "adamw_8bit_stochastic": 1, "adamw_4bit_stochastic": 0.5}
-
-
+MOMENT_BYTES = {"adamw_8bit": 1, "adamw_torch_8bit": 1, "adamw_torch_4bit": 0.5}
 # Tokens of an answer.
 ANSWER = 10
 # Memory that nothing here foresees: the allocator's fragments, kernels' workspaces, the CUDA context.
@@ -51,15 +49,18 @@ def choose_checkpointing(settings: Settings, configuration, lengths: Sequence[in
         return Checkpointing("plain", "Unsloth's needs the Unsloth engine")
     if recipe.gradient_checkpointing != "auto":
         return Checkpointing(recipe.gradient_checkpointing, "asked for")
-    longest = sum(sorted(lengths)[-recipe.batch_size :])
+    longest = sum(sorted(lengths)[-recipe.per_device_train_batch_size :])
     held = model_bytes(recipe, configuration)
     activations = activation_bytes(configuration, longest, settings.engine)
-    activations += logit_bytes(configuration, longest if _predicts_articles(recipe) else ANSWER * recipe.batch_size)
+    activations += logit_bytes(
+        configuration, longest if _predicts_articles(recipe) else ANSWER * recipe.per_device_train_batch_size
+    )
     available = machine.available_memory_bytes()
     fits = (held + activations) * (1 + RESERVE) < available
     return Checkpointing(
         "off" if fits else thrifty,
-        f"activations of the {recipe.batch_size} longest articles take about {activations / 1e9:.1f} GB beside "
+        f"activations of the {recipe.per_device_train_batch_size} longest articles take about "
+        f"{activations / 1e9:.1f} GB beside "
         f"{held / 1e9:.1f} GB for the model, and {available / 1e9:.1f} GB are free",
     )
 
@@ -74,7 +75,7 @@ def model_bytes(recipe: Recipe, configuration) -> int:
         weights = shape.in_layers * (4.127 / 8) + (shape.parameters - shape.in_layers) * 2
     else:
         # Of fp32 weights, autocast holds copies in bf16 until the backward pass is over.
-        weights = shape.parameters * (BYTES[recipe.weights] + (2 if recipe.weights == "float32" else 0))
+        weights = shape.parameters * (BYTES[recipe.dtype] + (2 if recipe.dtype == "float32" else 0))
     return round(weights + adapter * 4 + still_needed_bytes(recipe, trainable))
 
 
@@ -96,7 +97,7 @@ def logit_bytes(configuration, positions: int) -> int:
 
 
 def _predicts_articles(recipe: Recipe) -> bool:
-    return recipe.supervise == "all" or recipe.article_loss > 0
+    return not recipe.completion_only_loss or recipe.article_loss > 0
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ class Shape:
         sides = {"q_proj": 2 * self.hidden, "k_proj": self.hidden + self.keys}
         sides |= {"v_proj": sides["k_proj"], "o_proj": sides["q_proj"]}
         sides |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), self.hidden + self.intermediate)
-        return self.layers * recipe.lora_rank * sum(sides[name] for name in recipe.target_modules)
+        names = sides if recipe.target_modules == "all-linear" else recipe.target_modules
+        return self.layers * recipe.r * sum(sides[name] for name in names)
 
 
 def shape_of(configuration) -> Shape:
@@ -144,9 +146,9 @@ def still_needed_bytes(recipe: Recipe, trainable_parameters: int) -> int:
 
     Adapters are held in fp32.
     """
-    weight = 4 if recipe.adapter else BYTES[recipe.weights]
+    weight = 4 if recipe.adapter else BYTES[recipe.dtype]
     gradient = 0 if recipe.update_in_backward else weight
-    moment = MOMENT_BYTES.get(recipe.optimizer, weight)
+    moment = MOMENT_BYTES.get(recipe.optim, weight)
     return round(trainable_parameters * (gradient + MOMENTS * moment))
 
 
@@ -163,7 +165,6 @@ def require_room(recipe: Recipe, trainable_parameters: int) -> str:
     )
     if needed > available:
         raise UserError(
-            f"this training cannot fit: {text}. Use LoRA or QLoRA, optimizer=adamw_8bit, or end other programs and "
-            "kernels"
+            f"this training cannot fit: {text}. Use LoRA or QLoRA, optim=adamw_8bit, or end other programs and kernels"
         )
     return text

@@ -73,7 +73,10 @@ class Session:
 
     def _record(self, folder: Path, peak_bytes: int, peak_kind: str) -> records.RunRecord:
         recipe, state = self.settings.recipe, self.trainer.state
-        tokens, articles = round(self.encoded_tokens * recipe.epochs), round(len(self.data.train) * recipe.epochs)
+        tokens, articles = (
+            round(self.encoded_tokens * recipe.num_train_epochs),
+            round(len(self.data.train) * recipe.num_train_epochs),
+        )
         training = records.Training(
             environment=records.environment(),
             settings_digest=self.settings.training_digest,
@@ -150,18 +153,18 @@ def _trainer(
     arguments = {
         "model": backbone.model,
         "args": _arguments(settings, precision, checkpointing),
-        "train_dataset": Dataset.from_list([row.row(recipe.supervise) for row in encoded]),
+        "train_dataset": Dataset.from_list([row.row(recipe.completion_only_loss) for row in encoded]),
         "processing_class": tokenizer,
         "callbacks": callbacks,
     }
     if not recipe.packing:
         return SFTTrainer(**arguments)
     # Where prompts carry loss or meet with dropout, each article needs its own.
-    alike = recipe.supervise == "answer" and recipe.lora_dropout == 0
+    alike = recipe.completion_only_loss and recipe.lora_dropout == 0
     shared = encode.shared_length([row.prompt for row in encoded]) if alike else 0
     shapes = _fixed_shapes(recipe, encoded, shared) if use_graphs(recipe, checkpointing) else None
     collator = RowCollator(shared, shapes, _article_weight(recipe, encoded, shared))
-    options = shapes is not None, recipe.label_smoothing, recipe.update_in_backward
+    options = shapes is not None, recipe.label_smoothing_factor, recipe.update_in_backward
     return RowTrainer(backbone, precision, *options, data_collator=collator, **arguments)
 
 
@@ -186,10 +189,10 @@ def use_graphs(recipe: Recipe, checkpointing: str) -> bool:
 
 
 def _fixed_shapes(recipe: Recipe, encoded: Sequence[encode.Encoded], shared: int) -> FixedShapes:
-    answers_alone = recipe.supervise == "answer" and not recipe.article_loss
+    answers_alone = recipe.completion_only_loss and not recipe.article_loss
     supervised = max(len(row.answer) if answers_alone else len(row) for row in encoded)
     # Few shapes, each of which is recorded once, against little padding: an eighth of a batch, as a power of two.
-    batch = recipe.batch_size * (sum(map(len, encoded)) / len(encoded) - shared)
+    batch = recipe.per_device_train_batch_size * (sum(map(len, encoded)) / len(encoded) - shared)
     multiple = max(64, 2 ** round(math.log2(batch / 8)))
     return FixedShapes(multiple, longest=max(map(len, encoded)), supervised=supervised)
 
@@ -217,7 +220,7 @@ def _choices(
 ) -> dict[str, str]:
     """What was decided for the user, each with its reason."""
     recipe = settings.recipe
-    weights = precision.name if recipe.weights == "auto" else recipe.weights
+    weights = precision.name if recipe.dtype == "auto" else recipe.dtype
     held = "4-bit NormalFloat base" if recipe.load_in_4bit else f"{weights} weights"
     return {
         "device": machine.gpu_name() or "CPU",
@@ -237,7 +240,7 @@ def _kernels_choice(settings: Settings) -> str:
         return "Unsloth's"
     if load.uses_liger(settings):
         return "Liger's for norms, rotary embeddings and the MLP's activation, where it knows the model"
-    return "PyTorch's: fused ones need CUDA" if settings.recipe.fused_kernels else "PyTorch's: asked for"
+    return "PyTorch's: fused ones need CUDA" if settings.recipe.use_liger_kernel else "PyTorch's: asked for"
 
 
 def _gradients_choice(recipe: Recipe) -> str:
@@ -254,13 +257,6 @@ def _graphs_choice(recipe: Recipe, checkpointing: str) -> str:
     return "off: they need CUDA, and no gradient checkpointing"
 
 
-# Ours for torchao's optimisers with an option.
-_OPTIMIZERS = {
-    f"adamw_{bits}bit_stochastic": {"optim": f"adamw_torch_{bits}bit", "optim_args": "bf16_stochastic_round=True"}
-    for bits in (8, 4)
-}
-
-
 def _arguments(settings: Settings, precision: Precision, checkpointing: str) -> SFTConfig:
     recipe, seed = settings.recipe, settings.experiment.seed
     # transformers 5 takes the folder of TensorBoard's logs from the environment alone.
@@ -268,14 +264,15 @@ def _arguments(settings: Settings, precision: Precision, checkpointing: str) -> 
     arguments = SFTConfig(
         output_dir=str(_fresh_state(settings)),
         learning_rate=recipe.learning_rate,
-        num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=recipe.batch_size,
+        num_train_epochs=recipe.num_train_epochs,
+        per_device_train_batch_size=recipe.per_device_train_batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        lr_scheduler_type=recipe.lr_scheduler,
-        warmup_steps=recipe.warmup_share,
+        lr_scheduler_type=recipe.lr_scheduler_type,
+        warmup_steps=recipe.warmup_steps,
         weight_decay=recipe.weight_decay,
         max_grad_norm=0.0 if recipe.update_in_backward else recipe.max_grad_norm,
-        **_OPTIMIZERS.get(recipe.optimizer, {"optim": recipe.optimizer}),
+        optim=recipe.optim,
+        optim_args=recipe.optim_args,
         max_length=recipe.max_length,
         # Rows are encoded, and no longer than max_length.
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -290,7 +287,7 @@ def _arguments(settings: Settings, precision: Precision, checkpointing: str) -> 
         seed=seed,
         data_seed=seed,
         logging_nan_inf_filter=False,
-        save_strategy="steps" if recipe.saves else "no",
+        save_strategy="steps" if recipe.save_steps else "no",
         save_total_limit=2,
         report_to=["tensorboard"],
     )
@@ -300,13 +297,15 @@ def _arguments(settings: Settings, precision: Precision, checkpointing: str) -> 
 
 
 def _set_pace(trainer: SFTTrainer, settings: Settings) -> None:
-    """Log about 50 times and save `saves` times."""
+    """Log about 50 times, and save after each `save_steps` of all steps."""
     recipe = settings.recipe
-    updates = math.ceil(len(trainer.train_dataset) / (recipe.batch_size * recipe.gradient_accumulation_steps))
-    steps = math.ceil(updates * recipe.epochs)
+    updates = math.ceil(
+        len(trainer.train_dataset) / (recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps)
+    )
+    steps = math.ceil(updates * recipe.num_train_epochs)
     trainer.args.logging_steps = max(1, round(steps / 50))
-    if recipe.saves:
-        trainer.args.save_steps = math.ceil(steps / recipe.saves)
+    if recipe.save_steps:
+        trainer.args.save_steps = math.ceil(steps * recipe.save_steps)
 
 
 def _fresh_state(settings: Settings) -> Path:

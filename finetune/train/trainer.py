@@ -111,7 +111,7 @@ class RowTrainer(SFTTrainer):
         backbone: The model as `packing` runs it.
         precision: The type of matrix products.
         graphed: Run the passes as CUDA graphs; the collator must give fixed shapes.
-        label_smoothing: Share of a target that goes to the other tokens of the vocabulary.
+        label_smoothing_factor: Share of a target that goes to the other tokens of the vocabulary.
         updates_in_backward: Update each weight in the backward pass (`updates`).
         arguments: What SFTTrainer takes.
     """
@@ -121,14 +121,14 @@ class RowTrainer(SFTTrainer):
         backbone: packing.Backbone,
         precision: Precision,
         graphed: bool = False,
-        label_smoothing: float = 0.0,
+        label_smoothing_factor: float = 0.0,
         updates_in_backward: bool = False,
         **arguments: Any,
     ):
         super().__init__(**arguments)
         self._backbone = backbone
         self._precision = precision
-        self._label_smoothing = label_smoothing
+        self._label_smoothing = label_smoothing_factor
         self._updates_in_backward = updates_in_backward
         self._trained = [parameter for parameter in backbone.model.parameters() if parameter.requires_grad]
         self._passes = GraphedPasses(self._loss, self._trained) if graphed else None

@@ -18,20 +18,20 @@ BASE, ADAPTED = 7_615_616_512, 7_655_986_688
 LEAN, VERBOSE, OWN = 40, 200, 60
 
 SEED = {
-    "batch_size": 8,
+    "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 4,
-    "lora_targets": "all-linear",
+    "target_modules": "all-linear",
     "prompt": "verbose",
-    "supervise": "all",
+    "completion_only_loss": False,
     "gradient_checkpointing": "plain",
     "cuda_graphs": False,
 }
-ANSWER = SEED | {"gradient_checkpointing": "off", "supervise": "answer"}
+ANSWER = SEED | {"gradient_checkpointing": "off", "completion_only_loss": True}
 SMALL = ANSWER | {"prompt": "lean"}
-LARGE = SMALL | {"batch_size": 64, "gradient_accumulation_steps": 1}
-GRAPHS = LARGE | {"batch_size": 8, "gradient_accumulation_steps": 8, "cuda_graphs": True}
+LARGE = SMALL | {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 1}
+GRAPHS = LARGE | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8, "cuda_graphs": True}
 RECOMPUTED = LARGE | {"gradient_checkpointing": "unsloth"}
-FULL = LARGE | {"weights": "bfloat16", "optimizer": "adamw_8bit"}
+FULL = LARGE | {"dtype": "bfloat16", "optim": "adamw_8bit"}
 
 
 def training(key: str, speed: float, computed: float, overrides: dict[str, Any], gib: float, run: str = "lora") -> dict:
@@ -73,7 +73,7 @@ def rows() -> list[dict]:
         failed("peer_liger"),
         training("unsloth_seed", 20.0, 270, SEED, 24),
         training("flash", 30.0, 260, SEED, 18),
-        training("kept", 50.0, 260, ANSWER | {"supervise": "all"}, 26),
+        training("kept", 50.0, 260, ANSWER | {"completion_only_loss": False}, 26),
         training("answer", 50.0, OWN + VERBOSE, ANSWER, 22),
         training("lean", 60.0, OWN + LEAN, SMALL, 20),
         training("shared", 60.0, at_once[8], SMALL, 19),

@@ -49,7 +49,7 @@ def test_memory_of_checkpointing():
 
 @pytest.mark.parametrize(("gib", "verdict"), [(19.0, "yes"), (30.5, "no")])
 def test_twice_the_batch_must_fit_where_the_batch_did(gib, verdict):
-    larger = measurements.RECOMPUTED | {"batch_size": 128}
+    larger = measurements.RECOMPUTED | {"per_device_train_batch_size": 128}
     row = measurements.training("lora_unsloth_checkpointing_128", 170.0, 60.3, larger, gib)
     shown = f"128 articles at once take {gib} GiB with it; 64 take 30.0 without"
     assert answer("Unsloth's checkpointing: twice", [*measurements.rows(), row]) == (shown, verdict)

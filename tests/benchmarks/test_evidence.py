@@ -46,7 +46,7 @@ def test_with_a_gpu_each_set_changes_one_thing(commands, monkeypatch, capsys):
         ("gpu", f"merge lora {common}"),
         ("gpu", f"merge qlora {common}"),
         ("gpu-answer", f"run {common} --set article_loss=0.0 {runs} --seeds 3"),
-        ("gpu-answer-all", f"run {common} --set article_loss=0.0 --set supervise=all {runs} --seeds 3"),
+        ("gpu-answer-all", f"run {common} --set article_loss=0.0 --set completion_only_loss=False {runs} --seeds 3"),
         ("gpu-verbose", f"run {common} --set prompt=verbose {runs} --seeds 3"),
         (
             "gpu-transformers",

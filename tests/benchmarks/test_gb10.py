@@ -55,7 +55,7 @@ def test_what_moves_bytes_beside_the_products_takes_its_time():
 
 def test_the_spark_profile_s_recipe_is_what_is_predicted(monkeypatch):
     profile = PROFILES["spark"]
-    shared = {**profile.shared, "batch_size": 16, "gradient_accumulation_steps": 1}
+    shared = {**profile.shared, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
     monkeypatch.setitem(PROFILES, "spark", replace(profile, shared=shared))
     assert list(gb10.hours_table(measurements.record())["articles"][:3]) == ["8 x 2", "16 x 1", "32 x 1"]
 
@@ -76,8 +76,8 @@ def test_the_host_bounds_small_micro_batches_at_worst():
 
 def test_activations_that_do_not_fit_are_recomputed():
     assert gb10.settled(LORA, 4_000).gradient_checkpointing == "off"
-    assert gb10.settled(replace(FULL, optimizer="adamw_8bit"), 2_000).gradient_checkpointing == "off"
-    assert gb10.settled(replace(FULL, optimizer="adamw_8bit"), 20_000).gradient_checkpointing == "plain"
+    assert gb10.settled(replace(FULL, optim="adamw_8bit"), 2_000).gradient_checkpointing == "off"
+    assert gb10.settled(replace(FULL, optim="adamw_8bit"), 20_000).gradient_checkpointing == "plain"
     assert gb10.settled(replace(LORA, gradient_checkpointing="unsloth"), 10).gradient_checkpointing == "unsloth"
 
 

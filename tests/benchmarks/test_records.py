@@ -10,7 +10,7 @@ from data_prep import DataError
 def test_rows_are_found_by_key(tmp_path):
     record = read(measurements.write(tmp_path / "a.json"))
     (batch,) = record.measured("batch")
-    assert (batch.articles_per_second, batch.recipe.batch_size, batch.seconds) == (240, 64, 64 / 240)
+    assert (batch.articles_per_second, batch.recipe.per_device_train_batch_size, batch.seconds) == (240, 64, 64 / 240)
     assert batch.computed_per_article == pytest.approx(60 + 40 / 64)
     assert [row.name for row in record.measured("qlora_checkpointing", "peer_liger", "full", "batch")] == [
         "full",
@@ -44,7 +44,7 @@ def test_a_missing_file_names_the_command(tmp_path):
         (measurements.changed("batch", articles_per_second=-1.0), "batch has a figure that is not above 0"),
         (measurements.changed("batch", articles_per_second="fast"), "could not convert string to float"),
         (measurements.changed("batch", run="lorax"), "lorax"),
-        (measurements.changed("batch", overrides={"weights": "float8"}), "float8"),
+        (measurements.changed("batch", overrides={"dtype": "float8"}), "float8"),
     ],
 )
 def test_what_contradicts_itself_is_refused(tmp_path, results, reason):

@@ -30,7 +30,7 @@ def test_arithmetic_of_a_frozen_and_of_a_trained_model():
     supervised = 65
     assert work_of(kept(LORA), articles, tokens).flops == 4 * LAYERS * tokens + 4 * HEAD * supervised
     assert work_of(kept(FULL), articles, tokens).flops == 6 * LAYERS * tokens + 6 * HEAD * supervised
-    assert work_of(kept(LORA, supervise="all"), articles, tokens).flops == 4 * (LAYERS + HEAD) * tokens
+    assert work_of(kept(LORA, completion_only_loss=False), articles, tokens).flops == 4 * (LAYERS + HEAD) * tokens
     again = replace(LORA, gradient_checkpointing="plain")
     assert work_of(again, articles, tokens).flops == 6 * LAYERS * tokens + 4 * HEAD * supervised
 
@@ -48,11 +48,11 @@ def test_four_bit_weights_are_unpacked_in_each_pass():
 
 def test_traffic_of_full_fine_tuning():
     update = 4 * 2 + 2 * (2 + 2)
-    bf16 = {"weights": "bfloat16", "optimizer": "adamw_8bit"}
+    bf16 = {"dtype": "bfloat16", "optim": "adamw_8bit"}
     assert work_of(kept(FULL, gradient_accumulation_steps=1, **bf16), 8, 500).apart == update * ALL
     accumulated = work_of(kept(FULL, gradient_accumulation_steps=4, **bf16), 8, 500).apart
     assert accumulated == pytest.approx((update / 4 + 6 * 3 / 4) * ALL), "three of four add their gradients up"
-    fp32 = work_of(kept(FULL, gradient_accumulation_steps=1, optimizer="adamw_8bit"), 8, 500).apart
+    fp32 = work_of(kept(FULL, gradient_accumulation_steps=1, optim="adamw_8bit"), 8, 500).apart
     assert fp32 == pytest.approx((12 + 4 * 4 + 2 * (4 + 2)) * ALL), "weights and gradients are cast"
 
 

@@ -29,11 +29,19 @@ def test_a_grid_is_every_combination():
 
 def test_each_combination_is_trained_and_written(trained, tmp_path):
     out = tmp_path / "search.json"
-    options = ["lora", "--profile", "cpu", "--grid", "learning_rate=1e-4,1e-3", "--try", "learning_rate=1e-2,epochs=2"]
+    options = [
+        "lora",
+        "--profile",
+        "cpu",
+        "--grid",
+        "learning_rate=1e-4,1e-3",
+        "--try",
+        "learning_rate=1e-2,num_train_epochs=2",
+    ]
     assert search.main([*options, "--out", str(out)]) == 0
     recipes = [settings.recipe for settings in trained]
     assert [recipe.learning_rate for recipe in recipes] == [1e-4, 1e-3, 1e-2]
-    assert [recipe.epochs for recipe in recipes] == [1, 1, 2]
+    assert [recipe.num_train_epochs for recipe in recipes] == [1, 1, 2]
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["learning_rate"] for line in lines] == ["1e-4", "1e-3", "1e-2"]
     assert list(lines[0]) == ["run", "learning_rate", "validation_accuracy"]

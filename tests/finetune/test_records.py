@@ -261,7 +261,7 @@ class TestRequireArtefact:
         assert self.require() == trained
 
     def test_it_may_be_evaluated_otherwise_than_planned(self, trained):
-        assert self.require(test_rows=20, generation_rows=0, evaluation_batch_size=1) == trained
+        assert self.require(test_rows=20, generation_rows=0, per_device_eval_batch_size=1) == trained
 
     def test_without_a_training_the_notebook_is_named(self, home):
         with pytest.raises(UserError, match="no lora model of profile cpu yet: run the_notebook first"):

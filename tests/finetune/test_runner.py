@@ -39,7 +39,7 @@ def home(suite_home, monkeypatch) -> Path:
 
 @pytest.fixture
 def overrides(tiny) -> dict[str, object]:
-    return tiny | {"learning_rate": 3e-3, "epochs": 5}
+    return tiny | {"learning_rate": 3e-3, "num_train_epochs": 5}
 
 
 @pytest.fixture
@@ -219,12 +219,12 @@ def test_every_module_that_computes_a_result_is_in_its_key(entry, kind, besides)
 
 
 def test_a_run_that_refuses_an_override_is_skipped_before_anything_runs(tiny):
-    suite = Suite("cpu", tiny | {"weights": "float32"})
+    suite = Suite("cpu", tiny | {"dtype": "float32"})
     assert set(suite._refused) == SKIPPED | {"fine_tuning_qlora", "qlora_finetuning_performance"}
     outcome = suite._without_executing(next(step for step in STEPS if step.name == "fine_tuning_qlora"), [])
-    assert (outcome.status, outcome.reason) == ("skipped", "load_in_4bit=True contradicts weights=float32")
+    assert (outcome.status, outcome.reason) == ("skipped", "load_in_4bit=True contradicts dtype=float32")
     with pytest.raises(UserError, match="load_in_4bit=True contradicts"):
-        Suite("cpu", tiny | {"weights": "float32"}, only=("qlora",))
+        Suite("cpu", tiny | {"dtype": "float32"}, only=("qlora",))
 
 
 def test_skipped_steps_give_the_reason(finished, overrides, capsys):
@@ -266,7 +266,10 @@ def test_an_unknown_run_is_refused_before_anything_is_executed(tiny):
         (["run", "--profile", "laptop"], "unknown profile 'laptop'; the profiles are: auto, spark, gpu, cpu"),
         (["run", "--set", "lr=1"], "unknown parameter 'lr' (override); the parameters are: adapter, article_loss"),
         (["run", "--set", "learning_rate"], "--set learning_rate: write it as name=value"),
-        (["plan", "lora", "--set", "epochs=-1"], "epochs='-1' is not possible: Input should be greater than 0"),
+        (
+            ["plan", "lora", "--set", "num_train_epochs=-1"],
+            "num_train_epochs='-1' is not possible: Input should be greater than 0",
+        ),
         (["plan", "dora"], "unknown run 'dora'; the runs are: base, full, full_unsloth, lora, qlora"),
     ],
 )
@@ -343,7 +346,7 @@ def test_the_plan_command_prints_every_parameter_and_its_origin(capsys):
 def test_an_interrupted_suite_goes_on_where_it_was(overrides, tmp_path):
     environment = os.environ | {"FINETUNE_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "finetune", "run", "--profile", "cpu", "--only", "base", "--only", "lora"]
-    for name, value in (overrides | {"saves": 16}).items():
+    for name, value in (overrides | {"save_steps": 1 / 16}).items():
         command += ["--set", f"{name}={value}"]
     process = subprocess.Popen(
         command, env=environment, cwd=paths.PROJECT, text=True, start_new_session=True, stdout=subprocess.PIPE

@@ -20,12 +20,12 @@ OVERRIDES = {
     # Scored three times in rows of 20,000 tokens, more than Unsloth's tables of rotary embeddings begin with.
     "validation_rows": 256,
     "test_rows": 64,
-    "batch_size": ROWS,
+    "per_device_train_batch_size": ROWS,
     "gradient_accumulation_steps": 1,
-    "evaluations": 3,
-    "saves": 2,
-    "warmup_share": 0.0,
-    "epochs": 1,
+    "eval_steps": 0.34,
+    "save_steps": 0.5,
+    "warmup_steps": 0.0,
+    "num_train_epochs": 1,
     # The library's loss, which ours is compared to, is that of the answer alone.
     "article_loss": 0.0,
 }

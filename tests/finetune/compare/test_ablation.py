@@ -20,14 +20,14 @@ from finetune.compare.comparison import NotComparable, load_folder
 from finetune.config.plan import Experiment
 from finetune.config.recipes import Recipe
 
-ANSWER = SETTINGS | {"supervise": "answer", "prompt": "lean", "source": "csv"}
-ALL = ANSWER | {"supervise": "all"}
+ANSWER = SETTINGS | {"completion_only_loss": True, "prompt": "lean", "source": "csv"}
+ALL = ANSWER | {"completion_only_loss": False}
 VERBOSE = {"prompt": "verbose-1", "fingerprint": "ba9876543210"}
 
 
 def beside(settings):
     """Of these, what a variant does not set itself."""
-    return {name: settings[name] for name in ("supervise", "prompt", "source")}
+    return {name: settings[name] for name in ("completion_only_loss", "prompt", "source")}
 
 
 def write(folder, settings=ANSWER, base=100, data=None, model="a-model", engine="transformers", **right):
@@ -139,14 +139,14 @@ class TestNumbers:
 class TestTheOneThing:
     def test_it_is_found_and_put_into_words(self, ablated):
         found = ablated({"settings": ALL, "lora": 150}, lora=180)
-        assert found.change == Change("supervise", "all", "answer")
+        assert found.change == Change("completion_only_loss", False, True)
         assert found.title == "Loss on all tokens instead of loss on the answer alone"
-        assert found.meaning.startswith("Which tokens carry loss")
+        assert found.meaning.startswith("Only the answer")
 
     def test_a_value_without_words_is_named(self):
-        assert Change("lora_rank", 8, 16).title == "With lora_rank=8 instead of lora_rank=16"
-        assert Change("weights", "bfloat16", "not recorded").title == (
-            "With weights=bfloat16 instead of weights=not recorded"
+        assert Change("r", 8, 16).title == "With r=8 instead of r=16"
+        assert Change("dtype", "bfloat16", "not recorded").title == (
+            "With dtype=bfloat16 instead of dtype=not recorded"
         )
 
     @pytest.mark.parametrize("name", IN_WORDS)
@@ -159,12 +159,12 @@ class TestTheOneThing:
 
     def test_how_a_run_is_judged_or_stored_is_none(self, ablated):
         other = ANSWER | {
-            "evaluation_batch_size": 512,
+            "per_device_eval_batch_size": 512,
             "generation_rows": 0,
             "test_rows": 200,
             "data_path": "/elsewhere",
         }
-        assert ablated({"settings": ALL, "lora": 150}, settings=other, lora=180).change.name == "supervise"
+        assert ablated({"settings": ALL, "lora": 150}, settings=other, lora=180).change.name == "completion_only_loss"
 
     def test_the_engine_is_the_one_that_ran(self, ablated):
         auto, named = ANSWER | {"engine": "auto"}, ANSWER | {"engine": "transformers"}
@@ -242,7 +242,8 @@ class TestRefusals:
             ablated({"settings": ALL | {"learning_rate": 1e-3}, "lora": 150, "qlora": 150}, lora=180, qlora=180)
         assert str(refused.value) == (
             "all and answer differ in more than one setting: "
-            "learning_rate (0.001, and 0.0001; LoRA and QLoRA) and supervise (all, and answer; LoRA and QLoRA); "
+            "completion_only_loss (False, and True; LoRA and QLoRA) and "
+            "learning_rate (0.001, and 0.0001; LoRA and QLoRA); "
             "compare folders with one change"
         )
 
@@ -257,7 +258,7 @@ class TestRefusals:
 
     def test_a_setting_that_one_of_the_two_is_older_than(self, ablated):
         older = {name: value for name, value in ANSWER.items() if name != "packing"}
-        with pytest.raises(NoAblation, match=r"packing \(True, and not recorded; LoRA\) and supervise"):
+        with pytest.raises(NoAblation, match=r"packing \(True, and not recorded; LoRA\)"):
             ablated({"settings": ALL, "lora": 150}, settings=older, lora=180)
 
     @pytest.mark.parametrize("change", [{"id": "test-999"}, {"label": "Business"}], ids=["id", "label"])

@@ -48,10 +48,10 @@ def beside(public, results):
     """`agnews`, published, and `agnews-all`: the same with the loss on all tokens, both seeds worse."""
     publish.publish("cpu", "agnews")
     other = paths.results_folder("gpu")
-    settings = SETTINGS | {"supervise": "all"}
+    settings = SETTINGS | {"completion_only_loss": False}
     write_run(other, "base", right_on(20, 40))
     write_run(other, "lora", right_on(22, 40), settings=settings)
-    write_variant(other, "lora", "seed-43", right_on(23, 40), settings={"supervise": "all"})
+    write_variant(other, "lora", "seed-43", right_on(23, 40), settings={"completion_only_loss": False})
     publish.publish("gpu", "agnews-all")
     return public
 
@@ -136,11 +136,11 @@ class TestContrasts:
         publish.README.write_text(README + BLOCK)
         assert publish.regenerate() == [publish.README]
         block = publish.README.read_text().partition("<!-- contrast:agnews-all:agnews -->\n")[2]
-        assert block.startswith("**With supervise=all instead of supervise=not recorded**")
+        assert block.startswith("**With completion_only_loss=False instead of completion_only_loss=not recorded**")
         # Means of 36 and 35, and of 22 and 23, in 40.
         assert "| LoRA | 88.8 → 56.2 | -32.5 (" in block and "| LoRA | 90.0 → 55.0 | -35.0 (" in block
         assert "agnews-all (commit 0123456789; A processor, 2 cores, no GPU) against agnews (commit" in block
-        assert "- supervise: Which tokens carry loss" in block
+        assert "- completion_only_loss: Only the answer" in block
         assert block.endswith("<!-- /contrast -->\n") and "old" not in block
         assert publish.regenerate() == []
 

@@ -85,22 +85,22 @@ class TestReport:
         results = paths.results_folder("cpu")
         for name, loss in (("mine", "answer"), ("other", HOSTILE)):
             write_run(results / name, "base", right_on(20, 40))
-            write_run(results / name, "lora", right_on(30, 40), settings=SETTINGS | {"supervise": loss})
+            write_run(results / name, "lora", right_on(30, 40), settings=SETTINGS | {"completion_only_loss": loss})
         sides = [load_folder(results / name, f"{HOSTILE}{name}") for name in ("other", "mine")]
         html = report.render(sides[1], {}, [ablation.between(*sides)], {HOSTILE: HOSTILE})
-        assert "<script" not in html and f"supervise={HOSTILE}" in unescape(html)
+        assert "<script" not in html and f"completion_only_loss={HOSTILE}" in unescape(html)
 
     def test_how_each_was_trained_is_told(self):
         results = paths.results_folder("cpu")
         write_run(results, "base", right_on(20, 40))
-        both = SETTINGS | {"epochs": 3, "lora_rank": 16}
-        write_run(results, "full", right_on(30, 40), settings=both | {"adapter": False, "weights": "float32"})
-        write_run(results, "lora", right_on(31, 40), settings=both | {"adapter": True, "weights": "bfloat16"})
+        both = SETTINGS | {"num_train_epochs": 3, "r": 16}
+        write_run(results, "full", right_on(30, 40), settings=both | {"adapter": False, "dtype": "float32"})
+        write_run(results, "lora", right_on(31, 40), settings=both | {"adapter": True, "dtype": "bfloat16"})
         table, shared = tables.recipes(load("cpu"))
-        assert dict(table["full"]) == {"adapter": "False", "weights": "float32", "lora_rank": "-"}
-        assert dict(table["LoRA"]) == {"adapter": "True", "weights": "bfloat16", "lora_rank": "16"}
-        assert shared["epochs"] == "3" and "seed" not in shared
-        assert "epochs=3" in text_of(report.render(load("cpu"), {}))
+        assert dict(table["full"]) == {"adapter": "False", "dtype": "float32", "r": "-"}
+        assert dict(table["LoRA"]) == {"adapter": "True", "dtype": "bfloat16", "r": "16"}
+        assert shared["num_train_epochs"] == "3" and "seed" not in shared
+        assert "num_train_epochs=3" in text_of(report.render(load("cpu"), {}))
 
     @pytest.mark.parametrize("name", ["lean", "verbose"])
     def test_the_prompt_is_the_record_s_with_placeholders(self, name):

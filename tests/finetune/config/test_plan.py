@@ -1,7 +1,7 @@
 """What will run: precedence, origins, refusals, and what a digest depends on."""
 
 import os
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
 import torch
@@ -16,7 +16,13 @@ EXPERIMENT_NAMES = {field.name for field in fields(Experiment)}
 RECIPE_NAMES = {field.name for field in fields(Recipe)}
 
 # They change what is measured, not the model: an artefact serves whatever they are.
-EVALUATION_ONLY = {"test_rows", "generation_rows", "few_shot_examples", "evaluation_batch_size", "evaluation_kernels"}
+EVALUATION_ONLY = {
+    "test_rows",
+    "generation_rows",
+    "few_shot_examples",
+    "per_device_eval_batch_size",
+    "evaluation_kernels",
+}
 
 # A second value for every parameter that can be changed.
 OTHER_VALUES = {
@@ -29,7 +35,7 @@ OTHER_VALUES = {
     "validation_rows": 100,
     "test_rows": 100,
     "generation_rows": 100,
-    "evaluation_batch_size": 3,
+    "per_device_eval_batch_size": 3,
     "few_shot_examples": 3,
     "compute_dtype": "float32",
     "evaluation_kernels": "plain",
@@ -38,33 +44,34 @@ OTHER_VALUES = {
     "variant": "seed-43",
     "engine": "transformers",
     "learning_rate": 3e-3,
-    "epochs": 9.0,
-    "batch_size": 3,
+    "num_train_epochs": 9.0,
+    "per_device_train_batch_size": 3,
     "gradient_accumulation_steps": 3,
     "max_length": 333,
     "packing": False,
-    "supervise": "all",
+    "completion_only_loss": False,
     "article_loss": 0.5,
-    "label_smoothing": 0.1,
-    "weights": "float32",
-    "optimizer": "adamw_8bit",
-    "lr_scheduler": "cosine",
-    "warmup_share": 0.5,
+    "label_smoothing_factor": 0.1,
+    "dtype": "float32",
+    "optim": "adamw_8bit",
+    "optim_args": "bf16_stochastic_round=True",
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.5,
     "weight_decay": 0.5,
     "max_grad_norm": 0.5,
     "update_in_backward": True,
     "gradient_checkpointing": "plain",
     "cuda_graphs": True,
-    "fused_kernels": False,
+    "use_liger_kernel": False,
     "offload_embedding": "on",
     "cudnn_benchmark": False,
-    "lora_rank": 3,
+    "r": 3,
     "eval_on_start": True,
     "lora_alpha": 3,
     "lora_dropout": 0.5,
-    "lora_targets": "attention",
-    "evaluations": 3,
-    "saves": 3,
+    "target_modules": ["q_proj"],
+    "eval_steps": 0.3,
+    "save_steps": 0.3,
 }
 
 
@@ -98,8 +105,8 @@ class TestPrecedence:
         assert plan("base", "cpu").origins["generation_rows"] == "profile cpu"
 
     def test_a_method_s_values_win_over_the_profile_s_shared_ones(self):
-        assert plan("full", "spark").recipe.optimizer == "adamw_8bit"
-        assert plan("lora", "spark").recipe.optimizer == "adamw_torch_fused"
+        assert plan("full", "spark").recipe.optim == "adamw_8bit"
+        assert plan("lora", "spark").recipe.optim == "adamw_torch_fused"
 
     def test_the_profile_comes_from_the_environment_where_none_is_named(self, monkeypatch):
         monkeypatch.setenv("FINETUNE_PROFILE", "spark")
@@ -122,8 +129,8 @@ class TestConversion:
         ("name", "text", "value"),
         [
             ("learning_rate", "1e-4", 1e-4),
-            ("batch_size", "16", 16),
-            ("epochs", "2", 2.0),
+            ("per_device_train_batch_size", "16", 16),
+            ("num_train_epochs", "2", 2.0),
             ("packing", "true", True),
             ("packing", "False", False),
             ("normalise", "0", False),
@@ -183,16 +190,16 @@ class TestRefusals:
             ("learning_rate", 0, "greater than 0"),
             ("learning_rate", "nan", "(greater than 0|finite)"),
             ("learning_rate", "inf", "finite"),
-            ("epochs", -1, "greater than 0"),
-            ("epochs", "inf", "finite"),
-            ("batch_size", 0, "greater than or equal to 1"),
-            ("batch_size", 2.5, "integer"),
+            ("num_train_epochs", -1, "greater than 0"),
+            ("num_train_epochs", "inf", "finite"),
+            ("per_device_train_batch_size", 0, "greater than or equal to 1"),
+            ("per_device_train_batch_size", 2.5, "integer"),
             ("max_length", 8, "greater than or equal to 64"),
-            ("warmup_share", 1.0, "less than 1"),
+            ("warmup_steps", 1.0, "less than 1"),
             ("packing", "perhaps", "boolean"),
             ("prompt", "short", "'lean' or 'verbose'"),
             ("source", "kaggle", "'sample', 'csv' or 'hub'"),
-            ("lora_targets", "mlp", "'attention' or 'all-linear'"),
+            ("target_modules", 3, "list"),
             ("compute_dtype", "float16", "'bfloat16' or 'float32'"),
             ("validation_rows", 3, "greater than or equal to 4"),
             ("train_rows", 0, "greater than or equal to 1"),
@@ -201,7 +208,7 @@ class TestRefusals:
             ("seed", -1, "greater than or equal to 0"),
             ("variant", "../elsewhere", "match pattern"),
             ("model", "", "at least 1 character"),
-            ("batch_size", None, "integer"),
+            ("per_device_train_batch_size", None, "integer"),
         ],
     )
     def test_an_impossible_value_is_named_with_what_is_possible(self, name, value, said):
@@ -216,7 +223,7 @@ class TestRefusals:
             ("qlora", {"load_in_4bit": "false"}, "make this a lora run, not qlora"),
             ("full", {"adapter": True}, "make this a lora run, not full"),
             ("full", {"load_in_4bit": True}, "needs adapter=True"),
-            ("qlora", {"weights": "float32"}, "contradicts weights=float32"),
+            ("qlora", {"dtype": "float32"}, "contradicts dtype=float32"),
             ("lora", {"update_in_backward": True}, "is for full fine-tuning"),
             ("full", {"update_in_backward": True, "gradient_accumulation_steps": 2}, "no gradient is kept to add to"),
             ("full", {"update_in_backward": True, "packing": False}, "needs cuda_graphs=False and packing=True"),
@@ -275,7 +282,7 @@ class TestDigest:
         before = plan("lora", "cpu")
         as_text = {name: str(value) for name, value in before.values.items()}
         assert plan("lora", "cpu", as_text).digest == before.digest
-        monkeypatch.setenv("FINETUNE_BATCH_SIZE", as_text["batch_size"])
+        monkeypatch.setenv("FINETUNE_PER_DEVICE_TRAIN_BATCH_SIZE", as_text["per_device_train_batch_size"])
         assert plan("lora", "cpu").digest == before.digest
 
 
@@ -295,10 +302,15 @@ class TestRecipes:
         assert recipe.method == method
 
     def test_the_defaults_are_those_of_the_experiment_that_this_began_with(self):
-        assert (LORA.lora_rank, LORA.lora_alpha, LORA.batch_size, LORA.gradient_accumulation_steps) == (16, 32, 8, 4)
+        assert (LORA.r, LORA.lora_alpha, LORA.per_device_train_batch_size, LORA.gradient_accumulation_steps) == (
+            16,
+            32,
+            8,
+            4,
+        )
         assert (LORA.max_length, LORA.learning_rate, FULL.learning_rate) == (512, 2e-4, 2e-5)
         assert LORA.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
-        assert len(replace(LORA, lora_targets="all-linear").target_modules) == 7
+        assert plan("lora", "cpu", {"target_modules": "q_proj, v_proj"}).recipe.target_modules == ["q_proj", "v_proj"]
 
     def test_a_recipe_is_frozen_and_takes_no_other_field(self):
         with pytest.raises(FrozenInstanceError):

@@ -56,7 +56,9 @@ class TestEvaluate:
     @pytest.fixture
     def evaluated(self, tiny):
         settings = plan(
-            "base", "cpu", {name: value for name, value in tiny.items() if name not in ("epochs", "evaluations")}
+            "base",
+            "cpu",
+            {name: value for name, value in tiny.items() if name not in ("num_train_epochs", "eval_steps")},
         )
         data = prepare_data(settings)
         return data, baselines.evaluate(settings, data)
@@ -87,7 +89,7 @@ class TestOnFewerRows:
     @pytest.fixture
     def planned(self, tiny):
         """Settings on the 32 rows of the experiment, or on fewer."""
-        known = {name: value for name, value in tiny.items() if name not in ("epochs", "evaluations")}
+        known = {name: value for name, value in tiny.items() if name not in ("num_train_epochs", "eval_steps")}
         return lambda **variant: plan("base", "cpu", known | variant)
 
     @pytest.fixture

@@ -96,9 +96,9 @@ def test_products_weights_and_records_are_of_the_chosen_type_and_results_agree(t
 
 
 def test_types_that_contradict_each_other_are_refused(home):
-    with pytest.raises(UserError, match="compute_dtype=float32 contradicts weights=bfloat16"):
-        plan("lora", "cpu", {"compute_dtype": "float32", "weights": "bfloat16"})
+    with pytest.raises(UserError, match="compute_dtype=float32 contradicts dtype=bfloat16"):
+        plan("lora", "cpu", {"compute_dtype": "float32", "dtype": "bfloat16"})
 
 
 def test_bfloat16_weights_multiply_in_bfloat16(tiny):
-    assert load.choose_precision(plan("lora", "cpu", tiny | {"weights": "bfloat16"})).name == "bfloat16"
+    assert load.choose_precision(plan("lora", "cpu", tiny | {"dtype": "bfloat16"})).name == "bfloat16"

@@ -19,9 +19,9 @@ SEVEN_BILLION = 7_615_616_512
         # fp32 gradients and two fp32 moments: 12 bytes a weight.
         (FULL, SEVEN_BILLION, 91.4),
         # fp32 gradients and two moments of a byte: 6.
-        (replace(FULL, optimizer="adamw_8bit"), SEVEN_BILLION, 45.7),
-        (replace(FULL, weights="bfloat16"), SEVEN_BILLION, 45.7),
-        (replace(FULL, optimizer="adamw_8bit", update_in_backward=True), SEVEN_BILLION, 15.2),
+        (replace(FULL, optim="adamw_8bit"), SEVEN_BILLION, 45.7),
+        (replace(FULL, dtype="bfloat16"), SEVEN_BILLION, 45.7),
+        (replace(FULL, optim="adamw_8bit", update_in_backward=True), SEVEN_BILLION, 15.2),
         (LORA, 40_000_000, 0.48),
     ],
 )
@@ -46,10 +46,10 @@ def test_one_that_fits_says_what_is_free():
         # loss on answers, or 4.9 on all tokens.
         ({}, 40.5e9, "off"),
         ({}, 37.5e9, "plain"),
-        ({"supervise": "all"}, 40.5e9, "plain"),
+        ({"completion_only_loss": False}, 40.5e9, "plain"),
         ({"article_loss": 0.5}, 40.5e9, "plain"),
-        ({"supervise": "all"}, 46e9, "off"),
-        ({"batch_size": 8, "gradient_accumulation_steps": 4}, 24e9, "off"),
+        ({"completion_only_loss": False}, 46e9, "off"),
+        ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}, 24e9, "off"),
         ({"gradient_checkpointing": "off"}, 1e9, "off"),
     ],
 )
@@ -59,6 +59,6 @@ def test_activations_are_kept_where_they_fit(monkeypatch, change, free, mode):
         vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
         num_key_value_heads=4,
     )  # fmt: skip
-    settings = plan("lora", "spark", {"lora_targets": "all-linear"} | change)
+    settings = plan("lora", "spark", {"target_modules": "all-linear"} | change)
     chosen = memory.choose_checkpointing(settings, shape, [100] * 64)
     assert chosen.mode == mode, chosen.reason

@@ -114,9 +114,9 @@ def test_another_seed_gives_other_weights(tiny):
 
 def test_a_small_batch_accumulated_equals_a_large_one(tiny):
     """8 x 2 and 16 x 1 see the same rows at each step: the weights agree to bf16's rounding."""
-    tiny = tiny | {"lr_scheduler": "constant", "learning_rate": 1e-3, "optimizer": "adamw_torch"}
-    small = session_of("full", tiny | {"batch_size": 8, "gradient_accumulation_steps": 2})
-    large = session_of("full", tiny | {"batch_size": 16, "gradient_accumulation_steps": 1})
+    tiny = tiny | {"lr_scheduler_type": "constant", "learning_rate": 1e-3, "optim": "adamw_torch"}
+    small = session_of("full", tiny | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2})
+    large = session_of("full", tiny | {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1})
     rows = [small.trainer.train_dataset[row] for row in range(16)]
 
     def gradient(session, size):
@@ -160,7 +160,8 @@ def test_artefacts_load_in_plain_libraries_and_predict_the_same(tiny, tiny_model
 
 def test_tuned_and_base_predict_differently(tiny):
     base = evaluate(
-        plan("base", "cpu", {k: v for k, v in tiny.items() if k not in ("epochs", "evaluations")}), *_data(tiny)
+        plan("base", "cpu", {k: v for k, v in tiny.items() if k not in ("num_train_epochs", "eval_steps")}),
+        *_data(tiny),
     )
     session_of("lora", tiny | {"learning_rate": 5e-3}).run()
     settings = plan("lora", "cpu", tiny | {"learning_rate": 5e-3})
@@ -174,7 +175,7 @@ def _data(overrides: dict):
 
 
 def test_the_record_counts_what_was_trained(tiny):
-    session = session_of("lora", tiny | {"epochs": 2, "eval_on_start": True})
+    session = session_of("lora", tiny | {"num_train_epochs": 2, "eval_on_start": True})
     record = session.run()
     training = record.training
     real = sum(len(row["input_ids"]) for row in session.trainer.train_dataset)
@@ -203,7 +204,7 @@ def test_evaluating_with_other_settings_than_the_training_is_refused(tiny):
 
 def test_a_loss_that_is_no_number_ends_the_run(tiny):
     with pytest.raises(UserError, match="the loss became nan at step"):
-        session_of("full", tiny | {"learning_rate": 1e30, "max_grad_norm": 1e30, "epochs": 4}).run()
+        session_of("full", tiny | {"learning_rate": 1e30, "max_grad_norm": 1e30, "num_train_epochs": 4}).run()
 
 
 def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path):
@@ -217,7 +218,7 @@ def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path):
 
 
 def test_weights_updated_in_the_backward_pass_end_where_they_end_after_it(tiny):
-    common = tiny | {"optimizer": "adamw_torch", "max_grad_norm": 1e9}
+    common = tiny | {"optim": "adamw_torch", "max_grad_norm": 1e9}
     after = weights_of(session_of("full", common).run())
     session = session_of("full", common | {"update_in_backward": True})
     kept = []
@@ -235,7 +236,7 @@ def test_weights_updated_in_the_backward_pass_end_where_they_end_after_it(tiny):
     ("run", "change"), [("full", {}), ("lora", {}), ("qlora", {}), ("full", {"update_in_backward": True})]
 )
 def test_a_killed_run_resumes_to_the_uninterrupted_runs_weights(tiny, tmp_path, run, change):
-    overrides = tiny | {"epochs": 2, "train_rows": 96, "saves": 6} | change
+    overrides = tiny | {"num_train_epochs": 2, "train_rows": 96, "save_steps": 1 / 6} | change
     homes = {name: tmp_path / name for name in ("whole", "killed")}
     assert _train(run, overrides, homes["whole"]).wait() == 0
     process = _train(run, overrides, homes["killed"])
@@ -357,7 +358,7 @@ def test_packed_and_padded_batches_have_the_same_loss_and_gradients(tiny, run):
 
 
 @pytest.mark.parametrize(
-    ("changes", "is_shared"), [({}, True), ({"supervise": "all"}, False), ({"lora_dropout": 0.1}, False)]
+    ("changes", "is_shared"), [({}, True), ({"completion_only_loss": False}, False), ({"lora_dropout": 0.1}, False)]
 )
 def test_what_prompts_share_is_computed_once_only_where_it_changes_nothing(tiny, changes, is_shared):
     session = session_of("lora", tiny | changes)
