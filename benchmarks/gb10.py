@@ -20,7 +20,6 @@ from benchmarks.roofline import (
     work_of_row,
 )
 from data_prep import UserError
-from finetune.config.plan import RUNS
 from finetune.config.profiles import PROFILES
 from finetune.config.recipes import Recipe
 from finetune.train import memory
@@ -176,7 +175,7 @@ def hours_table(record: SpeedRecord) -> pd.DataFrame:
     """Predicted hours of each method: micro-batches of 8, the profile's update at once, and twice as many articles."""
     lines = []
     for name, method in METHODS.items():
-        profile = recipe_of(method.run, PROFILES["spark"].values_for(RUNS[method.run].method) | method.changes)
+        profile = recipe_of(method.run, PROFILES["spark"].values_for(method.run) | method.changes)
         update = profile.per_device_train_batch_size * profile.gradient_accumulation_steps
         for articles in (8, update, 2 * update):
             tokens = {prompt: shared + articles * own for prompt, (shared, own) in lengths(record).items()}

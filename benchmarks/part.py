@@ -78,10 +78,10 @@ def _write_random_weights(folder: Path) -> None:
 
 def data_of(planned, scratch: str):
     """The rows, in a folder for each prompt, so that processes with several prompts do not undo each other's work."""
-    from finetune.data import prepare_data
+    from finetune import load_data
 
     os.environ["FINETUNE_HOME"] = str(Path(scratch, f"throughput-{planned.experiment.prompt}"))
-    return prepare_data(planned)
+    return load_data(planned)
 
 
 def _attempt(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _training(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
         (WARM_STEPS + TIMED_STEPS) * wanted["per_device_train_batch_size"] * wanted["gradient_accumulation_steps"]
     )
     wanted.setdefault("cudnn_benchmark", False)
-    plan = plan_training(rung.run, "gpu", wanted | {"eval_steps": 1.0})
+    plan = plan_training(rung.run, "gpu", wanted)
     import torch
 
     from finetune.model import load
@@ -117,7 +117,7 @@ def _training(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     torch.cuda.empty_cache()
     torch.backends.cudnn.benchmark = plan.recipe.cudnn_benchmark
-    trainer = _suite_trainer(rung, plan, data) if rung.trainer == "suite" else _trl_trainer(rung, plan, data)
+    trainer = _suite_trainer(rung, wanted) if rung.trainer == "suite" else _trl_trainer(rung, plan, data)
     timing = _timed(trainer, rung.key in options.profile)
     parameters = load.parameter_count(trainer.model)
     flops = (4 if plan.recipe.adapter else 6) * parameters * timing["computed_per_second"]
@@ -135,13 +135,14 @@ def _training(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _suite_trainer(rung: Rung, plan, data):
-    from finetune.train.callbacks import ValidationWatch
-    from finetune.train.run import prepare_training
+def _suite_trainer(rung: Rung, overrides: dict[str, Any]):
+    from finetune.config.methods import METHODS
+    from finetune.notebooks import run_cells
     from finetune.train.trainer import RowCollator
 
-    trainer = prepare_training(plan, data).trainer
-    trainer.remove_callback(ValidationWatch)
+    notebook = METHODS[rung.run].notebook
+    trainer = run_cells(notebook, "newest_checkpoint(trainer)", PROFILE="gpu", OVERRIDES=overrides)["trainer"]
+    trainer.args.eval_strategy, trainer.args.eval_on_start = "no", False
     if not rung.share:
         trainer.data_collator = RowCollator(0)
     return trainer
@@ -150,13 +151,21 @@ def _suite_trainer(rung: Rung, plan, data):
 def _trl_trainer(rung: Rung, plan, data):
     """SFTTrainer as its users set it up: on this suite's rows, but with its own collator, loss and packing."""
     from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
+    from finetune import resolve
     from finetune.model import encode, load
 
     recipe = plan.recipe
-    model = load.load_for_training(plan, recipe.gradient_checkpointing)
-    tokenizer = load.load_tokenizer(plan)
+    set_seed(plan.experiment.seed)
+    loading = resolve(plan, data).loading | {"use_liger_kernel": recipe.use_liger_kernel}
+    dtype = "bfloat16" if recipe.dtype == "auto" else recipe.dtype
+    model, tokenizer = load.load_model(plan.experiment.model, dtype=dtype, load_in_4bit=recipe.load_in_4bit, **loading)
+    if recipe.adapter:
+        names = {name: getattr(recipe, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")}
+        model = load.add_lora(model, LoraConfig(task_type="CAUSAL_LM", **names))
     rows = encode.encode(tokenizer, data.train, recipe.max_length)
     arguments = SFTConfig(
         output_dir="/tmp/throughput",
@@ -290,18 +299,19 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Scoring and generation of the same test rows by plain transformers."""
     import torch
 
-    from finetune import plan
+    from finetune import find_run
     from finetune.evaluate import score
+    from finetune.evaluate.find import loading
     from finetune.model import encode, load, packing
 
     for prompt, batch, kernels in ladder.SCORED:
         wanted = {"model": options.model, "source": "csv", "data_path": options.csv, "prompt": prompt}
         wanted |= {"test_rows": 2048, "per_device_eval_batch_size": batch, "evaluation_kernels": kernels}
-        settings = plan("base", "gpu", wanted)
-        data = data_of(settings, options.scratch)
-        tokenizer = load.load_tokenizer(settings)
+        found = find_run("base", "gpu", wanted)
+        data = data_of(found, options.scratch)
+        model, tokenizer = load.load_model(found.experiment.model, **loading(found))
+        load.evaluating(model)
         prompts = [row.prompt for row in encode.encode(tokenizer, data.test, 1024)]
-        model = load.load_for_evaluation(settings, None)
         peak = matrix_peak()
         torch.cuda.reset_peak_memory_stats()
         scorer = score.LabelScorer(packing.Backbone(model), tokenizer, batch)

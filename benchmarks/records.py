@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from data_prep import DataError
-from finetune.config.plan import RUNS
+from finetune.config.methods import METHODS
 from finetune.config.recipes import Recipe
 
 # What every training has.
@@ -119,4 +119,4 @@ def recipe_of(run: str, values: dict[str, Any]) -> Recipe:
         KeyError, ValidationError: There is no such run, or a recipe cannot have one of the values.
     """
     names = {field.name for field in fields(Recipe)}
-    return replace(RUNS[run], **{name: value for name, value in values.items() if name in names})
+    return replace(METHODS[run].recipe, **{name: value for name, value in values.items() if name in names})

@@ -24,7 +24,8 @@ from typing import Any
 from data_prep import UserError
 from data_prep.store import replacing
 from finetune import paths, plan_training
-from finetune.config.plan import Settings, parse_assignments
+from finetune.config.methods import METHODS
+from finetune.config.plan import parse_assignments
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,13 +36,15 @@ def main(arguments: list[str] | None = None) -> int:
         asked = {"save_steps": 0.0} | parse_assignments(options.assignments)
         wanted = combinations(options.grid) + tries(options.tries)
         # All before the first training: a wrong value must not end a search that has run for an hour.
-        planned = [plan_training(options.run, options.profile, asked | each) for each in wanted]
+        for each in wanted:
+            plan_training(options.run, options.profile, asked | each)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     results: list[dict[str, Any]] = []
-    for combination, settings in zip(wanted, planned, strict=True):
-        results.append({"run": options.run, **combination, **_train(settings)})
+    for combination in wanted:
+        outcome = _train(options.run, options.profile, asked | combination)
+        results.append({"run": options.run, **combination, **outcome})
         print(json.dumps({key: value for key, value in results[-1].items() if key != "environment"}), flush=True)
         with replacing(Path(options.out)) as file:
             file.writelines(json.dumps(result) + "\n" for result in results)
@@ -75,37 +78,36 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _train(settings: Settings) -> dict[str, Any]:
+def _train(run: str, profile: str, overrides: dict[str, str]) -> dict[str, Any]:
     from finetune import machine, records
-    from finetune.data import prepare_data
-    from finetune.train.run import prepare_training
+    from finetune.notebooks import run_cells
+    from finetune.train.save import observed
 
-    data = prepare_data(settings)
-    session = prepare_training(settings, data)
-    machine.reset_peak_memory()
+    names = run_cells(METHODS[run].notebook, "newest_checkpoint(trainer)", PROFILE=profile, OVERRIDES=overrides)
+    settings, trainer = names["settings"], names["trainer"]
     try:
-        session.trainer.train()
+        trainer.train()
         outcome = {}
     except UserError as error:
         # A learning rate that diverges is a result too.
         outcome = {"outcome": str(error)}
     logged: dict[str, Any] = {}
-    for entry in session.trainer.state.log_history:
+    for entry in trainer.state.log_history:
         logged |= entry
     result = {
         **outcome,
-        "validation_accuracy": logged.get("validation_accuracy"),
-        "validation_log_loss": logged.get("validation_log_loss"),
-        "seconds": round(session.clock.seconds, 2),
-        "steps": session.trainer.state.global_step,
+        "validation_accuracy": logged.get("eval_accuracy"),
+        "validation_log_loss": logged.get("eval_log_loss"),
+        "seconds": round(trainer.clock.seconds, 2),
+        "steps": trainer.state.global_step,
         "peak_memory_bytes": machine.peak_memory()[0],
         "engine": settings.engine,
-        "settings": settings.values,
-        "data": data.reference.model_dump(),
+        "settings": settings.values | observed(trainer),
+        "data": names["data"].reference.model_dump(),
         "environment": records.environment().model_dump(),
     }
     shutil.rmtree(paths.state_folder(settings.profile, settings.run), ignore_errors=True)
-    del session
+    del names, trainer
     _release()
     return result
 

@@ -129,10 +129,10 @@ def _curve(options: argparse.Namespace) -> int:
 
 def _fewer_rows(options: argparse.Namespace) -> tuple[int, ...]:
     """Those that were asked for; if none were, the usual numbers that are fewer than all."""
-    from finetune.data import prepare_data
+    from finetune.data import load_data
     from finetune.runner import CURVE_ROWS
 
-    every = len(prepare_data(_plan_of_base(options)).train)
+    every = len(load_data(_plan_of_base(options)).train)
     usual = tuple(count for count in CURVE_ROWS if count < every) or (every // 4, every // 2)
     rows = tuple(options.rows or usual)
     if not rows or max(rows) >= every:
@@ -143,12 +143,12 @@ def _fewer_rows(options: argparse.Namespace) -> tuple[int, ...]:
 
 def _fit_svms(options: argparse.Namespace, rows: tuple[int, ...]) -> None:
     """The linear SVM on fewer rows, before the comparison reads it; no notebook, because it takes a second."""
-    from finetune.data import prepare_data
+    from finetune.data import load_data
     from finetune.evaluate import baselines
 
     for count in rows:
         resolved = _plan_of_base(options, fewer_rows(count))
-        data = prepare_data(resolved)
+        data = load_data(resolved)
         if not options.fresh and baselines.svm_is_fitted(resolved, data):
             print(f"reused: the linear SVM on {count:,} rows")
         else:
@@ -203,19 +203,20 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _data(options: argparse.Namespace) -> int:
-    from finetune.data import prepare_data
+    from finetune.data import load_data
 
     overrides = parse_assignments(options.assignments)
-    print(prepare_data(plan("base", options.profile, overrides)).table().to_string())
+    print(load_data(plan("base", options.profile, overrides)).table().to_string())
     return 0
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from finetune.data import prepare_data
+    from finetune.data import load_data
+    from finetune.evaluate.find import find_run
     from finetune.evaluate.merge import merge
 
-    resolved = plan(options.run, options.profile, parse_assignments(options.assignments))
-    print(merge(resolved, prepare_data(resolved)))
+    found = find_run(options.run, options.profile, parse_assignments(options.assignments))
+    print(merge(found, load_data(found)))
     return 0
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from data_prep import LABELS, PROMPTS, Article
-from data_prep.schema import Message
-from finetune.config.plan import Settings
+from finetune.config.methods import METHODS
 from finetune.data import PreparedData
+from finetune.records import RunRecord
 
 LOADING_ADAPTER = """\
 from peft import AutoPeftModelForCausalLM
@@ -74,49 +74,48 @@ settle.
 """
 
 
-def model_card(settings: Settings, data: PreparedData, model: str) -> str:
-    """The card's text: what the model is, what it was trained on, how it is loaded and prompted."""
-    adapter = settings.recipe.adapter
-    loading = {"full": LOADING_WEIGHTS, "lora": LOADING_ADAPTER, "qlora": LOADING_4BIT_ADAPTER}[settings.recipe.method]
-    return CARD.format(
-        model=model,
-        library="peft" if adapter else "transformers",
-        method={"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}[settings.recipe.method],
+def model_card(record: RunRecord, data: PreparedData, merged_into: str = "") -> str:
+    """The card's text: what the model is, what it was trained on, how it is loaded and prompted.
+
+    Args:
+        record: What ran.
+        data: What it was trained on.
+        merged_into: The weights that its adapter was merged into, if it was.
+    """
+    ran = record.settings
+    loading = LOADING_4BIT_ADAPTER if ran["load_in_4bit"] else LOADING_ADAPTER
+    whole = bool(merged_into) or not ran["adapter"]
+    # A placeholder for the article: rows of AG News are not ours to publish.
+    messages = PROMPTS[ran["prompt"]].render(Article("TITLE", "DESCRIPTION", LABELS[0]))[:-1]
+    card = CARD.format(
+        model=record.model,
+        library="transformers" if whole else "peft",
+        method=METHODS[record.run].spoken,
         data=data.title,
-        fingerprint=data.manifest.fingerprint,
-        rows=len(data.train),
-        prompt=data.manifest.prompt,
-        recipe=", ".join(f"{key} {value}" for key, value in settings.values.items() if key in _TOLD),
-        loading=loading.format(folder="PATH/TO/THIS/FOLDER"),
-        messages=json.dumps(_prompt_form(settings), indent=2, ensure_ascii=False),
+        fingerprint=record.data.fingerprint,
+        rows=record.data.train_rows,
+        prompt=record.data.prompt,
+        recipe=", ".join(f"{key} {value}" for key, value in ran.items() if key in _TOLD),
+        loading=(LOADING_WEIGHTS if whole else loading).format(folder="PATH/TO/THIS/FOLDER"),
+        messages=json.dumps(messages, indent=2, ensure_ascii=False),
+    )
+    return (
+        card.replace("\n## Load it", f"\nThe adapter is merged into {merged_into}.\n\n## Load it")
+        if merged_into
+        else card
     )
 
 
-def merged_card(settings: Settings, data: PreparedData, model: str, base: str) -> str:
-    """The card of a model that an adapter was merged into; `base` says which weights those were."""
-    card = model_card(settings, data, model)
-    start, end = card.index("```python\n"), card.index("\n```\n")
-    loading = LOADING_WEIGHTS.format(folder="PATH/TO/THIS/FOLDER")
-    card = card[:start] + "```python\n" + loading + card[end:]
-    return card.replace("library_name: peft", "library_name: transformers").replace(
-        "\n## Load it", f"\nThe adapter is merged into {base}.\n\n## Load it"
-    )
-
-
-def _prompt_form(settings: Settings) -> list[Message]:
-    """The messages with a placeholder for the article: rows of AG News are not ours to publish."""
-    article = Article("TITLE", "DESCRIPTION", LABELS[0])
-    return PROMPTS[settings.experiment.prompt].render(article)[:-1]
-
-
-_TOLD = (
+_TOLD = {
     "learning_rate",
     "num_train_epochs",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "optim",
+    "lr_scheduler_type",
     "r",
     "lora_alpha",
     "target_modules",
     "dtype",
     "seed",
-)
+}

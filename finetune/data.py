@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -13,10 +14,20 @@ from data_prep import LABELS, PROMPTS, Example, Manifest, UserError, prepare, re
 from data_prep.schema import SPLITS, Split
 from data_prep.sources import open_source
 from finetune import paths
-from finetune.config.plan import Settings
+from finetune.config.plan import Experiment
 from finetune.files import locked
 from finetune.model import encode, load
 from finetune.records import DataReference
+
+
+class HasExperiment(Protocol):
+    """The plan of a run, or a trained model that was found."""
+
+    @property
+    def profile(self) -> str: ...
+
+    @property
+    def experiment(self) -> Experiment: ...
 
 
 @dataclass(frozen=True)
@@ -55,8 +66,11 @@ class PreparedData:
         return table
 
 
-def prepare_data(settings: Settings) -> PreparedData:
+def load_data(settings: HasExperiment) -> PreparedData:
     """Prepare the experiment's data, or reuse what is there, and say which; one process at a time.
+
+    Args:
+        settings: A plan, or a trained model: what has an `experiment`.
 
     Raises:
         UserError: The source is wrong or out of reach, or fewer rows exist than are asked for.
@@ -64,7 +78,7 @@ def prepare_data(settings: Settings) -> PreparedData:
     experiment = settings.experiment
     source = open_source(experiment.source, experiment.data_path)
     folder = paths.dataset_folder(experiment.source)
-    count_tokens = partial(encode.count_tokens, load.load_tokenizer(settings))
+    count_tokens = partial(encode.count_tokens, load.load_tokenizer(experiment.model))
     with locked(folder, f"Waiting for {folder}: another process prepares it"):
         manifest, reused = prepare(
             source,

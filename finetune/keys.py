@@ -11,10 +11,18 @@ from finetune import paths
 # (profiles, recipes) are in the settings. Not here: what records, shows or explains. A folder stands for all its
 # modules. A test holds these lists against what the modules import.
 _MODEL = ("data", "model")
-_TRAIN = ("callbacks", "checks", "graphs", "run", "trainer", "updates")
+_TRAIN = ("callbacks", "checks", "graphs", "resolve", "save", "trainer", "updates")
 COMPUTES: dict[str, tuple[str, ...]] = {
-    "train": (*_MODEL, *(f"train/{name}" for name in _TRAIN)),
-    "evaluate": (*_MODEL, "evaluate/baselines", "evaluate/run", "evaluate/score", "metrics", "resampling"),
+    "train": (*_MODEL, *(f"train/{name}" for name in _TRAIN), "evaluate/score"),
+    "evaluate": (
+        *_MODEL,
+        "evaluate/baselines",
+        "evaluate/find",
+        "evaluate/run",
+        "evaluate/score",
+        "metrics",
+        "resampling",
+    ),
     "compare": ("compare", "metrics", "resampling", "wording"),
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -19,10 +20,9 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_prep import DataError, UserError
+from data_prep import DataError
 from data_prep.store import replacing
 from finetune import machine, paths
-from finetune.config.plan import EVALUATION_ONLY, Settings
 from finetune.metrics import Metrics, first_difference
 
 RECORD = "record.json"
@@ -218,19 +218,9 @@ class Merged(Part):
         )
 
 
-def new_record(settings: Settings, data: DataReference, **parts: Any) -> RunRecord:
-    """A record of `settings` on `data`, with a training or an evaluation part."""
-    return RunRecord(
-        run=settings.run,
-        profile=settings.profile,
-        engine=settings.engine,
-        model=settings.model_name,
-        seed=settings.experiment.seed,
-        settings=settings.values,
-        settings_digest=settings.digest,
-        data=data,
-        **parts,
-    )
+def digest(values: Any) -> str:
+    """12 hexadecimal digits that change when anything in `values` does."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def environment() -> Environment:
@@ -356,37 +346,6 @@ def read_rows(path: Path, digest: str) -> list[Prediction]:
     if hashlib.sha256(content).hexdigest() != digest:
         raise DataError(path, "not the predictions of record.json beside it (cut short, changed, or another run's)")
     return [Prediction.model_validate_json(line) for line in content.splitlines()]
-
-
-def require_artefact(settings: Settings, data: DataReference, notebook: str) -> tuple[Training, Path]:
-    """The training part of a run's record and the folder of its artefact.
-
-    Raises:
-        UserError: The training was not run, or with other settings or data, or the artefact is gone.
-    """
-    folder = settings.run_folder
-    if not (folder / RECORD).is_file():
-        raise UserError(f"there is no {settings.run} model of profile {settings.profile} yet: run {notebook} first")
-    record = read(folder)
-    if record.training.settings_digest != settings.training_digest:
-        changed = sorted(
-            name
-            for name, value in settings.values.items()
-            if name not in EVALUATION_ONLY and record.settings.get(name) != value
-        )
-        raise UserError(
-            f"the {settings.run} model was trained with other settings ({', '.join(changed) or 'engine'}): "
-            f"use the same OVERRIDES here, or run {notebook} again"
-        )
-    if record.data.fingerprint != data.fingerprint:
-        raise UserError(
-            f"the {settings.run} model was trained on other data (fingerprint {record.data.fingerprint}, now "
-            f"{data.fingerprint}): run {notebook} again"
-        )
-    artefact = paths.home() / record.training.artefact
-    if not artefact.is_dir():
-        raise UserError(f"{artefact} is gone: run {notebook} again")
-    return record.training, artefact
 
 
 def _commit() -> tuple[str | None, bool | None]:

@@ -28,7 +28,8 @@ from tqdm import tqdm
 from data_prep import UserError
 from data_prep.store import MANIFEST, replacing, write_json
 from finetune import keys, paths, records
-from finetune.config.plan import RUNS, Settings, UnavailableHere, applicable, fewer_rows, plan
+from finetune.config.methods import METHODS
+from finetune.config.plan import EVALUATION_ONLY, Settings, UnavailableHere, applicable, fewer_rows, plan
 from finetune.kernels import Kernels
 
 NOTEBOOKS = paths.PROJECT / "notebooks"
@@ -67,7 +68,7 @@ class Step:
     def kind(self) -> Literal["train", "evaluate", "compare"]:
         if self.run is None:
             return "compare"
-        return "train" if self.notebook.startswith("fine_tuning") else "evaluate"
+        return "train" if self.notebook == METHODS[self.run].notebook else "evaluate"
 
     def of_variant(self, variant: Mapping[str, Any]) -> Step:
         """The same step with other overrides, and with the steps of these before it."""
@@ -76,24 +77,26 @@ class Step:
         return replace(self, needs=needs, title=self.name + suffix, variant=variant)
 
 
-STEPS = (
-    Step("base_model_performance", "base"),
-    Step("fine_tuning_full", "full"),
-    Step("fine_tuning_full_unsloth", "full_unsloth"),
-    Step("fine_tuning_lora", "lora"),
-    Step("fine_tuning_qlora", "qlora"),
-    Step("full_finetuning_performance", "full", ("fine_tuning_full",), {"RUN": "full"}),
-    Step(
-        "full_finetuning_performance",
-        "full_unsloth",
-        ("fine_tuning_full_unsloth",),
-        {"RUN": "full_unsloth"},
-        title="full_unsloth_finetuning_performance",
-    ),
-    Step("lora_finetuning_performance", "lora", ("fine_tuning_lora",)),
-    Step("qlora_finetuning_performance", "qlora", ("fine_tuning_qlora",)),
-    Step("compare_methods", None, ("base_model_performance",)),
-)
+def _steps() -> tuple[Step, ...]:
+    """The base model, all trainings, their evaluations, the comparison."""
+    trained = {run: method for run, method in METHODS.items() if method.recipe}
+    base = METHODS["base"].evaluation
+    evaluations = []
+    for run, method in trained.items():
+        # Where methods share a notebook, it is told which one it evaluates.
+        shared = [other for other in trained.values() if other.evaluation == method.evaluation]
+        title = "" if method is shared[0] else method.notebook.replace("fine_tuning_", "") + "_finetuning_performance"
+        parameters = {"RUN": run} if len(shared) > 1 else {}
+        evaluations.append(Step(method.evaluation, run, (method.notebook,), parameters, title))
+    return (
+        Step(base, "base"),
+        *(Step(method.notebook, run) for run, method in trained.items()),
+        *evaluations,
+        Step("compare_methods", None, (base,)),
+    )
+
+
+STEPS = _steps()
 
 # Evaluations end with a comparison with it.
 BASE = STEPS[0].name
@@ -208,7 +211,7 @@ class Suite:
     def _execute(self, step: Step, kernels: Kernels, progress: _Progress) -> Outcome:
         notebook = parameterize_notebook(
             _notebook(step),
-            {"PROFILE": self.profile, "OVERRIDES": self.overrides_for(step.run, step.variant), **step.parameters},
+            {"PROFILE": self.profile, "OVERRIDES": self._given(step), **step.parameters},
         )
         stamp = self._stamp(step)
         stamp.unlink(missing_ok=True)
@@ -246,6 +249,13 @@ class Suite:
             return paths.results_folder(self.profile) / "report.html"
         plan = self._plans[step.name]
         return plan.artefact_folder if step.kind == "train" else plan.run_folder / records.PREDICTIONS
+
+    def _given(self, step: Step) -> dict[str, Any]:
+        """The overrides of a notebook: the evaluation of a trained model takes those of the evaluation alone."""
+        overrides = self.overrides_for(step.run, step.variant)
+        if step.kind != "evaluate" or METHODS[step.run].recipe is None:
+            return overrides
+        return {name: value for name, value in overrides.items() if name in EVALUATION_ONLY | {"variant"}}
 
     def _plan(self, step: Step) -> Settings:
         return plan(step.run or "base", self.profile, self.overrides_for(step.run, step.variant))
@@ -341,7 +351,7 @@ class _Progress:
 
 def _training_progress(profile: str) -> str:
     """How far the training that runs now is, empty if none does."""
-    for path in paths.results_folder(profile).rglob("progress.json"):
+    for path in paths.state_folder(profile, "").parent.glob(f"{profile}-*/progress.json"):
         # The file is replaced at every step and removed at the end, perhaps between glob and read.
         with contextlib.suppress(FileNotFoundError):
             state = json.loads(path.read_text())
@@ -352,11 +362,12 @@ def _training_progress(profile: str) -> str:
 
 
 def _selected(only: tuple[str, ...]) -> tuple[Step, ...]:
-    known = [*RUNS, "compare"]
+    known = [*METHODS, "compare"]
     unknown = [name for name in only if name not in known]
     if unknown:
         raise UserError(f"--only {unknown[0]}: there is no such run; the runs are: {', '.join(known)}")
-    return tuple(step for step in STEPS if not only or (step.run or "compare") in only)
+    wanted = only or (*(run for run, method in METHODS.items() if method.by_default), "compare")
+    return tuple(step for step in STEPS if (step.run or "compare") in wanted)
 
 
 def _seeded(steps: tuple[Step, ...], first: int, seeds: int) -> tuple[Step, ...]:

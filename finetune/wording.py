@@ -18,6 +18,7 @@ NAMES = {
     "full_unsloth": "full (Unsloth)",
     "lora": "LoRA",
     "qlora": "QLoRA",
+    "dora": "DoRA",
 }
 _SPOKEN = {
     "svm": "the linear SVM",

@@ -1,12 +1,16 @@
 """The committed notebooks keep the house's rules."""
 
 import ast
-from itertools import combinations
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from finetune import paths
+from finetune.config.methods import METHODS
+from finetune.config.recipes import ADAPTER_ONLY, Recipe
 from finetune.runner import STEPS
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
@@ -16,9 +20,11 @@ NAMES = {
     "fine_tuning_full_unsloth",
     "fine_tuning_lora",
     "fine_tuning_qlora",
+    "fine_tuning_dora",
     "full_finetuning_performance",
     "lora_finetuning_performance",
     "qlora_finetuning_performance",
+    "dora_finetuning_performance",
     "compare_methods",
 }
 
@@ -49,8 +55,25 @@ def test_a_notebook_is_clean_small_and_has_one_parameters_cell(path):
     assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
 
 
-def test_the_training_notebooks_differ_in_their_recipe_alone():
-    training = [path for path in NOTEBOOKS if path.stem.startswith("fine_tuning")]
-    for first, second in combinations(training, 2):
-        differing = set(code_lines(first)) ^ set(code_lines(second))
-        assert all("plan_training(" in line or "difference" in line for line in differing), differing
+@pytest.mark.parametrize("part", ["fine_tuning", "finetuning_performance"])
+def test_notebooks_of_a_kind_differ_in_the_cells_of_their_method_alone(part):
+    alike = [
+        [cell.source for cell in code_cells(path) if "method" not in cell.metadata.get("tags", [])]
+        for path in NOTEBOOKS
+        if part in path.stem
+    ]
+    # The full notebook's parameters name the checkpoint too.
+    assert all(cells[1:] == alike[0][1:] for cells in alike) and len(alike) >= 4
+
+
+@pytest.mark.parametrize("run", [run for run, method in METHODS.items() if method.recipe])
+def test_a_training_notebook_shows_its_method(run):
+    code = "\n".join(code_lines(paths.PROJECT / "notebooks" / f"{METHODS[run].notebook}.ipynb"))
+    recipe = METHODS[run].recipe
+    assert f'plan_training("{run}"' in code and f"load_in_4bit={recipe.load_in_4bit}," in code
+    assert ("LoraConfig(" in code) == recipe.adapter
+    assert not recipe.adapter or f"use_dora={recipe.use_dora}," in code
+    shown = set(re.findall(r"(?:recipe|resolved)\.(\w+)", code))
+    hidden = {"adapter", "engine", "load_in_4bit", "use_dora", "use_liger_kernel", "offload_embedding"}
+    hidden |= {"cudnn_benchmark", "save_steps", "loading", "compute_dtype"}
+    assert shown | hidden | (set() if recipe.adapter else ADAPTER_ONLY) >= {field.name for field in fields(Recipe)}

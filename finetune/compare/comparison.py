@@ -19,7 +19,7 @@ from finetune.baseline_records import Baseline
 from finetune.compare import calibration, stats
 from finetune.compare.calibration import Calibration
 from finetune.compare.stats import Estimate, Pair
-from finetune.config.plan import RUNS
+from finetune.config.methods import METHODS
 from finetune.metrics import Metrics
 from finetune.records import Merged, Prediction, RunRecord, Training
 from finetune.wording import NAMES
@@ -206,7 +206,7 @@ def load(profile: str) -> Comparison:
 
 
 def load_folder(folder: Path, profile: str) -> Comparison:
-    places = {run: folder / run for run in RUNS}
+    places = {run: folder / run for run in METHODS}
     evaluated = _read_evaluated(places, folder)
     predictions = {run: records.read_predictions(record, places[run]) for run, record in evaluated.items()}
     beside, rows_beside = baseline_records.read_all(folder)

@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args, get_origin
 import pandas as pd
 
 from finetune import paths
-from finetune.config.plan import RUNS, Experiment, meaning
+from finetune.config.methods import METHODS
+from finetune.config.plan import Experiment, meaning
 from finetune.config.profiles import PROFILES
 from finetune.config.recipes import Recipe
 from finetune.wording import NAMES, markdown
@@ -30,12 +31,12 @@ def parameters() -> str:
     purposes = pd.DataFrame(
         {"profile": [f"`{name}`" for name in PROFILES], "for": [p.purpose for p in PROFILES.values()]}
     )
-    trained = {run: recipe for run, recipe in RUNS.items() if recipe}
+    trained = {run: method.recipe for run, method in METHODS.items() if method.recipe}
     return "\n".join(
         [
             markdown(purposes),
             "\n## The experiment: model, data, prompt, evaluation\n",
-            markdown(_table(Experiment, dict.fromkeys(RUNS, Experiment()))),
+            markdown(_table(Experiment, dict.fromkeys(METHODS, Experiment()))),
             "\n## The recipe: how a model is trained\n",
             markdown(_table(Recipe, trained)),
             "",
@@ -51,7 +52,7 @@ def _table(part: type, defaults: Mapping[str, Any]) -> pd.DataFrame:
         line = {"parameter": f"`{field.name}`", "default": _cell(default)}
         for name, profile in PROFILES.items():
             values = {
-                run: profile.values_for(RUNS[run].method if RUNS[run] else None).get(field.name, value)
+                run: profile.values_for(METHODS[run].like or run).get(field.name, value)
                 for run, value in default.items()
             }
             line[name] = "" if values == default else _cell(values)

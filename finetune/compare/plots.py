@@ -28,6 +28,7 @@ COLOURS = {
     "full_unsloth": "#56B4E9",
     "lora": "#E69F00",
     "qlora": "#009E73",
+    "dora": "#CC79A7",
 }
 LINES = {
     "base": ":",
@@ -36,6 +37,7 @@ LINES = {
     "full_unsloth": (0, (4, 1, 1, 1, 1, 1)),
     "lora": "--",
     "qlora": "-.",
+    "dora": (0, (3, 1, 1, 1)),
 }
 MARKERS = {
     "majority": "x",
@@ -46,6 +48,7 @@ MARKERS = {
     "full_unsloth": "D",
     "lora": "o",
     "qlora": "^",
+    "dora": "p",
 }
 
 # A share with the ends of its 95 % interval.

@@ -340,7 +340,9 @@ def merged(comparison: Comparison) -> pd.DataFrame:
 def recipes(comparison: Comparison) -> tuple[pd.DataFrame, dict[str, str]]:
     """How the runs were trained: the settings that differ, a line each and a column a run, and those that do not."""
     tuned = comparison.tuned()
-    known = [field.name for field in fields(Recipe) if any(field.name in of.settings for of in tuned.values())]
+    # What a notebook's edited cell adds to a recipe comes last.
+    names = [*(field.name for field in fields(Recipe)), "callbacks", "other_arguments"]
+    known = [name for name in names if any(of.settings.get(name) not in (None, [], {}) for of in tuned.values())]
 
     def value(name: str, record: RunRecord) -> str:
         if name in ADAPTER_ONLY and not record.settings.get("adapter"):

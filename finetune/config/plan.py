@@ -21,14 +21,17 @@ from pydantic.dataclasses import dataclass
 from data_prep import UserError
 from finetune import machine, paths
 from finetune.config import embedded
+from finetune.config.methods import METHODS
 from finetune.config.profiles import PROFILES, choose_profile
-from finetune.config.recipes import FULL, FULL_UNSLOTH, LORA, QLORA, STRICT, Count, Recipe, check
+from finetune.config.recipes import STRICT, Count, Recipe, check
 
 if TYPE_CHECKING:
     # It takes most of the time of `import finetune`; a plan needs it for its table alone.
     import pandas as pd
 
 ENVIRONMENT_PREFIX = "FINETUNE_"
+# Origins of values that nobody chose: of the experiment, and of a method's recipe.
+DEFAULT = ("default", "recipe")
 EVALUATION_ONLY = {
     "test_rows",
     "generation_rows",
@@ -77,15 +80,10 @@ class Experiment:
     variant: Annotated[str, Field(pattern="^[a-z0-9-]*$")] = ""
     """Set by `run --seeds` and `curve`: a folder in the run's own (seed-43, rows-250); empty for the run itself."""
 
-
-# The base model is not trained.
-RUNS: dict[str, Recipe | None] = {
-    "base": None,
-    "full": FULL,
-    "full_unsloth": FULL_UNSLOTH,
-    "lora": LORA,
-    "qlora": QLORA,
-}
+    @property
+    def model_name(self) -> str:
+        """The model's name for people."""
+        return embedded.NAME if self.model == "embedded" else self.model
 
 
 @plain_dataclass(frozen=True)
@@ -119,7 +117,7 @@ class Settings:
     @property
     def model_name(self) -> str:
         """The model's name for people."""
-        return embedded.NAME if self.experiment.model == "embedded" else self.experiment.model
+        return self.experiment.model_name
 
     @property
     def run_folder(self) -> Path:
@@ -138,45 +136,52 @@ class Settings:
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def table(self) -> pd.DataFrame:
-        """Parameter, value, origin and meaning, one row a parameter."""
+        """Parameter, value, origin and meaning, one row a parameter: what was asked for first, defaults last."""
         import pandas as pd
 
-        rows = [(name, str(value), self.origins[name], meaning(name)) for name, value in self.values.items()]
+        rank = {"override": 0, "environment": 1, f"profile {self.profile}": 2}
+        names = sorted(self.values, key=lambda name: rank.get(self.origins[name], 3))
+        rows = [(name, str(self.values[name]), self.origins[name], meaning(name)) for name in names]
         return pd.DataFrame(rows, columns=["parameter", "value", "from", "meaning"]).set_index("parameter")
 
     def _repr_html_(self) -> str:
-        head = (
-            f"<p><b>{self.run}</b>: profile <code>{self.profile}</code> ({self.profile_reason}); "
-            f"engine <code>{self.engine}</code> ({self.engine_reason})</p>"
+        table = self.table()
+        is_default = table["from"].isin(DEFAULT)
+        engine = f"; engine <code>{self.engine}</code> ({self.engine_reason})" if self.recipe else ""
+        return (
+            f"<p><b>{METHODS[self.run].title}</b>: "
+            f"profile <code>{self.profile}</code> ({self.profile_reason}){engine}</p>"
+            f"{table[~is_default].to_html()}"
+            f"<details><summary>{is_default.sum()} parameters have their default values</summary>"
+            f"{table[is_default].to_html()}</details>"
         )
-        return head + self.table().to_html()
 
 
 def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> Settings:
     """Settle what will run.
 
     Args:
-        run: `base`, `full`, `full_unsloth`, `lora` or `qlora`.
+        run: A method's name in METHODS: `base`, `full`, `lora`, ...
         profile: A profile's name, or `auto` to choose by the hardware (or by FINETUNE_PROFILE).
         overrides: Parameter values that win over everything else.
 
     Raises:
         UserError: An unknown run, profile, parameter or value; or an engine that this machine does not have.
     """
-    if run not in RUNS:
-        raise UserError(f"unknown run '{run}'; the runs are: {', '.join(RUNS)}")
-    recipe = RUNS[run]
+    if run not in METHODS:
+        raise UserError(f"unknown run '{run}'; the runs are: {', '.join(METHODS)}")
+    method = METHODS[run]
     profile, reason = choose_profile(profile)
     layers = [
-        (f"profile {profile}", PROFILES[profile].values_for(recipe.method if recipe else None)),
+        (f"profile {profile}", PROFILES[profile].values_for(method.like or run)),
         ("environment", _from_environment()),
         ("override", dict(overrides or {})),
     ]
     values, origins = _merge(layers)
     experiment = _build(Experiment, values, None)
-    recipe = _build(Recipe, values, recipe) if recipe else None
+    recipe = _build(Recipe, values, method.recipe) if method.recipe else None
     if recipe:
-        check(recipe, RUNS[run].method)
+        check(recipe, run, method.recipe)
         if recipe.dtype == "bfloat16" and experiment.compute_dtype == "float32":
             raise UserError("compute_dtype=float32 contradicts dtype=bfloat16: bfloat16 weights multiply in bfloat16")
         if recipe.cuda_graphs and experiment.compute_dtype == "float32":
@@ -237,7 +242,7 @@ def applicable(overrides: Mapping[str, Any], run: str) -> dict[str, Any]:
     unknown = set(overrides) - _names(Experiment) - _names(Recipe)
     if unknown:
         raise UserError(_unknown(unknown.pop(), "override"))
-    return {name: value for name, value in overrides.items() if RUNS[run] or name in _names(Experiment)}
+    return {name: value for name, value in overrides.items() if METHODS[run].recipe or name in _names(Experiment)}
 
 
 def _unknown(name: str, origin: str) -> str:

@@ -13,13 +13,13 @@ from finetune import machine
 
 @dataclass(frozen=True)
 class Profile:
-    """Values for every run, and more for single methods (`full`, `lora`, `qlora`)."""
+    """Values for every run, and more for single methods."""
 
     purpose: str
     shared: Mapping[str, Any]
     by_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def values_for(self, method: str | None) -> dict[str, Any]:
+    def values_for(self, method: str) -> dict[str, Any]:
         return dict(self.shared) | dict(self.by_method.get(method, {}))
 
 

@@ -19,7 +19,9 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 # Parameters that mean nothing where all weights are trained.
-ADAPTER_ONLY = {"r", "lora_alpha", "lora_dropout", "target_modules"}
+ADAPTER_ONLY = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_dora"}
+# What makes a recipe one of its method, and no other: an override cannot change it.
+DEFINING = ("adapter", "load_in_4bit", "use_dora")
 Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_torch_8bit", "adamw_torch_4bit"]
 
 
@@ -101,18 +103,14 @@ class Recipe:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"]
     )
     """Which projections get an adapter: their names, or `all-linear` for all but the output layer."""
-    eval_steps: Annotated[float, Field(gt=0, le=1)] = 0.25
+    use_dora: bool = False
+    """Train a magnitude for each output beside the adapter's direction (DoRA, Liu et al. 2024)."""
+    eval_steps: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Share of the steps after which validation accuracy is measured, again and again, and at the end."""
     eval_on_start: bool = True
     """Measure it before the first step too; with CUDA graphs it always is."""
-    save_steps: Annotated[float, Field(ge=0, le=1)] = 0.25
+    save_steps: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Share of the steps after which a checkpoint is written that an interrupted run resumes from; 0: never."""
-
-    @property
-    def method(self) -> str:
-        if not self.adapter:
-            return "full"
-        return "qlora" if self.load_in_4bit else "lora"
 
 
 # bfloat16 has 8 bits of precision: an update below 1/256 of a weight is lost. With fp32 weights the same run ended
@@ -121,6 +119,8 @@ FULL = Recipe(adapter=False, engine="transformers", learning_rate=2e-5, dtype="f
 FULL_UNSLOTH = replace(FULL, engine="unsloth")
 LORA = Recipe(adapter=True)
 QLORA = replace(LORA, load_in_4bit=True)
+# Unsloth has no kernels for the magnitudes.
+DORA = replace(LORA, use_dora=True, engine="transformers")
 
 
 def difference(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -129,26 +129,28 @@ def difference(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def check(recipe: Recipe, method: str) -> None:
-    """Refuse a recipe that is not of its run's method, or that no engine can run."""
-    if recipe.load_in_4bit and not recipe.adapter:
-        raise UserError("load_in_4bit=True needs adapter=True: 4-bit weights cannot be trained themselves")
-    if recipe.method != method:
-        raise UserError(
-            f"adapter={recipe.adapter} and load_in_4bit={recipe.load_in_4bit} make this a {recipe.method} run, "
-            f"not {method}; choose the run instead"
-        )
+def check(recipe: Recipe, run: str, its_own: Recipe) -> None:
+    """Refuse a recipe that is not of its run's method, or that no engine can run.
+
+    Args:
+        recipe: What was asked for.
+        run: The run's name.
+        its_own: The recipe that the run is registered with.
+
+    Raises:
+        UserError: With what contradicts what.
+    """
+    for name in DEFINING:
+        if getattr(recipe, name) != getattr(its_own, name):
+            raise UserError(f"{name}={getattr(recipe, name)} is another method than {run}; choose another run instead")
     if recipe.load_in_4bit and recipe.dtype == "float32":
         raise UserError("load_in_4bit=True contradicts dtype=float32")
     if not recipe.packing and (recipe.article_loss or recipe.label_smoothing_factor):
         raise UserError(
-            "article_loss and label_smoothing_factor need packing=True: the loss of padded batches is TRL's own"
+            "article_loss and label_smoothing_factor need packing=True: the loss of padded batches is TRL's"
         )
-    if recipe.update_in_backward:
-        _check_update_in_backward(recipe)
-
-
-def _check_update_in_backward(recipe: Recipe) -> None:
+    if not recipe.update_in_backward:
+        return
     if recipe.adapter:
         raise UserError("update_in_backward=True is for full fine-tuning: the gradients of an adapter are small")
     if recipe.gradient_accumulation_steps > 1:

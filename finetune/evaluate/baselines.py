@@ -20,11 +20,10 @@ from data_prep import Example
 from data_prep.schema import Message
 from data_prep.store import replacing
 from finetune import baseline_records, metrics, paths, records
-from finetune.baseline_records import NAMES_OF_BASELINES, Baseline, Name
-from finetune.config.plan import Settings
-from finetune.data import PreparedData, evenly
+from finetune.baseline_records import Baseline, Name
+from finetune.data import HasExperiment, PreparedData, evenly
 from finetune.evaluate import score
-from finetune.model import encode, load, packing
+from finetune.model import encode, packing
 from finetune.records import Prediction
 from finetune.wording import NAMES
 
@@ -34,10 +33,8 @@ NGRAMS, LEAST_ROWS, C = (1, 2), 2, 0.5
 SVM_DESCRIPTION = f"TF-IDF of words and pairs of words, linear SVM, C = {C}"
 
 
-def evaluate(settings: Settings, data: PreparedData, names: Sequence[Name] = NAMES_OF_BASELINES) -> pd.DataFrame:
-    """Evaluate baselines, record them, and return their figures as a table."""
-    ways = {"majority": _fit_majority, "svm": fit_svm, "few_shot": _few_shot}
-    found = [ways[name](settings, data) for name in names]
+def table(*found: Baseline) -> pd.DataFrame:
+    """The figures of baselines, a line each."""
     return pd.DataFrame(
         {
             NAMES[baseline.name]: {
@@ -50,17 +47,18 @@ def evaluate(settings: Settings, data: PreparedData, names: Sequence[Name] = NAM
     ).T
 
 
-def _fit_majority(settings: Settings, data: PreparedData) -> Baseline:
+def fit_majority(settings: HasExperiment, data: PreparedData) -> Baseline:
+    """The most frequent class of the training rows, for every test row."""
     classifier = DummyClassifier(strategy="most_frequent")
     return _classifier("majority", "the most frequent class of the training rows", classifier, settings, data)
 
 
-def fit_svm(settings: Settings, data: PreparedData) -> Baseline:
+def fit_svm(settings: HasExperiment, data: PreparedData) -> Baseline:
     """The linear SVM on these training rows, fitted, judged and recorded; a variant's record lies in its own folder."""
     return _classifier("svm", SVM_DESCRIPTION, _svm(), settings, data)
 
 
-def svm_is_fitted(settings: Settings, data: PreparedData) -> bool:
+def svm_is_fitted(settings: HasExperiment, data: PreparedData) -> bool:
     """Whether the record of `fit_svm` is there already, of the same classifier on the same data."""
     path = _folder(settings, "svm") / records.RECORD
     if not path.is_file():
@@ -69,7 +67,7 @@ def svm_is_fitted(settings: Settings, data: PreparedData) -> bool:
     return found.description == SVM_DESCRIPTION and found.data == data.reference
 
 
-def _folder(settings: Settings, name: Name) -> Path:
+def _folder(settings: HasExperiment, name: Name) -> Path:
     return (
         baseline_records.baselines_folder(paths.results_folder(settings.profile)) / name / settings.experiment.variant
     )
@@ -80,7 +78,7 @@ def _svm() -> Pipeline:
     return make_pipeline(words, LinearSVC(C=C))
 
 
-def _classifier(name: Name, description: str, classifier, settings: Settings, data: PreparedData) -> Baseline:
+def _classifier(name: Name, description: str, classifier, settings: HasExperiment, data: PreparedData) -> Baseline:
     """Fit a classifier on the articles of the training rows, and judge it."""
     start = time.perf_counter()
     classifier.fit(*_articles_and_labels(data.train))
@@ -93,16 +91,14 @@ def _classifier(name: Name, description: str, classifier, settings: Settings, da
     return _record(name, description, settings, data, predicted, model=None, **fitted)
 
 
-def _few_shot(settings: Settings, data: PreparedData) -> Baseline:
+def few_shot(settings: HasExperiment, data: PreparedData, model, tokenizer) -> Baseline:
     """The untuned model with examples from the training rows before every article."""
-    tokenizer = load.load_tokenizer(settings)
-    model = load.load_for_evaluation(settings, None)
     shots = evenly(data.train, settings.experiment.few_shot_examples, settings.experiment.data_seed)
     prompts = encode.encode_prompts(tokenizer, [few_shot_prompt(shots, row) for row in data.test])
     scorer = score.LabelScorer(packing.Backbone(model), tokenizer, settings.experiment.per_device_eval_batch_size)
     predicted = score.predicted_labels(scorer.score(prompts, progress="scoring with examples"))
     description = f"the untuned model with {len(shots)} training rows and their answers in the prompt"
-    model_name = settings.model_name
+    model_name = settings.experiment.model_name
     unfitted = {"fit_seconds": None, "validation_accuracy": None}
     return _record("few_shot", description, settings, data, predicted, model=model_name, **unfitted)
 
@@ -118,7 +114,7 @@ def _articles_and_labels(examples: Sequence[Example]) -> tuple[list[str], list[s
 
 
 def _record(
-    name: Name, description: str, settings: Settings, data: PreparedData, predicted: list[str], **how: Any
+    name: Name, description: str, settings: HasExperiment, data: PreparedData, predicted: list[str], **how: Any
 ) -> Baseline:
     folder = _folder(settings, name)
     labels = [row.label for row in data.test]

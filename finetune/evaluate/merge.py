@@ -6,55 +6,51 @@ import numpy as np
 import torch
 
 from data_prep import LABELS, UserError
+from data_prep.store import replacing
 from finetune import cards, metrics, paths, records
-from finetune.config.plan import Settings
 from finetune.data import PreparedData
 from finetune.evaluate import score
+from finetune.evaluate.find import Found
 from finetune.evaluate.run import MAX_LENGTH
 from finetune.files import folder_bytes, folder_digest, replacing_folder
 from finetune.model import encode, load, packing
 
-BASES = {
-    "lora": "the base model's bf16 weights",
-    "qlora": "the base model's weights in 4-bit NormalFloat, dequantised to bf16: what the adapter was trained on",
-}
+BF16 = "the base model's bf16 weights"
+DEQUANTISED = "the base model's weights in 4-bit NormalFloat, dequantised to bf16: what the adapter was trained on"
 
 
-def merge(settings: Settings, data: PreparedData) -> records.Merged:
+def merge(found: Found, data: PreparedData) -> records.Merged:
     """Merge the adapter of an evaluated run, save the model and score the test rows with it.
 
     Raises:
-        UserError: The run trains no adapter, was not trained with these settings, or was not evaluated yet.
+        UserError: The run trains no adapter, or was not evaluated yet.
     """
-    if settings.recipe is None or not settings.recipe.adapter:
-        raise UserError(f"{settings.run} trains no adapter: there is nothing to merge; choose lora or qlora")
-    training, adapter = records.require_artefact(settings, data.reference, f"fine_tuning_{settings.run}.ipynb")
-    run_folder = settings.run_folder
-    record = records.read(run_folder)
-    before = records.read_predictions(record, run_folder)
-    tokenizer = load.load_tokenizer(settings)
-    model = load.merged(settings, adapter)
+    if not found.trained.get("adapter"):
+        raise UserError(f"{found.run} trains no adapter: there is nothing to merge; choose lora or qlora")
+    record, base = found.record, DEQUANTISED if found.load_in_4bit else BF16
+    before = records.read_predictions(record, found.folder)
+    tokenizer = load.load_tokenizer(found.artefact)
+    dtype = load.choose_precision(found.experiment, found.trained["dtype"]).name
+    model = load.dequantized_with(found.artefact, found.experiment.model, dtype, found.load_in_4bit)
     products = model.dtype
     # Saved in the precision that models are used in, and judged as it is saved.
     model.to(torch.bfloat16)
-    folder = paths.artefact_folder(settings.profile, f"{settings.run}-merged", is_adapter=False)
+    folder = paths.artefact_folder(found.profile, f"{found.run}-merged", is_adapter=False)
     with replacing_folder(folder) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        (beside / "README.md").write_text(
-            cards.merged_card(settings, data, settings.model_name, BASES[settings.run]), encoding="utf-8"
-        )
+        (beside / "README.md").write_text(cards.model_card(record, data, merged_into=base), encoding="utf-8")
     model.to(products)
     prompts = [row.prompt for row in encode.encode(tokenizer, data.test, MAX_LENGTH)]
-    scorer = score.LabelScorer(packing.Backbone(model), tokenizer, settings.experiment.per_device_eval_batch_size)
+    scorer = score.LabelScorer(packing.Backbone(model), tokenizer, found.experiment.per_device_eval_batch_size)
     probabilities = scorer.score(prompts, progress="scoring")
     predicted = score.predicted_labels(probabilities)
     known = np.array([[row.probabilities[label] for label in LABELS] for row in before])
     result = records.Merged(
         environment=records.environment(),
-        run=settings.run,
-        base=BASES[settings.run],
-        adapter_digest=training.artefact_digest,
+        run=found.run,
+        base=base,
+        adapter_digest=record.training.artefact_digest,
         artefact=str(folder.relative_to(paths.home())),
         artefact_bytes=folder_bytes(folder),
         artefact_digest=folder_digest(folder),
@@ -63,6 +59,6 @@ def merge(settings: Settings, data: PreparedData) -> records.Merged:
         agreement=float(np.mean([row.prediction == label for row, label in zip(before, predicted, strict=True)])),
         largest_difference=float(np.abs(probabilities - known).max()),
     )
-    with records.replacing(run_folder / records.MERGED) as file:
+    with replacing(found.folder / records.MERGED) as file:
         file.write(result.model_dump_json(indent=2) + "\n")
     return result

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
-from data_prep import LABELS, Example
+from data_prep import LABELS, Example, UserError
 from finetune import machine, metrics, paths, records
-from finetune.config.plan import Settings
+from finetune.config.methods import METHODS
+from finetune.config.plan import Experiment
 from finetune.data import PreparedData
 from finetune.evaluate import score
+from finetune.evaluate.find import Found, values_of
 from finetune.model import encode, load, packing
 from finetune.model.precision import Precision
 from finetune.wording import percent_interval
@@ -20,29 +20,42 @@ from finetune.wording import percent_interval
 MAX_LENGTH = 1024
 
 
-def evaluate(settings: Settings, data: PreparedData, notebook: str | None = None) -> records.RunRecord:
-    """Evaluate the base model, or the artefact that `notebook` made, and record the result.
+def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunRecord:
+    """Evaluate a model on the test rows, and record the result.
 
     Args:
-        settings: The run; its artefact must have been made with these settings.
+        found: What the model is.
+        model: The model, loaded; with its adapter, if it has one.
+        tokenizer: Its tokenizer.
         data: The prepared data; its test rows are judged, and its validation rows scored for what is fitted on them.
-        notebook: The notebook that trains this run, None for the base model.
 
     Raises:
-        UserError: The artefact does not exist, or was trained with other settings.
+        UserError: The model was trained on other data.
     """
-    training, artefact = None, None
-    if notebook is not None:
-        training, artefact = records.require_artefact(settings, data.reference, notebook)
-    tokenizer = load.load_tokenizer(settings)
-    precision = load.choose_precision(settings)
+    if found.record and found.record.data.fingerprint != data.reference.fingerprint:
+        raise UserError(
+            f"the {found.run} model was trained on other data (fingerprint {found.record.data.fingerprint}, now "
+            f"{data.reference.fingerprint}): run {METHODS[found.run].notebook}.ipynb again"
+        )
+    precision = load.choose_precision(found.experiment, found.trained.get("dtype"))
     print(f"precision: {precision}")
-    model = load.load_for_evaluation(settings, artefact)
+    load.evaluating(model)
     machine.reset_peak_memory()
-    digest = training.artefact_digest if training else None
-    result = _evaluate_model(model, precision, tokenizer, settings, data, digest)
-    record = records.new_record(settings, data.reference, training=training, evaluation=result)
-    records.write(record, folder_of(settings))
+    result = _evaluate_model(model, precision, tokenizer, found, data)
+    values = values_of(found)
+    record = records.RunRecord(
+        run=found.run,
+        profile=found.profile,
+        engine=found.record.engine if found.record else "transformers",
+        model=found.record.model if found.record else found.experiment.model_name,
+        seed=values["seed"],
+        settings=values,
+        settings_digest=records.digest(values),
+        data=found.record.data if found.record else data.reference,
+        training=found.training,
+        evaluation=result,
+    )
+    records.write(record, found.folder)
     return record
 
 
@@ -102,25 +115,19 @@ def _read_predictions(record: records.RunRecord) -> list[records.Prediction]:
     return records.read_predictions(record, paths.run_folder(record.profile, record.run, record.variant))
 
 
-def folder_of(settings: Settings) -> Path:
-    return settings.run_folder
-
-
-def _evaluate_model(
-    model, precision: Precision, tokenizer, settings: Settings, data: PreparedData, artefact_digest: str | None
-) -> records.Evaluation:
-    experiment, examples, folder = settings.experiment, data.test, folder_of(settings)
+def _evaluate_model(model, precision: Precision, tokenizer, found: Found, data: PreparedData) -> records.Evaluation:
+    experiment, examples, folder = found.experiment, data.test, found.folder
     prompts = _prompts(tokenizer, examples)
     scorer = score.LabelScorer(packing.Backbone(model), tokenizer, experiment.per_device_eval_batch_size)
     probabilities, seconds = score.timed(scorer.score, prompts, progress="scoring")
     labels, predicted = [example.label for example in examples], score.predicted_labels(probabilities)
-    generation, answers = _generate(model, tokenizer, settings, prompts, labels, predicted)
+    generation, answers = _generate(model, tokenizer, experiment, prompts, labels, predicted)
     validation = scorer.score(_prompts(tokenizer, data.validation), progress="scoring validation rows")
     digest = records.write_predictions(_predictions(examples, probabilities, answers), folder)
     alone = [row for row, example in enumerate(examples) if not example.has_twin]
     return records.Evaluation(
         environment=records.environment(),
-        artefact_digest=artefact_digest,
+        artefact_digest=found.training.artefact_digest if found.training else None,
         seconds=seconds,
         articles_per_second=len(examples) / seconds,
         peak_memory_bytes=machine.peak_memory()[0],
@@ -143,10 +150,10 @@ def _prompts(tokenizer, examples: list[Example]) -> list[list[int]]:
 
 
 def _generate(
-    model, tokenizer, settings: Settings, prompts: list[list[int]], labels: list[str], scored: list[str]
+    model, tokenizer, experiment: Experiment, prompts: list[list[int]], labels: list[str], scored: list[str]
 ) -> tuple[records.Generation | None, list[str]]:
     """Answers of the first `generation_rows` test rows, and what they are worth."""
-    rows = min(settings.experiment.generation_rows, len(prompts))
+    rows = min(experiment.generation_rows, len(prompts))
     if rows == 0:
         print("Generation skipped: generation_rows=0")
         return None, []
@@ -155,7 +162,7 @@ def _generate(
         model,
         tokenizer,
         prompts[:rows],
-        settings.experiment.per_device_eval_batch_size,
+        experiment.per_device_eval_batch_size,
         progress="generating",
     )
     parsed = score.parsed_labels(answers)

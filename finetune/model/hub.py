@@ -6,15 +6,12 @@ import contextlib
 from collections.abc import Iterator
 
 from data_prep import UserError
-from finetune.config.plan import Settings
 from finetune.model import smollm2
 
 
-def model_path(settings: Settings) -> str:
-    """What `from_pretrained` takes: a hub name or a folder; fetches the embedded model if that is asked for."""
-    if settings.experiment.model == "embedded":
-        return str(smollm2.ensure())
-    return settings.experiment.model
+def model_path(name: str) -> str:
+    """What `from_pretrained` takes: a hub name or a folder; `embedded` is fetched once and lies in a folder."""
+    return str(smollm2.ensure()) if name == "embedded" else str(name)
 
 
 @contextlib.contextmanager

@@ -1,23 +1,28 @@
 """Loading models, for training and for evaluation.
 
-Training goes through Unsloth where CUDA is (`settings.engine`), and through transformers + PEFT + bitsandbytes
-elsewhere; evaluation always loads artefacts with plain transformers and peft, as a user would.
+Training goes through Unsloth where CUDA is, and through transformers, PEFT and bitsandbytes elsewhere; evaluation
+always loads artefacts with plain transformers and peft, as a user would.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import weakref
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from data_prep import UserError
 from finetune import machine
-from finetune.config.plan import Settings
+from finetune.config.plan import Experiment
 from finetune.model import packing, precision, unsloth
 from finetune.model.hub import loading, model_path
 from finetune.model.precision import DTYPES, Precision
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from peft import LoraConfig
 
 # It recommends a package that would fetch a faster 4-bit kernel from the hub; we run without either.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -25,15 +30,91 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
 
 
-@dataclass(frozen=True)
-class Attention:
-    """Which attention runs, and why."""
+def load_model(
+    name: str | Path,
+    *,
+    engine: Literal["transformers", "unsloth"] = "transformers",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    load_in_4bit: bool = False,
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    use_liger_kernel: bool = False,
+    **unsloth_only: Any,
+):
+    """A causal language model with its tokenizer, on the GPU if there is one.
 
-    implementation: str
-    reason: str
+    Args:
+        name: A hub name, a folder, or `embedded`.
+        engine: `transformers`, or `unsloth` for training with Unsloth's layers.
+        dtype: The type that weights are held in.
+        load_in_4bit: Hold them in 4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023).
+        compute_dtype: The type that 4-bit weights are multiplied in.
+        use_liger_kernel: Replace norms, rotary embeddings and the MLP's activation by Liger's kernels (CUDA alone).
+        unsloth_only: What `unsloth.from_pretrained` takes besides; plain transformers needs none of it.
+
+    Returns:
+        The model and the tokenizer.
+
+    Raises:
+        UserError: The model cannot be found, or lacks what chat training needs.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tokenizer = load_tokenizer(name)
+    path = model_path(name)
+    if engine == "unsloth":
+        return unsloth.from_pretrained(path, dtype, load_in_4bit, **unsloth_only), tokenizer
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[compute_dtype],
+    )
+    with loading(path):
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES[dtype],
+            attn_implementation="sdpa",
+            quantization_config=four_bit if load_in_4bit else None,
+            device_map={"": machine.device()},
+        )
+    if use_liger_kernel:
+        _fuse_kernels(model)
+    return model, tokenizer
 
 
-def load_tokenizer(settings: Settings):
+def add_lora(model, config: LoraConfig):
+    """The model with an adapter to train, and its own weights frozen: PEFT's `get_peft_model`, or Unsloth's.
+
+    Args:
+        model: From `load_model`.
+        config: Rank, scale and target modules; with the Unsloth engine those fields that Unsloth knows.
+
+    Raises:
+        UserError: The model has no module of a name in `target_modules`; an adapter on the others alone is another
+            method.
+    """
+    from peft import get_peft_model
+
+    wanted = [] if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
+    linear = linear_names(model)
+    if missing := [name for name in wanted if name not in linear]:
+        raise UserError(
+            f"target_modules names {', '.join(missing)}, and this model has no such layer; it has "
+            f"{', '.join(sorted(linear))}. Choose among these, or set target_modules=all-linear"
+        )
+    return unsloth.add_lora(model, config) if unsloth.has_loaded(model) else get_peft_model(model, config)
+
+
+def linear_names(model: torch.nn.Module) -> set[str]:
+    """The names of a model's linear layers, but for the output layer."""
+    output = model.get_output_embeddings()
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    # Of a layer that has an adapter by now, it and its parts are called by the layer's name, or by the adapter's.
+    paths = {path.partition(".base_layer")[0] for path, module in layers if module is not output}
+    return {path.rpartition(".")[2] for path in paths if ".lora_" not in path}
+
+
+def load_tokenizer(name: str | Path):
     """The tokenizer, checked for what chat training needs.
 
     Raises:
@@ -41,7 +122,7 @@ def load_tokenizer(settings: Settings):
     """
     from transformers import AutoTokenizer
 
-    path = model_path(settings)
+    path = model_path(name)
     with loading(path):
         tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.chat_template is None:
@@ -51,64 +132,53 @@ def load_tokenizer(settings: Settings):
     return tokenizer
 
 
-def choose_attention(settings: Settings) -> Attention:
-    """The attention that training runs, with its reason."""
-    if settings.recipe.packing:
-        return _packed_attention(choose_precision(settings).dtype)
-    return Attention("sdpa", "packing is off: padded batches")
-
-
-def _packed_attention(dtype: torch.dtype) -> Attention:
-    if packing.kernel_for(torch.empty(1, 1, 1, 64, device=machine.device(), dtype=dtype)) == "flash":
-        return Attention("flash", "FlashAttention-2 of PyTorch, all articles of a row at once")
-    lacking = "bfloat16 and a GPU of compute capability 8.0 or later" if machine.has_cuda() else "a GPU"
-    return Attention("padded", f"articles of similar length together, in fp32: FlashAttention needs {lacking}")
-
-
-def configuration(settings: Settings):
+def configuration(name: str | Path):
     """The model's configuration, read without its weights."""
     from transformers import AutoConfig
 
-    path = model_path(settings)
+    path = model_path(name)
     with loading(path):
         return AutoConfig.from_pretrained(path)
 
 
-def choose_precision(settings: Settings) -> Precision:
-    """The type of all matrix products of a run, in training and evaluation."""
-    if settings.recipe and settings.recipe.dtype == "bfloat16":
-        return precision.choose("bfloat16", 0)
-    hidden = configuration(settings).get_text_config().hidden_size
-    return precision.choose(settings.experiment.compute_dtype, hidden)
-
-
-def load_for_training(settings: Settings, checkpointing: str = "off"):
-    """The model as its method trains it: whole, or frozen with an adapter.
+def choose_precision(experiment: Experiment, dtype: str | None = None) -> Precision:
+    """The type of all matrix products of a run, in training and evaluation.
 
     Args:
-        settings: The run.
-        checkpointing: Gradient checkpointing: `unsloth`, `plain` or `off`; on other engines than Unsloth it is the
-            trainer's to turn on.
+        experiment: Its model, and the type that it asks for.
+        dtype: The type that weights are trained in; bfloat16 weights multiply in bfloat16.
     """
-    if settings.engine == "unsloth":
-        return unsloth.load_for_training(settings, {"unsloth": "unsloth", "plain": True, "off": False}[checkpointing])
-    compute, weights = choose_precision(settings).name, settings.recipe.dtype
-    # What is only read lies in the type that it is multiplied in, so that no step converts it.
-    model = _load_plain(
-        model_path(settings), compute if weights == "auto" else weights, compute, settings.recipe.load_in_4bit
-    )
-    if uses_liger(settings):
-        _fuse_kernels(model, "use_liger_kernel=False")
-    return _with_adapter(model, settings) if settings.recipe.adapter else model
+    if dtype == "bfloat16":
+        return precision.choose("bfloat16", 0)
+    hidden = configuration(experiment.model).get_text_config().hidden_size
+    return precision.choose(experiment.compute_dtype, hidden)
 
 
-def uses_liger(settings: Settings) -> bool:
-    """Whether Liger's kernels replace the model's own: Triton needs CUDA, and Unsloth has others."""
-    return settings.recipe.use_liger_kernel and settings.engine == "transformers" and machine.has_cuda()
+def packed_attention(dtype: torch.dtype) -> tuple[str, str]:
+    """The attention that packed rows get, and why."""
+    if packing.kernel_for(torch.empty(1, 1, 1, 64, device=machine.device(), dtype=dtype)) == "flash":
+        return "flash", "FlashAttention-2 of PyTorch, all articles of a row at once"
+    lacking = "bfloat16 and a GPU of compute capability 8.0 or later" if machine.has_cuda() else "a GPU"
+    return "padded", f"articles of similar length together, in fp32: FlashAttention needs {lacking}"
 
 
-def _fuse_kernels(model, otherwise: str) -> None:
-    """Put Liger's kernels into a model; `otherwise`: the setting that does without."""
+def backbone_of(model) -> packing.Backbone:
+    """A model as packed rows and validation use it."""
+    # Unsloth trains all weights through transformers' own layers, and adapters through its own.
+    fast = unsloth.has_loaded(model) and getattr(model, "peft_config", None) is not None
+    return unsloth.UnslothBackbone(model) if fast else packing.Backbone(model)
+
+
+# Models that have Liger's kernels.
+_FUSED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+
+def has_liger(model: torch.nn.Module) -> bool:
+    """Whether `load_model` put Liger's kernels into a model, or into the one that an adapter was put on."""
+    return any(module in _FUSED for module in model.modules())
+
+
+def _fuse_kernels(model) -> None:
     from transformers.integrations.liger import apply_liger_kernel
 
     try:
@@ -116,51 +186,42 @@ def _fuse_kernels(model, otherwise: str) -> None:
         apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     except ImportError as error:
         raise UserError(
-            f"Liger's kernels cannot be imported ({error}); install requirements/gpu.txt or set {otherwise}"
+            f"Liger's kernels cannot be imported ({error}); install requirements/gpu.txt, or set "
+            "use_liger_kernel=False and evaluation_kernels=plain"
         ) from error
+    _FUSED.add(model)
 
 
-def training_backbone(model, settings: Settings) -> packing.Backbone:
-    """A model in training as packed rows and validation use it."""
-    # Unsloth trains all weights through transformers' own layers, and adapters through its own.
-    fast = settings.engine == "unsloth" and settings.recipe.adapter
-    return unsloth.UnslothBackbone(model) if fast else packing.Backbone(model)
-
-
-def load_for_evaluation(settings: Settings, artefact: Path | None):
-    """The base model (`artefact` None), a full checkpoint, or the base model with an adapter; ready to score.
-
-    A QLoRA adapter is evaluated on the 4-bit base that it was trained on: on another base it is another model.
-
-    Raises:
-        UserError: The artefact cannot be loaded.
-    """
-    from peft import PeftModel
-
-    dtype = choose_precision(settings).name
-    has_adapter = artefact is not None and settings.recipe.adapter
-    path = model_path(settings) if artefact is None or has_adapter else str(artefact)
-    model = _load_plain(path, dtype, dtype, quantised=has_adapter and settings.recipe.load_in_4bit)
-    if settings.experiment.evaluation_kernels == "fused" and machine.has_cuda():
-        _fuse_kernels(model, "evaluation_kernels=plain")
-    if has_adapter:
-        with loading(str(artefact)):
-            model = PeftModel.from_pretrained(model, str(artefact))
-    return evaluating(model)
-
-
-def merged(settings: Settings, adapter: Path):
+def dequantized_with(adapter: Path, name: str | Path, dtype: str, load_in_4bit: bool):
     """The base model with an adapter merged into it; of a 4-bit base, into its dequantised weights.
 
     Merging into 4-bit weights themselves would round the merged ones to 4 bits again.
     """
     from peft import PeftModel
 
-    dtype = choose_precision(settings).name
-    base = _load_plain(model_path(settings), dtype, dtype, settings.recipe.load_in_4bit)
-    if settings.recipe.load_in_4bit:
+    base, _ = load_model(name, dtype=dtype, compute_dtype=dtype, load_in_4bit=load_in_4bit)
+    if load_in_4bit:
         base = base.dequantize()
     return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().eval()
+
+
+def trainable_parameters(model) -> pd.DataFrame:
+    """Trainable parameters by kind of tensor, with their share of the model."""
+    import pandas as pd
+
+    counts = trainable_counts(model)
+    total = parameter_count(model)
+    shares = [f"{count / total:.3%}" for count in counts.values()]
+    return pd.DataFrame(
+        {"parameters": [f"{count:,}" for count in counts.values()], "share of the model": shares}, counts
+    )
+
+
+def compute_dtype_of_4bit(model: torch.nn.Module) -> torch.dtype | None:
+    """The type that a model's 4-bit layers multiply in; None if it has none."""
+    from bitsandbytes.nn import Linear4bit
+
+    return next((module.compute_dtype for module in model.modules() if isinstance(module, Linear4bit)), None)
 
 
 def evaluating(model):
@@ -181,7 +242,7 @@ def evaluating(model):
     return model
 
 
-def trainable_table(model) -> dict[str, int]:
+def trainable_counts(model) -> dict[str, int]:
     """Trainable parameters by kind of tensor (`q_proj.lora_A`, `embed_tokens`, ...), and how many there are of each."""
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
@@ -200,45 +261,4 @@ def parameter_count(model) -> int:
     return sum(
         2 * parameter.numel() if parameter.__class__.__name__ == "Params4bit" else parameter.numel()
         for parameter in model.parameters()
-    )
-
-
-def _load_plain(path: str, weights: str, compute: str, quantised: bool):
-    from transformers import AutoModelForCausalLM
-
-    with loading(path):
-        return AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=DTYPES[weights],
-            attn_implementation="sdpa",
-            quantization_config=_four_bit(DTYPES[compute]) if quantised else None,
-            device_map={"": machine.device()},
-        )
-
-
-def _four_bit(compute_dtype: torch.dtype):
-    """QLoRA's settings (Dettmers et al. 2023): NormalFloat, with the block constants quantised once more."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
-
-
-def _with_adapter(model, settings: Settings):
-    from peft import LoraConfig, get_peft_model
-
-    recipe = settings.recipe
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=recipe.r,
-            lora_alpha=recipe.lora_alpha,
-            lora_dropout=recipe.lora_dropout,
-            target_modules=recipe.target_modules,
-            task_type="CAUSAL_LM",
-        ),
     )

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from data_prep import UserError
-from finetune import machine, paths
-from finetune.config.plan import Settings
-from finetune.config.recipes import Recipe
+from finetune import paths
 from finetune.model import packing
-from finetune.model.hub import loading, model_path
+from finetune.model.hub import loading
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+# `use_gradient_checkpointing` of Unsloth.
+CHECKPOINTING = {"unsloth": "unsloth", "plain": True, "off": False}
+# It knows `all-linear` by the projections' names.
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -36,44 +42,76 @@ def import_unsloth() -> None:
     _route_unsloth_attention()
 
 
-def load_for_training(settings: Settings, checkpointing: str | bool):
-    """The model as its method trains it; `checkpointing`: Unsloth's `use_gradient_checkpointing`."""
+# Models that Unsloth loaded, with the gradient checkpointing that they were loaded for.
+_LOADED: weakref.WeakKeyDictionary[torch.nn.Module, str | bool] = weakref.WeakKeyDictionary()
+
+
+def has_loaded(model: torch.nn.Module) -> bool:
+    """Whether Unsloth loaded a model, or the one that an adapter was put on."""
+    return checkpointing(model) is not None
+
+
+def checkpointing(model: torch.nn.Module) -> str | bool | None:
+    """Unsloth's gradient checkpointing that a model was loaded for; None if Unsloth did not load it."""
+    return next((_LOADED[module] for module in model.modules() if module in _LOADED), None)
+
+
+def from_pretrained(
+    path: str,
+    dtype: str,
+    load_in_4bit: bool,
+    *,
+    max_length: int,
+    full_finetuning: bool,
+    gradient_checkpointing: Literal["unsloth", "plain", "off"],
+    offload_embedding: bool,
+):
+    """A model with Unsloth's layers.
+
+    Args:
+        path: A hub name or a folder.
+        dtype: `float32`: weights in fp32 under bf16 products.
+        load_in_4bit: Hold the weights in 4-bit NormalFloat.
+        max_length: Tokens of the longest row.
+        full_finetuning: Train all weights; otherwise an adapter will be added.
+        gradient_checkpointing: Recompute activations, with Unsloth's own or PyTorch's checkpointing, or not.
+        offload_embedding: Hold the input embeddings in the host's memory.
+    """
     from unsloth import FastLanguageModel
 
-    recipe, path = settings.recipe, model_path(settings)
     with loading(path):
         model, _ = FastLanguageModel.from_pretrained(
             model_name=path,
             # Or it takes its own 4-bit file of a hub model, which quantises other layers than evaluation's base does.
             use_exact_model_name=True,
-            max_seq_length=recipe.max_length,
-            load_in_4bit=recipe.load_in_4bit,
-            full_finetuning=not recipe.adapter,
+            max_seq_length=max_length,
+            load_in_4bit=load_in_4bit,
+            full_finetuning=full_finetuning,
             dtype=torch.bfloat16,
             # Unsloth's name for fp32 weights under bf16 products.
-            float32_mixed_precision=recipe.dtype == "float32",
-            use_gradient_checkpointing=checkpointing,
-            offload_embedding=_offloads_embedding(recipe, bool(checkpointing)),
+            float32_mixed_precision=dtype == "float32",
+            use_gradient_checkpointing=CHECKPOINTING[gradient_checkpointing],
+            offload_embedding=offload_embedding,
         )
-    if not recipe.adapter:
-        return model
+    _LOADED[model] = CHECKPOINTING[gradient_checkpointing]
+    return model
+
+
+def add_lora(model, config: LoraConfig):
+    """Unsloth's `get_peft_model`; the adapter begins at the seed that torch was given last."""
+    from unsloth import FastLanguageModel
+
+    all_linear = config.target_modules == "all-linear"
     return FastLanguageModel.get_peft_model(
         model,
-        r=recipe.r,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=recipe.lora_dropout,
-        # It knows `all-linear` by other names.
-        target_modules=ALL_LINEAR if recipe.target_modules == "all-linear" else recipe.target_modules,
-        use_gradient_checkpointing=checkpointing,
-        random_state=settings.experiment.seed,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=ALL_LINEAR if all_linear else sorted(config.target_modules),
+        use_rslora=config.use_rslora,
+        use_gradient_checkpointing=_LOADED[model],
+        random_state=torch.initial_seed(),
     )
-
-
-def _offloads_embedding(recipe: Recipe, checkpointing: bool) -> bool:
-    if recipe.offload_embedding == "auto":
-        # Where memory is short enough for checkpointing.
-        return checkpointing and recipe.adapter and not machine.is_unified()
-    return recipe.offload_embedding == "on"
 
 
 class UnslothBackbone(packing.Backbone):

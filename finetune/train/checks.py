@@ -13,7 +13,6 @@ from trl import SFTTrainer
 
 from data_prep import UserError
 from finetune.model import encode, load, packing
-from finetune.model.precision import Precision
 
 SUPERVISION_ROWS = 8
 CHECKED_TOKENS = 32
@@ -64,7 +63,7 @@ def _labelled_stretches(ids: torch.Tensor, labelled: torch.Tensor) -> list[list[
 
 
 @torch.no_grad()
-def check_isolation(backbone: packing.Backbone, precision: Precision, encoded: Sequence[encode.Encoded]) -> str:
+def check_isolation(backbone: packing.Backbone, autocast: torch.autocast, encoded: Sequence[encode.Encoded]) -> str:
     """Two articles in one row behind what they share, against each of them alone in the model's own attention.
 
     Returns:
@@ -80,7 +79,7 @@ def check_isolation(backbone: packing.Backbone, precision: Precision, encoded: S
     for sequence in sequences:
         forest.add(sequence, root)
     load.evaluating(backbone.model)
-    with precision.autocast():
+    with autocast:
         together = backbone(forest.row().to(backbone.device)).float()[len(shared) :].split([*map(len, sequences)])
         alone = [backbone.alone(shared + sequence).float()[len(shared) :] for sequence in sequences]
     backbone.model.train()

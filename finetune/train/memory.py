@@ -1,20 +1,21 @@
 """Whether a training will fit, asked before it starts: on a machine whose GPU shares the host's memory, one that does
 not fit freezes the host rather than fail.
-
-With `--jobs`, models of other steps lie in the same memory: free is what they leave, and one that waits for its turn
-has yet to take its gradients and optimiser.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from data_prep import UserError
 from finetune import machine
 from finetune.config.plan import Settings
 from finetune.config.recipes import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from trl import SFTConfig
 
 # `auto` is the type of the products; on a GPU, where memory is short, bfloat16.
 BYTES = {"auto": 2, "bfloat16": 2, "float32": 4}
@@ -76,7 +77,9 @@ def model_bytes(recipe: Recipe, configuration) -> int:
     else:
         # Of fp32 weights, autocast holds copies in bf16 until the backward pass is over.
         weights = shape.parameters * (BYTES[recipe.dtype] + (2 if recipe.dtype == "float32" else 0))
-    return round(weights + adapter * 4 + still_needed_bytes(recipe, trainable))
+    weight = 4 if recipe.adapter else BYTES[recipe.dtype]
+    still = still_needed_bytes(recipe.optim, weight, trainable, recipe.update_in_backward)
+    return round(weights + adapter * 4 + still)
 
 
 def activation_bytes(configuration, tokens: int, engine: str) -> int:
@@ -141,24 +144,29 @@ def shape_of(configuration) -> Shape:
     )
 
 
-def still_needed_bytes(recipe: Recipe, trainable_parameters: int) -> int:
+def still_needed_bytes(optim: str, weight: int, trainable_parameters: int, update_in_backward: bool = False) -> int:
     """What gradients and optimiser will take, once the model is loaded; activations come on top.
 
-    Adapters are held in fp32.
+    Args:
+        optim: The optimiser's name.
+        weight: Bytes of a trained weight, and so of its gradient.
+        trainable_parameters: How many are trained.
+        update_in_backward: Gradients are used and freed one by one.
     """
-    weight = 4 if recipe.adapter else BYTES[recipe.dtype]
-    gradient = 0 if recipe.update_in_backward else weight
-    moment = MOMENT_BYTES.get(recipe.optim, weight)
-    return round(trainable_parameters * (gradient + MOMENTS * moment))
+    gradient = 0 if update_in_backward else weight
+    return round(trainable_parameters * (gradient + MOMENTS * MOMENT_BYTES.get(optim, weight)))
 
 
-def require_room(recipe: Recipe, trainable_parameters: int) -> str:
+def require_room(args: SFTConfig, trained: Sequence[torch.nn.Parameter], update_in_backward: bool) -> str:
     """What is needed and what is there, in words, with the model already loaded.
 
     Raises:
         UserError: It cannot fit, whatever the activations take.
     """
-    needed, available = still_needed_bytes(recipe, trainable_parameters), machine.available_memory_bytes()
+    parameters = sum(parameter.numel() for parameter in trained)
+    weight = max((parameter.element_size() for parameter in trained), default=4)
+    needed = still_needed_bytes(args.optim.value, weight, parameters, update_in_backward)
+    available = machine.available_memory_bytes()
     shared = ", shared by CPU and GPU" if machine.is_unified() else ""
     text = (
         f"{needed / 1e9:.1f} GB for gradients and optimiser, activations on top; {available / 1e9:.1f} GB free{shared}"

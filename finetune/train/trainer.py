@@ -4,17 +4,26 @@ same articles one by one."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
+from datasets import Dataset
 from torch.nn import functional
-from trl import SFTTrainer
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
-from finetune.model import packing
+from data_prep import Example
+from finetune import machine, metrics
+from finetune.evaluate import score
+from finetune.model import encode, load, packing
 from finetune.model.encode import IGNORED
-from finetune.model.precision import Precision
+from finetune.train import checks, memory
+from finetune.train.callbacks import Clock, EvaluateAtTheEnd, StopOnNonFiniteLoss
 from finetune.train.graphs import GraphedPasses
 from finetune.train.updates import update_in_backward
 
@@ -104,47 +113,144 @@ class RowCollator:
         return min(self._shapes.supervised * articles, tokens) - supervised if self._shapes else 0
 
 
-class RowTrainer(SFTTrainer):
-    """Trains on the batches of `RowCollator`.
+class PackedSFTTrainer(SFTTrainer):
+    """TRL's SFTTrainer on packed rows, watched on validation rows.
+
+    With `packing=True` a batch of articles is one row without padding (`RowCollator`); otherwise batches are padded as
+    TRL pads them. The loss and its gradients are the same. `evaluate` scores the label of each validation row.
 
     Args:
-        backbone: The model as `packing` runs it.
-        precision: The type of matrix products.
-        graphed: Run the passes as CUDA graphs; the collator must give fixed shapes.
-        label_smoothing_factor: Share of a target that goes to the other tokens of the vocabulary.
-        updates_in_backward: Update each weight in the backward pass (`updates`).
-        arguments: What SFTTrainer takes.
+        model: From `load_model`, with an adapter or without.
+        args: TRL's configuration; of it `packing`, `completion_only_loss` and `label_smoothing_factor` are read here.
+        processing_class: The tokenizer.
+        train_dataset: Examples to train on.
+        eval_dataset: Examples to watch.
+        callbacks: Added to the trainer's own.
+        article_loss: Weight of the article's own loss beside the answer's.
+        cuda_graphs: Replay each step as one CUDA graph.
+        update_in_backward: Update each weight in the backward pass (`updates`), unclipped.
+        named: What SFTTrainer takes besides, such as `optimizers`.
+
+    Raises:
+        UserError: A row does not fit into `max_length`, no token carries loss, packed articles see each other, or
+            gradients and optimiser cannot fit into the memory.
     """
 
     def __init__(
         self,
-        backbone: packing.Backbone,
-        precision: Precision,
-        graphed: bool = False,
-        label_smoothing_factor: float = 0.0,
-        updates_in_backward: bool = False,
-        **arguments: Any,
+        model: torch.nn.Module,
+        args: SFTConfig,
+        processing_class: Any,
+        train_dataset: Sequence[Example],
+        eval_dataset: Sequence[Example],
+        callbacks: Sequence[TrainerCallback] = (),
+        *,
+        article_loss: float = 0.0,
+        cuda_graphs: bool = False,
+        update_in_backward: bool = False,
+        **named: Any,
     ):
-        super().__init__(**arguments)
-        self._backbone = backbone
-        self._precision = precision
-        self._label_smoothing = label_smoothing_factor
-        self._updates_in_backward = updates_in_backward
-        self._trained = [parameter for parameter in backbone.model.parameters() if parameter.requires_grad]
-        self._passes = GraphedPasses(self._loss, self._trained) if graphed else None
-        # The trainer calls it at each step; see floating_point_ops.
-        backbone.model.zero_grad = self._forget_gradients
-        # The loss divides by the whole update's supervised tokens itself.
-        self.model_accepts_loss_kwargs = True
+        # What save_run reads of what ran.
+        self.packed, self.article_loss, self.cuda_graphs = args.packing, article_loss, cuda_graphs
+        self.update_in_backward, self.added_callbacks, self.added = update_in_backward, list(callbacks), named
+        self.clock = Clock()
+        self.backbone = load.backbone_of(model)
+        adapted = getattr(model, "peft_config", None)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.checks = {"memory": memory.require_room(args, self._trained, update_in_backward)}
+
+        encoded = encode.encode(processing_class, train_dataset, args.max_length)
+        watched = encode.encode(processing_class, eval_dataset, args.max_length)
+        self.encoded_tokens = sum(map(len, encoded))
+        supervised = args.completion_only_loss is not False
+        if self.packed:
+            # Where prompts carry loss or meet with dropout, each article needs its own.
+            dropout = any(config.lora_dropout for config in (adapted or {}).values())
+            alike = supervised and not dropout
+            shared = encode.shared_length([row.prompt for row in encoded]) if alike else 0
+            shapes = _fixed_shapes(args, encoded, shared, supervised and not article_loss) if cuda_graphs else None
+            # What an article's token weighs against an answer's, so that the two means are weighed as asked for.
+            answers, articles = (
+                sum(len(row.answer) for row in encoded),
+                sum(len(row.prompt) - shared for row in encoded),
+            )
+            named = {"data_collator": RowCollator(shared, shapes, article_loss * answers / articles)} | named
+        # Rows are encoded and packed here; Unsloth would turn its own packing on.
+        args.dataset_kwargs = {"skip_prepare_dataset": True}
+        args.packing = args.padding_free = False
+        args.train_sampling_strategy = "random" if self.packed else "group_by_length"
+        # The longest row comes first: what grows with rows (Unsloth's tables of rotary embeddings) must have its size
+        # and place before a CUDA graph reads it. Replaced later, it left graphs with freed memory, and losses of NaN.
+        args.eval_on_start = args.eval_on_start or cuda_graphs
+        if update_in_backward:
+            args.max_grad_norm = 0.0
+        # Where several GPUs are visible the trainer would split each batch (DataParallel), and no row can be split.
+        args._n_gpu = min(1, args.n_gpu)
+        super().__init__(
+            model=model,
+            args=args,
+            processing_class=processing_class,
+            train_dataset=Dataset.from_list([row.row(supervised) for row in encoded]),
+            eval_dataset=Dataset.from_list([row.row() for row in watched]),
+            callbacks=[self.clock, EvaluateAtTheEnd(), StopOnNonFiniteLoss(), *callbacks],
+            **named,
+        )
+        if adapted:
+            # TRL rounds a 4-bit base's adapter to bf16 (1.14, SFTTrainer.__init__), in which small updates are lost,
+            # and from which a resumed training departs: peft loads adapters in fp32.
+            for parameter in self._trained:
+                parameter.data = parameter.data.float()
+        self._scorer = score.LabelScorer(self.backbone, processing_class, args.per_device_eval_batch_size)
+        self._watched = [row.prompt for row in watched], [example.label for example in eval_dataset]
+        self.supervision = checks.check_supervision(self, processing_class)
+        self._passes = None
+        if self.packed:
+            self._passes = GraphedPasses(self._loss, self._trained) if cuda_graphs else None
+            # The trainer calls it at each step; see floating_point_ops.
+            model.zero_grad = self._forget_gradients
+            # The loss divides by the whole update's supervised tokens itself.
+            self.model_accepts_loss_kwargs = True
+            self.checks["isolation"] = checks.check_isolation(self.backbone, self.autocast(), encoded)
+        for name, check in self.checks.items():
+            print(f"{name}: {check}")
+
+    def preview(self) -> pd.DataFrame:
+        """The tokens of the first rows that carry loss, decoded from the batch that the model gets."""
+        return self.supervision.table()
+
+    def autocast(self) -> torch.autocast:
+        """A context in which fp32 weights are multiplied in bf16, where `args.bf16` says so."""
+        return torch.autocast(machine.device(), dtype=torch.bfloat16, enabled=self.args.bf16)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Accuracy and log loss of the validation rows' labels by scoring; the training's clock stands still."""
+        self.clock.pause()
+        prompts, labels = self._watched
+        load.evaluating(self.backbone.model)
+        # The same products as in training; the labels' probabilities are formed in fp32.
+        with self.autocast():
+            probabilities = self._scorer.score(prompts)
+        self.backbone.model.train()
+        accuracy = float(np.mean(np.equal(score.predicted_labels(probabilities), labels)))
+        found = {
+            f"{metric_key_prefix}_accuracy": accuracy,
+            f"{metric_key_prefix}_log_loss": metrics.log_loss(labels, probabilities),
+        }
+        self.log(found | {"training_seconds": self.clock.seconds})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, dict(found))
+        self.clock.go_on()
+        return found
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        if self._updates_in_backward:
+        if self.update_in_backward:
             update_in_backward(optimizer)
         return optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward pass; the row is active in both, because checkpointed layers run again in the second."""
+        if not self.packed:
+            return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         if self._passes:
             tokens = torch.as_tensor(num_items_in_batch, device=self.args.device)
@@ -167,7 +273,7 @@ class RowTrainer(SFTTrainer):
     def _embedded(self, row: packing.Row) -> dict[str, torch.Tensor]:
         """Input embeddings that lie in the host's memory, where no CUDA graph can read them."""
         # Detached: Unsloth has them ask for a gradient, and a graph's inputs are overwritten.
-        return {} if self._backbone.embeds_on_device else {"embeddings": self._backbone.embed(row).detach()}
+        return {} if self.backbone.embeds_on_device else {"embeddings": self.backbone.embed(row).detach()}
 
     def _prepare_input(self, data: Any) -> Any:
         return data.to(self.args.device) if isinstance(data, packing.Row) else super()._prepare_input(data)
@@ -175,16 +281,25 @@ class RowTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """Cross-entropy of the supervised tokens: their sum over the batch, divided by those of the whole update
         (`num_items_in_batch`; this batch's own if not given)."""
+        if not self.packed:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         tokens = (inputs["labels"] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         loss = self._loss({**inputs, "tokens": tokens})
         return (loss, {}) if return_outputs else loss
 
     def _loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
         row = batch["row"]
-        with self._precision.autocast():
-            hidden = self._backbone(row, batch.get("embeddings"))
-            logits = self._backbone.head(hidden.index_select(0, batch["predicts"]))
-        losses = functional.cross_entropy(
-            logits.float(), batch["targets"], reduction="none", label_smoothing=self._label_smoothing
-        )
+        with self.autocast():
+            hidden = self.backbone(row, batch.get("embeddings"))
+            logits = self.backbone.head(hidden.index_select(0, batch["predicts"]))
+        smoothing = self.args.label_smoothing_factor
+        losses = functional.cross_entropy(logits.float(), batch["targets"], reduction="none", label_smoothing=smoothing)
         return (losses * batch["weights"]).sum() / batch["tokens"]
+
+
+def _fixed_shapes(args: SFTConfig, encoded: Sequence[encode.Encoded], shared: int, answers_alone: bool) -> FixedShapes:
+    supervised = max(len(row.answer) if answers_alone else len(row) for row in encoded)
+    # Few shapes, each of which is recorded once, against little padding: an eighth of a batch, as a power of two.
+    batch = args.per_device_train_batch_size * (sum(map(len, encoded)) / len(encoded) - shared)
+    multiple = max(64, 2 ** round(math.log2(batch / 8)))
+    return FixedShapes(multiple, longest=max(map(len, encoded)), supervised=supervised)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import search
+from finetune import plan
 
 
 @pytest.fixture
@@ -12,7 +13,12 @@ def trained(home, monkeypatch) -> list:
     """The plans that would have been trained."""
     plans = []
     monkeypatch.setenv("FINETUNE_COMMAND", "restored after the test")
-    monkeypatch.setattr(search, "_train", lambda settings: plans.append(settings) or {"validation_accuracy": 0.9})
+
+    def train(run, profile, overrides):
+        plans.append(plan(run, profile, overrides))
+        return {"validation_accuracy": 0.9}
+
+    monkeypatch.setattr(search, "_train", train)
     return plans
 
 

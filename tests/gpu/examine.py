@@ -11,7 +11,8 @@ import gc
 import json
 import sys
 
-from finetune import plan, plan_training
+from finetune import load_data
+from finetune.notebooks import run_cells
 
 ROWS = 32
 OVERRIDES = {
@@ -33,41 +34,40 @@ OVERRIDES = {
 
 def main() -> None:
     model, csv, engine, *load, run = sys.argv[1:]
-    # Loading must not import Unsloth, which plan_training would.
-    planned = plan if load else plan_training
     # Enough for twelve steps to leave a model that is no longer undecided.
     rate = {"learning_rate": 1e-4 if run.startswith("full") else 1e-3}
-    settings = planned(run, "gpu", OVERRIDES | rate | {"model": model, "data_path": csv, "engine": engine})
-    result = _load(settings) if load else _examine(settings)
+    overrides = OVERRIDES | rate | {"model": model, "data_path": csv, "engine": engine}
+    result = _load(run, overrides) if load else _examine(run, overrides)
     print("RESULT " + json.dumps(result), flush=True)
 
 
-def _examine(settings) -> dict:
-    from finetune.data import prepare_data
-    from finetune.train.run import prepare_training
+def _prepared(run: str, overrides: dict) -> dict:
+    """The names of a training notebook that is ready to train."""
+    return run_cells(f"fine_tuning_{run}", "newest_checkpoint(trainer)", PROFILE="gpu", OVERRIDES=overrides)
 
-    data = prepare_data(settings)
-    session = prepare_training(settings, data)
-    result = {"choices": session.choices, **_gradients(session)}
-    del session
+
+def _examine(run: str, overrides: dict) -> dict:
+    names = _prepared(run, overrides)
+    result = {"choices": names["resolved"].reasons | names["trainer"].checks, **_gradients(names["trainer"])}
+    del names
     _release()
-    return result | _resumption(settings, data)
+    return result | _resumption(run, overrides)
 
 
-def _gradients(session) -> dict:
+def _gradients(trainer) -> dict:
     """Loss and gradient of the same articles packed, padded, and in small batches."""
     from transformers.utils import logging
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     logging.set_verbosity_error()
-    rows = [session.trainer.train_dataset[row] for row in range(ROWS)]
-    pack, pad = session.trainer.data_collator, DataCollatorForLanguageModeling(session.tokenizer.pad_token_id)
-    loss, packed = _step(session, [pack(rows)], _packed_loss)
-    padded_loss, padded = _step(session, [pad(rows)], _padded_loss)
-    small_loss, small = _step(session, [pack([row]) for row in rows], _packed_loss)
+    rows = [trainer.train_dataset[row] for row in range(ROWS)]
+    pack, pad = trainer.data_collator, DataCollatorForLanguageModeling(trainer.processing_class.pad_token_id)
+    loss, packed = _step(trainer, [pack(rows)], _packed_loss)
+    padded_loss, padded = _step(trainer, [pad(rows)], _padded_loss)
+    small_loss, small = _step(trainer, [pack([row]) for row in rows], _packed_loss)
     halves = [pack(rows[:16]), pack(rows[:16])]
-    halves_loss, apart = _step(session, halves, _packed_loss)
-    graphed_loss, graphed = _step(session, halves, _graphed_loss)
+    halves_loss, apart = _step(trainer, halves, _packed_loss)
+    graphed_loss, graphed = _step(trainer, halves, _graphed_loss)
     return {
         "loss": loss,
         "padded_loss": padded_loss,
@@ -80,39 +80,39 @@ def _gradients(session) -> dict:
     }
 
 
-def _step(session, batches, loss_of):
+def _step(trainer, batches, loss_of):
     import torch
 
-    session.model.zero_grad()
+    trainer.model.zero_grad()
     count = sum(int((batch["labels"] >= 0).sum()) for batch in batches)
     total = 0.0
     for batch in batches:
         batch = {name: value.to("cuda") for name, value in batch.items()}
-        total += loss_of(session, batch, torch.tensor(count, device="cuda"))
-    gradients = torch.cat([p.grad.float().flatten() for p in session.model.parameters() if p.grad is not None])
-    session.model.zero_grad()
+        total += loss_of(trainer, batch, torch.tensor(count, device="cuda"))
+    gradients = torch.cat([p.grad.float().flatten() for p in trainer.model.parameters() if p.grad is not None])
+    trainer.model.zero_grad()
     return total, gradients
 
 
-def _packed_loss(session, batch, count) -> float:
+def _packed_loss(trainer, batch, count) -> float:
     from finetune.model import packing
 
     with packing.within(batch["row"]):
-        loss = session.trainer.compute_loss(session.model, batch, num_items_in_batch=count)
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
         loss.backward()
     return loss.item()
 
 
-def _graphed_loss(session, batch, count) -> float:
-    return session.trainer._passes({**batch, "tokens": count}).item()
+def _graphed_loss(trainer, batch, count) -> float:
+    return trainer._passes({**batch, "tokens": count}).item()
 
 
-def _padded_loss(session, batch, count) -> float:
+def _padded_loss(trainer, batch, count) -> float:
     """The library's own forward pass and loss."""
     import torch
 
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        loss = session.model(**batch, num_items_in_batch=count).loss
+        loss = trainer.model(**batch, num_items_in_batch=count).loss
     loss.backward()
     return loss.item()
 
@@ -124,39 +124,42 @@ def _compared(first, second) -> dict[str, float]:
     }
 
 
-def _resumption(settings, data) -> dict[str, float]:
+def _resumption(run: str, overrides: dict) -> dict[str, float]:
     """How far apart two uninterrupted trainings end, and a resumed one from them, as shares of the way they went."""
     from transformers import TrainerCallback
-
-    from finetune.train.run import prepare_training
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             if state.global_step == 8:
                 raise KeyboardInterrupt
 
-    start = _weights(prepare_training(settings, data))
-    ends = [_trained(prepare_training(settings, data)) for _ in range(2)]
-    interrupted = prepare_training(settings, data)
-    interrupted.trainer.add_callback(Stop())
+    start = _weights(_prepared(run, overrides)["trainer"])
+    ends = [_weights(_trained(run, overrides)["trainer"]) for _ in range(2)]
+    interrupted = _prepared(run, overrides)["trainer"]
+    interrupted.add_callback(Stop())
     try:
-        interrupted.run()
+        _finish(interrupted)
     except KeyboardInterrupt:
         del interrupted
         _release()
-    last = prepare_training(settings, data)
-    resumed = _trained(last)
+    last = _trained(run, overrides)
+    resumed = _weights(last["trainer"])
     way = (ends[0] - start).norm()
     return {
         "again": ((ends[1] - ends[0]).norm() / way).item(),
         "resumed": ((resumed - ends[0]).norm() / way).item(),
-        "probabilities": _probabilities(last.backbone, last.tokenizer, data),
+        "probabilities": _probabilities(last["trainer"].backbone, last["tokenizer"], last["data"]),
     }
 
 
-def _trained(session):
-    session.run()
-    return _weights(session)
+def _finish(trainer) -> None:
+    from finetune import newest_checkpoint
+
+    trainer.train(resume_from_checkpoint=newest_checkpoint(trainer))
+
+
+def _trained(run: str, overrides: dict) -> dict:
+    return run_cells(f"fine_tuning_{run}", "plots", PROFILE="gpu", OVERRIDES=overrides)
 
 
 def _probabilities(backbone, tokenizer, data) -> list[list[float]]:
@@ -172,33 +175,35 @@ def _probabilities(backbone, tokenizer, data) -> list[list[float]]:
         return score.LabelScorer(backbone, tokenizer, 64).score(prompts).tolist()
 
 
-def _load(settings) -> dict:
+def _load(run: str, overrides: dict) -> dict:
     """The artefact by plain transformers and peft, and merged where it is an adapter: the same probabilities? And those
     of the base."""
-    from finetune import records
-    from finetune.data import prepare_data
+    from finetune import find_run, load_model, records
+    from finetune.evaluate.find import loading
     from finetune.evaluate.merge import merge
-    from finetune.evaluate.run import evaluate
     from finetune.model import load, packing
 
-    data = prepare_data(settings)
-    record = evaluate(settings, data, "examine.py")
-    rows = records.read_predictions(record, settings.run_folder)
-    merged = merge(settings, data) if settings.recipe.adapter else None
-    base = packing.Backbone(load.load_for_evaluation(settings, None))
+    notebook = "full" if run.startswith("full") else run
+    given = {"test_rows": overrides["test_rows"]}
+    names = run_cells(f"{notebook}_finetuning_performance", "class_table", PROFILE="gpu", OVERRIDES=given, RUN=run)
+    found, record = names["found"], names["record"]
+    data = load_data(found)
+    rows = records.read_predictions(record, found.folder)
+    merged = merge(find_run(run, "gpu", given), data) if found.trained["adapter"] else None
+    base, tokenizer = load_model(found.experiment.model, **loading(found))
     return {
-        "base": _probabilities(base, load.load_tokenizer(settings), data),
+        "base": _probabilities(packing.Backbone(load.evaluating(base)), tokenizer, data),
         "probabilities": [list(row.probabilities.values()) for row in rows],
         "merged": merged and {"agreement": merged.agreement, "largest_difference": merged.largest_difference},
     }
 
 
-def _weights(session):
+def _weights(trainer):
     import torch
 
-    model = session.trainer.accelerator.unwrap_model(session.model)
+    model = trainer.accelerator.unwrap_model(trainer.model)
     weights = torch.cat([p.detach().float().flatten() for p in model.parameters() if p.requires_grad])
-    del session
+    del trainer
     _release()
     return weights
 

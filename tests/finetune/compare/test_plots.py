@@ -12,7 +12,7 @@ from finetune import paths
 from finetune.compare import plots
 from finetune.compare.comparison import load
 from finetune.compare.verdict import decide
-from finetune.config.plan import RUNS
+from finetune.config.methods import METHODS as RUNS
 from finetune.records import LogPoint
 from finetune.wording import NAMES
 

@@ -8,7 +8,8 @@ import torch
 
 from data_prep import UserError
 from finetune.config import recipes
-from finetune.config.plan import RUNS, Experiment, UnavailableHere, applicable, parse_assignments, plan
+from finetune.config.methods import METHODS
+from finetune.config.plan import Experiment, UnavailableHere, applicable, parse_assignments, plan
 from finetune.config.profiles import PROFILES
 from finetune.config.recipes import FULL, LORA, QLORA, Recipe, difference
 
@@ -158,7 +159,7 @@ class TestConversion:
 class TestRefusals:
     def test_an_unknown_run(self):
         with pytest.raises(UserError, match="unknown run 'dora'; the runs are: base, full, full_unsloth, lora, qlora"):
-            plan("dora")
+            plan("prefix")
 
     def test_an_unknown_profile(self, monkeypatch):
         with pytest.raises(UserError, match=f"unknown profile 'tpu'; the profiles are: auto, {', '.join(PROFILES)}"):
@@ -218,11 +219,15 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("run", "overrides", "said"),
         [
-            ("lora", {"load_in_4bit": True}, "make this a qlora run, not lora; choose the run instead"),
-            ("lora", {"adapter": False}, "make this a full run, not lora"),
-            ("qlora", {"load_in_4bit": "false"}, "make this a lora run, not qlora"),
-            ("full", {"adapter": True}, "make this a lora run, not full"),
-            ("full", {"load_in_4bit": True}, "needs adapter=True"),
+            (
+                "lora",
+                {"load_in_4bit": True},
+                "load_in_4bit=True is another method than lora; choose another run instead",
+            ),
+            ("lora", {"adapter": False}, "adapter=False is another method than lora"),
+            ("qlora", {"load_in_4bit": "false"}, "load_in_4bit=False is another method than qlora"),
+            ("full", {"adapter": True}, "adapter=True is another method than full"),
+            ("lora", {"use_dora": True}, "use_dora=True is another method than lora"),
             ("qlora", {"dtype": "float32"}, "contradicts dtype=float32"),
             ("lora", {"update_in_backward": True}, "is for full fine-tuning"),
             ("full", {"update_in_backward": True, "gradient_accumulation_steps": 2}, "no gradient is kept to add to"),
@@ -249,19 +254,19 @@ class TestEngine:
         assert "\n" not in str(refusal.value) and ". " not in str(refusal.value)
 
     @pytest.mark.parametrize("profile", PROFILES)
-    @pytest.mark.parametrize("run", [run for run in RUNS if run != "full_unsloth"])
+    @pytest.mark.parametrize("run", [run for run in METHODS if run != "full_unsloth"])
     def test_every_run_of_every_profile_builds_without_cuda(self, run, profile):
         assert plan(run, profile).engine == "transformers"
 
     @pytest.mark.parametrize("profile", PROFILES)
-    @pytest.mark.parametrize("run", RUNS)
+    @pytest.mark.parametrize("run", METHODS)
     def test_every_run_of_every_profile_builds_with_cuda(self, with_cuda, run, profile):
-        assert plan(run, profile).engine == ("transformers" if run in ("base", "full") else "unsloth")
+        assert plan(run, profile).engine == ("transformers" if run in ("base", "full", "prefix") else "unsloth")
 
 
 class TestDigest:
     def test_every_parameter_has_another_value_here(self):
-        assert OTHER_VALUES.keys() | {"adapter", "load_in_4bit"} == EXPERIMENT_NAMES | RECIPE_NAMES
+        assert OTHER_VALUES.keys() | set(recipes.DEFINING) == EXPERIMENT_NAMES | RECIPE_NAMES
 
     @pytest.mark.parametrize(("name", "value"), OTHER_VALUES.items())
     def test_it_changes_with_every_parameter(self, name, value):
@@ -295,11 +300,6 @@ class TestRecipes:
         lora, qlora = plan("lora", profile), plan("qlora", profile)
         assert difference(lora.recipe, qlora.recipe).keys() == {"load_in_4bit"}
         assert lora.experiment == qlora.experiment
-
-    @pytest.mark.parametrize(("recipe", "method"), [(FULL, "full"), (LORA, "lora"), (QLORA, "qlora")])
-    def test_a_recipe_is_of_its_method(self, recipe, method):
-        recipes.check(recipe, method)
-        assert recipe.method == method
 
     def test_the_defaults_are_those_of_the_experiment_that_this_began_with(self):
         assert (LORA.r, LORA.lora_alpha, LORA.per_device_train_batch_size, LORA.gradient_accumulation_steps) == (

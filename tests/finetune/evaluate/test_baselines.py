@@ -18,8 +18,9 @@ from finetune.baseline_records import Baseline
 from finetune.compare import tables
 from finetune.compare.comparison import load, load_folder
 from finetune.config.plan import plan
-from finetune.data import prepare_data
+from finetune.data import load_data
 from finetune.evaluate import baselines
+from finetune.model.load import load_model
 
 
 def examples(split: str) -> list[Example]:
@@ -60,8 +61,10 @@ class TestEvaluate:
             "cpu",
             {name: value for name, value in tiny.items() if name not in ("num_train_epochs", "eval_steps")},
         )
-        data = prepare_data(settings)
-        return data, baselines.evaluate(settings, data)
+        data = load_data(settings)
+        model, tokenizer = load_model(settings.experiment.model, dtype="float32")
+        fitted = baselines.fit_majority(settings, data), baselines.fit_svm(settings, data)
+        return data, baselines.table(*fitted, baselines.few_shot(settings, data, model, tokenizer))
 
     def test_all_are_recorded_with_figures_that_their_predictions_give(self, evaluated):
         data, table = evaluated
@@ -98,7 +101,7 @@ class TestOnFewerRows:
         fitted = {}
         for count in (32, 16, 8):
             settings = planned() if count == 32 else planned(train_rows=count, variant=f"rows-{count}")
-            fitted[count] = baselines.fit_svm(settings, prepare_data(settings))
+            fitted[count] = baselines.fit_svm(settings, load_data(settings))
         return fitted
 
     def read(self):
@@ -107,7 +110,7 @@ class TestOnFewerRows:
     def test_each_is_recorded_beside_the_one_on_all(self, curve, planned):
         assert self.read() == [curve[8], curve[16]]
         assert [fitted.data.train_rows for fitted in self.read()] == [8, 16]
-        rows = prepare_data(planned(train_rows=8, variant="rows-8"))
+        rows = load_data(planned(train_rows=8, variant="rows-8"))
         assert Counter(row.label for row in rows.train) == dict.fromkeys(LABELS, 2)
         model = baselines._svm().fit(*baselines._articles_and_labels(rows.train))
         answers = model.predict([row.article for row in rows.test])
@@ -117,9 +120,9 @@ class TestOnFewerRows:
 
     def test_what_is_fitted_is_known(self, curve, planned, monkeypatch):
         settings = planned(train_rows=8, variant="rows-8")
-        data = prepare_data(settings)
+        data = load_data(settings)
         assert baselines.svm_is_fitted(settings, data)
-        assert not baselines.svm_is_fitted(settings, prepare_data(planned(train_rows=16)))
+        assert not baselines.svm_is_fitted(settings, load_data(planned(train_rows=16)))
         assert not baselines.svm_is_fitted(planned(train_rows=4, variant="rows-4"), data)
         monkeypatch.setattr(baselines, "SVM_DESCRIPTION", "another")
         assert not baselines.svm_is_fitted(settings, data)

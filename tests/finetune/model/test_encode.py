@@ -56,7 +56,7 @@ def test_counted_tokens_are_the_encoded_ones(tokenizer):
 
 def test_loss_on_all_tokens_is_asked_for_by_name(tokenizer):
     [encoded] = encode.encode(tokenizer, [example("Some description.", "World")], 512)
-    assert encoded.row("all")["labels"] == encoded.row("all")["input_ids"]
+    assert encoded.row(completion_only_loss=False)["labels"] == encoded.row("all")["input_ids"]
 
 
 def test_prompts_share_what_they_begin_with_but_keep_a_token_of_their_own():

@@ -11,10 +11,8 @@ import torch
 
 from data_prep import UserError
 from finetune import machine, paths, plan, records
-from finetune.data import prepare_data
-from finetune.evaluate.run import evaluate
 from finetune.model import load, precision
-from finetune.train.run import prepare_training
+from finetune.notebooks import run_cells
 
 # What a CPU without bf16 instructions has, on one that has them.
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
@@ -70,24 +68,24 @@ def test_products_weights_and_records_are_of_the_chosen_type_and_results_agree(t
     for name in ("float32", "bfloat16"):
         monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / name))
         overrides = tiny | {"compute_dtype": name, "learning_rate": 1e-4}
-        settings = plan(run, "cpu", overrides)
-        data = prepare_data(settings)
-        session = prepare_training(settings, data)
+        names = run_cells(f"fine_tuning_{run}", "trainer.train(", PROFILE="cpu", OVERRIDES=overrides)
+        model = names["model"]
         read = {
             parameter.dtype
-            for parameter in session.model.parameters()
+            for parameter in model.parameters()
             if parameter.is_floating_point() and not parameter.requires_grad
         }
-        trained = {parameter.dtype for parameter in session.model.parameters() if parameter.requires_grad}
+        trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
         assert trained == {torch.float32}
         assert read == (set() if run == "full" else {precision.DTYPES[name]})
-        four_bit = getattr(session.model.config, "quantization_config", None)
+        four_bit = getattr(model.config, "quantization_config", None)
         assert (four_bit is not None) == (run == "qlora")
         assert four_bit is None or four_bit.bnb_4bit_compute_dtype == precision.DTYPES[name]
-        assert session.trainer.args.bf16 == (name == "bfloat16")
-        record = session.run()
+        assert names["args"].bf16 == (name == "bfloat16")
+        record = run_cells(f"fine_tuning_{run}", "plots", PROFILE="cpu", OVERRIDES=overrides)["record"]
         assert f"{name} products: asked for" in record.training.choices["precision"]
-        evaluated = evaluate(settings, data, "the notebook")
+        given = {"test_rows": 24, "generation_rows": 0}
+        evaluated = run_cells(f"{run}_finetuning_performance", "class_table", PROFILE="cpu", OVERRIDES=given)["record"]
         assert (evaluated.evaluation.dtype, evaluated.evaluation.precision) == (name, f"{name} products: asked for")
         rows = records.read_predictions(evaluated, paths.run_folder("cpu", run))
         probabilities[name] = np.array([list(row.probabilities.values()) for row in rows])
@@ -101,4 +99,4 @@ def test_types_that_contradict_each_other_are_refused(home):
 
 
 def test_bfloat16_weights_multiply_in_bfloat16(tiny):
-    assert load.choose_precision(plan("lora", "cpu", tiny | {"dtype": "bfloat16"})).name == "bfloat16"
+    assert load.choose_precision(plan("lora", "cpu", tiny).experiment, "bfloat16").name == "bfloat16"

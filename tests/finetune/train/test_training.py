@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,39 +18,49 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from data_prep import UserError, prepare
 from finetune import paths, plan, records
-from finetune.data import prepare_data
+from finetune.compare import comparison, tables
+from finetune.data import load_data
 from finetune.evaluate import score
+from finetune.evaluate.find import find_run
 from finetune.evaluate.merge import merge
-from finetune.evaluate.run import evaluate
 from finetune.model import encode, load
 from finetune.model.packing import Backbone
+from finetune.notebooks import run_cells
 from finetune.runner import _training_progress
-from finetune.train.callbacks import Clock, newest_whole_checkpoint
+from finetune.train.callbacks import Clock
 from finetune.train.checks import check_supervision
-from finetune.train.run import Session, prepare_training
+from finetune.train.save import newest_checkpoint, newest_whole_checkpoint
 
 RUNS = ["full", "lora", "qlora"]
 TRAIN_SCRIPT = """
 import json, sys
-from finetune import plan_training
-settings = plan_training(sys.argv[1], "cpu", json.loads(sys.argv[2]))
-from finetune.data import prepare_data
-from finetune.train.run import prepare_training
-prepare_training(settings, prepare_data(settings)).run()
+from finetune.notebooks import run_cells
+run_cells(f"fine_tuning_{sys.argv[1]}", "plots", PROFILE="cpu", OVERRIDES=json.loads(sys.argv[2]))
 """
-
-
 PREPARE_SCRIPT = """
 import json, sys
-from finetune import plan
-from finetune.data import prepare_data
-prepare_data(plan("lora", "cpu", json.loads(sys.argv[1])))
+from finetune import load_data, plan
+load_data(plan("lora", "cpu", json.loads(sys.argv[1])))
 """
 
 
-def session_of(run: str, overrides: dict) -> Session:
-    settings = plan(run, "cpu", overrides)
-    return prepare_training(settings, prepare_data(settings))
+def trainer_of(run: str, overrides: dict, **edits: str):
+    """The trainer of a notebook, before it trains."""
+    return run_cells(f"fine_tuning_{run}", "trainer.train(", edits, PROFILE="cpu", OVERRIDES=overrides)["trainer"]
+
+
+def trained(run: str, overrides: dict, edits: dict[str, str] | None = None) -> records.RunRecord:
+    """The record of a notebook's training."""
+    return run_cells(f"fine_tuning_{run}", "plots", edits, PROFILE="cpu", OVERRIDES=overrides)["record"]
+
+
+def evaluated(run: str, overrides: dict) -> records.RunRecord:
+    """The record of an evaluation notebook; of a trained model with those overrides that are the evaluation's."""
+    given = {name: overrides[name] for name in ("test_rows", "generation_rows") if name in overrides}
+    if run == "base":
+        given |= {name: overrides[name] for name in ("model", "train_rows")}
+    name = "base_model_performance" if run == "base" else f"{run}_finetuning_performance"
+    return run_cells(name, "class_table", PROFILE="cpu", OVERRIDES=given)["record"]
 
 
 def weights_of(record: records.RunRecord) -> dict[str, torch.Tensor]:
@@ -63,14 +74,14 @@ def same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("run", RUNS)
 def test_the_loss_sees_the_answers_and_nothing_else(tiny, run):
-    session = session_of(run, tiny)
-    assert session.supervision.rows == 8
-    assert all(text.startswith('{"category":"') and text.endswith("<|im_end|>") for text in session.supervision.decoded)
-    [row] = [session.trainer.train_dataset[0]]
-    batch = session.trainer.data_collator([row])
-    with torch.no_grad(), session.trainer._precision.autocast():
-        loss = session.trainer.compute_loss(session.model, dict(batch)).item()
-        logits = session.model(input_ids=torch.tensor([row["input_ids"]])).logits[0].float()
+    trainer = trainer_of(run, tiny)
+    assert trainer.supervision.rows == 8
+    assert all(text.startswith('{"category":"') and text.endswith("<|im_end|>") for text in trainer.supervision.decoded)
+    [row] = [trainer.train_dataset[0]]
+    batch = trainer.data_collator([row])
+    with torch.no_grad(), trainer.autocast():
+        loss = trainer.compute_loss(trainer.model, dict(batch)).item()
+        logits = trainer.model(input_ids=torch.tensor([row["input_ids"]])).logits[0].float()
     answer = [token for token in row["labels"] if token != encode.IGNORED]
     start = len(row["labels"]) - len(answer)
     by_hand = -np.mean([logits[start + i - 1].log_softmax(-1)[token].item() for i, token in enumerate(answer)])
@@ -78,16 +89,16 @@ def test_the_loss_sees_the_answers_and_nothing_else(tiny, run):
 
 
 def test_rows_without_supervised_tokens_are_refused(tiny):
-    session = session_of("lora", tiny)
-    masked = session.trainer.train_dataset.map(lambda row: {"labels": [encode.IGNORED] * len(row["labels"])})
-    session.trainer.train_dataset = masked
+    trainer = trainer_of("lora", tiny)
+    masked = trainer.train_dataset.map(lambda row: {"labels": [encode.IGNORED] * len(row["labels"])})
+    trainer.train_dataset = masked
     with pytest.raises(UserError, match="no token of the first rows carries loss"):
-        check_supervision(session.trainer, session.tokenizer)
+        check_supervision(trainer, trainer.processing_class)
 
 
 @pytest.mark.parametrize(("run", "kinds"), [("full", {"embed_tokens"}), ("lora", {"lora_A", "lora_B"})])
 def test_the_right_tensors_train(tiny, run, kinds):
-    trainable = session_of(run, tiny).trainable().index
+    trainable = load.trainable_counts(trainer_of(run, tiny).model)
     assert all(any(kind in name for name in trainable) for kind in kinds)
     assert ("lora_A" in " ".join(trainable)) == (run != "full")
     if run != "full":
@@ -98,36 +109,34 @@ def test_the_right_tensors_train(tiny, run, kinds):
 def test_the_same_seed_gives_the_same_weights_and_metrics(tiny, run):
     results = []
     for _ in range(2):
-        record = session_of(run, tiny).run()
-        settings = plan(run, "cpu", tiny)
-        evaluated = evaluate(settings, prepare_data(settings), "the notebook")
-        results.append((weights_of(record), evaluated.evaluation.predictions_digest, evaluated.evaluation.scoring))
+        weights, found = weights_of(trained(run, tiny)), evaluated(run, tiny).evaluation
+        results.append((weights, found.predictions_digest, found.scoring))
     (first, *rest), (second, *others) = results
     assert same_weights(first, second)
     assert rest == others
 
 
 def test_another_seed_gives_other_weights(tiny):
-    first = weights_of(session_of("lora", tiny).run())
-    assert not same_weights(first, weights_of(session_of("lora", tiny | {"seed": 1}).run()))
+    first = weights_of(trained("lora", tiny))
+    assert not same_weights(first, weights_of(trained("lora", tiny | {"seed": 1})))
 
 
 def test_a_small_batch_accumulated_equals_a_large_one(tiny):
     """8 x 2 and 16 x 1 see the same rows at each step: the weights agree to bf16's rounding."""
     tiny = tiny | {"lr_scheduler_type": "constant", "learning_rate": 1e-3, "optim": "adamw_torch"}
-    small = session_of("full", tiny | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2})
-    large = session_of("full", tiny | {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1})
-    rows = [small.trainer.train_dataset[row] for row in range(16)]
+    small = trainer_of("full", tiny | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2})
+    large = trainer_of("full", tiny | {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1})
+    rows = [small.train_dataset[row] for row in range(16)]
 
-    def gradient(session, size):
-        session.model.zero_grad()
+    def gradient(trainer, size):
+        trainer.model.zero_grad()
         count = sum(label != encode.IGNORED for row in rows for label in row["labels"][1:])
         for start in range(0, len(rows), size):
-            batch = session.trainer.data_collator(rows[start : start + size])
-            with session.trainer._precision.autocast():
-                loss = session.trainer.compute_loss(session.model, batch, num_items_in_batch=torch.tensor(count))
+            batch = trainer.data_collator(rows[start : start + size])
+            with trainer.autocast():
+                loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(count))
             loss.backward()
-        return torch.cat([p.grad.flatten() for p in session.model.parameters()])
+        return torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
     accumulated, whole = gradient(small, 8), gradient(large, 16)
     assert torch.nn.functional.cosine_similarity(accumulated, whole, dim=0) > 0.999
@@ -136,10 +145,9 @@ def test_a_small_batch_accumulated_equals_a_large_one(tiny):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_artefacts_load_in_plain_libraries_and_predict_the_same(tiny, tiny_model, run):
-    record = session_of(run, tiny).run()
-    settings = plan(run, "cpu", tiny | {"generation_rows": 0})
-    data = prepare_data(settings)
-    evaluate(plan("base", "cpu", {key: tiny[key] for key in ("model", "train_rows", "test_rows")}), data)
+    record = trained(run, tiny)
+    evaluated("base", tiny)
+    data = load_data(plan(run, "cpu", tiny))
     folder = paths.home() / record.training.artefact
     if run == "full":
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -151,34 +159,24 @@ def test_artefacts_load_in_plain_libraries_and_predict_the_same(tiny, tiny_model
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = encode.encode_prompts(tokenizer, [example.prompt for example in data.test])
     plain = score.LabelScorer(Backbone(load.evaluating(model)), tokenizer, 4).score(prompts)
-    evaluated = evaluate(settings, data, "the notebook")
-    saved = records.read_predictions(evaluated, paths.run_folder("cpu", run))
+    saved = records.read_predictions(evaluated(run, tiny), paths.run_folder("cpu", run))
     np.testing.assert_allclose(plain, [list(row.probabilities.values()) for row in saved], atol=1e-5)
     assert (folder / "README.md").read_text().startswith("---\nbase_model:")
     assert not list(folder.parent.glob(".*")) or folder.parent.name == "checkpoints"
 
 
 def test_tuned_and_base_predict_differently(tiny):
-    base = evaluate(
-        plan("base", "cpu", {k: v for k, v in tiny.items() if k not in ("num_train_epochs", "eval_steps")}),
-        *_data(tiny),
-    )
-    session_of("lora", tiny | {"learning_rate": 5e-3}).run()
-    settings = plan("lora", "cpu", tiny | {"learning_rate": 5e-3})
-    tuned = evaluate(settings, prepare_data(settings), "the notebook")
+    base = evaluated("base", tiny)
+    trained("lora", tiny | {"learning_rate": 5e-3})
+    tuned = evaluated("lora", tiny)
     assert tuned.evaluation.predictions_digest != base.evaluation.predictions_digest
     assert tuned.evaluation.log_loss != pytest.approx(base.evaluation.log_loss, abs=1e-4)
 
 
-def _data(overrides: dict):
-    return (prepare_data(plan("lora", "cpu", overrides)),)
-
-
 def test_the_record_counts_what_was_trained(tiny):
-    session = session_of("lora", tiny | {"num_train_epochs": 2, "eval_on_start": True})
-    record = session.run()
-    training = record.training
-    real = sum(len(row["input_ids"]) for row in session.trainer.train_dataset)
+    overrides = tiny | {"num_train_epochs": 2, "eval_on_start": True}
+    trainer, training = trainer_of("lora", overrides), trained("lora", overrides).training
+    real = sum(len(row["input_ids"]) for row in trainer.train_dataset)
     assert training.tokens == 2 * real
     assert training.articles == 64
     assert training.steps == 8
@@ -189,22 +187,78 @@ def test_the_record_counts_what_was_trained(tiny):
     assert len(losses) == 8 and losses[-1] < losses[0]
 
 
-def test_evaluating_what_was_not_trained_names_the_notebook(tiny):
-    settings = plan("lora", "cpu", tiny)
+def test_evaluating_what_was_not_trained_names_the_notebook(home):
     with pytest.raises(UserError, match=r"no lora model of profile cpu yet: run fine_tuning_lora\.ipynb first"):
-        evaluate(settings, prepare_data(settings), "fine_tuning_lora.ipynb")
+        find_run("lora", "cpu")
 
 
-def test_evaluating_with_other_settings_than_the_training_is_refused(tiny):
-    session_of("lora", tiny).run()
-    settings = plan("lora", "cpu", tiny | {"learning_rate": 1e-3})
-    with pytest.raises(UserError, match=r"trained with other settings \(learning_rate\)"):
-        evaluate(settings, prepare_data(settings), "fine_tuning_lora.ipynb")
+def test_an_evaluation_takes_the_model_as_it_lies_there(tiny):
+    trained("lora", tiny | {"learning_rate": 1e-3, "seed": 7})
+    found = find_run("lora", "cpu", {"test_rows": 24})
+    assert (found.trained["learning_rate"], found.experiment.seed, found.experiment.model) == (1e-3, 7, tiny["model"])
+    with pytest.raises(UserError, match="learning_rate: not a parameter of an evaluation"):
+        find_run("lora", "cpu", {"learning_rate": 1e-3})
+    weights = found.artefact / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="is not the one that"):
+        find_run("lora", "cpu")
+
+
+EDITS = {
+    "r=recipe.r,": "r=3,",
+    "use_dora=False": "use_dora=True, use_rslora=True",
+    "lr_scheduler_type=recipe.lr_scheduler_type": 'lr_scheduler_type="polynomial"',
+    "optim=recipe.optim,": 'optim="adafactor",',
+    "seed=experiment.seed,\n    data_seed": "seed=5,\n    adam_beta2=0.9,\n    data_seed",
+    "callbacks=[]": "callbacks=[__import__('transformers').PrinterCallback()]",
+}
+
+
+def test_the_record_the_card_and_the_report_say_what_ran_in_edited_cells(tiny):
+    evaluated("base", tiny)
+    record = trained("lora", tiny, EDITS)
+    wanted = {"r": 3, "use_dora": True, "lr_scheduler_type": "polynomial", "optim": "adafactor", "seed": 5}
+    assert {name: record.settings[name] for name in wanted} == wanted
+    assert record.settings["callbacks"] == ["PrinterCallback"]
+    assert record.settings["other_arguments"] == {"adam_beta2": 0.9, "LoraConfig.use_rslora": True}
+    assert record.seed == 5
+    folder = paths.home() / record.training.artefact
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 3
+    card = (folder / "README.md").read_text()
+    assert "r 3," in card and "lr_scheduler_type polynomial" in card
+    assert evaluated("lora", tiny).settings["optim"] == "adafactor"
+    shared = tables.recipes(comparison.load("cpu"))[1]
+    assert shared["lr_scheduler_type"] == "polynomial" and "adam_beta2" in shared["other_arguments"]
+
+
+def test_an_optimizer_of_ones_own_trains_and_is_recorded(tiny):
+    edits = {
+        "callbacks=[],": "callbacks=[], optimizers=(__import__('torch').optim.SGD(model.parameters(), 0.1), None),"
+    }
+    assert trained("lora", tiny, edits).settings["optim"] == "torch.optim.sgd.SGD"
+
+
+def test_a_checkpoint_of_other_arguments_is_not_resumed_from(tiny):
+    overrides = tiny | {"save_steps": 0.5}
+    trainer = trainer_of("lora", overrides)
+    assert newest_checkpoint(trainer) is None
+    trainer.train()
+    assert newest_checkpoint(trainer_of("lora", overrides)).endswith("checkpoint-4")
+    assert (
+        newest_checkpoint(trainer_of("lora", overrides, **{"max_grad_norm=recipe.max_grad_norm": "max_grad_norm=2.0"}))
+        is None
+    )
+    assert not list(Path(trainer.args.output_dir).glob("checkpoint-*"))
+
+
+def test_target_modules_that_the_model_lacks_are_refused(tiny):
+    with pytest.raises(UserError, match=r"qkv_proj, and this model has no such layer; it has down_proj"):
+        trainer_of("lora", tiny | {"target_modules": "q_proj,qkv_proj"})
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tiny):
     with pytest.raises(UserError, match="the loss became nan at step"):
-        session_of("full", tiny | {"learning_rate": 1e30, "max_grad_norm": 1e30, "num_train_epochs": 4}).run()
+        trained("full", tiny | {"learning_rate": 1e30, "max_grad_norm": 1e30, "num_train_epochs": 4})
 
 
 def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path):
@@ -219,17 +273,20 @@ def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path):
 
 def test_weights_updated_in_the_backward_pass_end_where_they_end_after_it(tiny):
     common = tiny | {"optim": "adamw_torch", "max_grad_norm": 1e9}
-    after = weights_of(session_of("full", common).run())
-    session = session_of("full", common | {"update_in_backward": True})
+    after = weights_of(trained("full", common))
+    trainer = trainer_of("full", common | {"update_in_backward": True})
     kept = []
 
     def count(_):
-        kept.append(sum(parameter.grad is not None for parameter in session.model.parameters()))
+        kept.append(sum(parameter.grad is not None for parameter in trainer.model.parameters()))
 
     # The last that gets its gradient: those of all others are gone.
-    session.model.get_input_embeddings().weight.register_post_accumulate_grad_hook(count)
-    assert same_weights(after, weights_of(session.run()))
-    assert kept == [1] * session.trainer.state.global_step
+    trainer.model.get_input_embeddings().weight.register_post_accumulate_grad_hook(count)
+    trainer.train()
+    assert same_weights(
+        after, {name: value.bfloat16() for name, value in trainer.model.state_dict().items() if name in after}
+    )
+    assert kept == [1] * trainer.state.global_step
 
 
 @pytest.mark.parametrize(
@@ -268,29 +325,28 @@ def _train(run: str, overrides: dict, home: Path, **options) -> subprocess.Popen
 
 def test_a_validation_leaves_the_gradients_of_a_4_bit_model_as_they_were(tiny):
     """bitsandbytes repacks 4-bit layers in evaluation mode on the CPU; no gradient passes a repacked layer."""
-    session = session_of("qlora", tiny)
-    batch = session.trainer.data_collator([session.trainer.train_dataset[row] for row in range(4)])
+    trainer = trainer_of("qlora", tiny)
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
 
     def gradients() -> list[torch.Tensor]:
-        session.model.zero_grad()
-        with session.trainer._precision.autocast():
-            session.trainer.compute_loss(session.model, dict(batch)).backward()
-        return [p.grad.clone() for p in session.model.parameters() if p.requires_grad]
+        trainer.model.zero_grad()
+        with trainer.autocast():
+            trainer.compute_loss(trainer.model, dict(batch)).backward()
+        return [p.grad.clone() for p in trainer.model.parameters() if p.requires_grad]
 
     before = gradients()
-    scorer = score.LabelScorer(Backbone(load.evaluating(session.model)), session.tokenizer, 4)
-    scorer.score([row["input_ids"][:50] for row in session.trainer.train_dataset])
-    session.model.train()
+    scorer = score.LabelScorer(Backbone(load.evaluating(trainer.model)), trainer.processing_class, 4)
+    scorer.score([row["input_ids"][:50] for row in trainer.train_dataset])
+    trainer.model.train()
     assert all(torch.equal(first, second) for first, second in zip(before, gradients(), strict=True))
     assert any(gradient.abs().sum() > 0 for gradient in before)
 
 
 def test_scores_of_a_4_bit_model_do_not_depend_on_the_batch_size(tiny):
-    session_of("qlora", tiny).run()
-    settings = plan("qlora", "cpu", tiny)
-    model = load.load_for_evaluation(settings, paths.artefact_folder("cpu", "qlora", is_adapter=True))
-    tokenizer = load.load_tokenizer(settings)
-    prompts = encode.encode_prompts(tokenizer, [example.prompt for example in prepare_data(settings).test])
+    trained("qlora", tiny)
+    names = run_cells("qlora_finetuning_performance", "evaluate(found", PROFILE="cpu", OVERRIDES={"test_rows": 24})
+    model, tokenizer = load.evaluating(names["model"]), names["tokenizer"]
+    prompts = encode.encode_prompts(tokenizer, [example.prompt for example in names["data"].test])
     scored = [score.LabelScorer(Backbone(model), tokenizer, size).score(prompts) for size in (1, 5, 24)]
     np.testing.assert_allclose(scored[0], scored[2], atol=1e-5)
     np.testing.assert_allclose(scored[1], scored[2], atol=1e-5)
@@ -299,20 +355,20 @@ def test_scores_of_a_4_bit_model_do_not_depend_on_the_batch_size(tiny):
 @pytest.mark.parametrize("run", ["lora", "qlora"])
 def test_a_merged_model_predicts_what_base_and_adapter_do(tiny, run):
     overrides = tiny | {"learning_rate": 5e-3}
-    session_of(run, overrides).run()
-    settings = plan(run, "cpu", overrides)
-    data = prepare_data(settings)
-    evaluate(settings, data, "the notebook")
-    result = merge(settings, data)
+    trained(run, overrides)
+    evaluated(run, overrides)
+    found = find_run(run, "cpu", {"test_rows": 24})
+    data = load_data(found)
+    result = merge(found, data)
     assert result.agreement > 0.9
     assert ("4-bit" in result.base) == (run == "qlora")
-    record = records.read(settings.run_folder)
-    assert records.read_merged(record, settings.run_folder) == result
+    record = records.read(found.folder)
+    assert records.read_merged(record, found.folder) == result
     again = record.training.model_copy(update={"artefact_digest": "another"})
     stale = record.model_copy(update={"training": again})
-    assert records.read_merged(stale, settings.run_folder) is None, "the adapter was trained again since"
+    assert records.read_merged(stale, found.folder) is None, "the adapter was trained again since"
     folder = paths.home() / result.artefact
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=load.choose_precision(settings).dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=load.choose_precision(found.experiment).dtype)
     assert not any("lora" in name for name, _ in model.named_parameters())
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = encode.encode_prompts(tokenizer, [example.prompt for example in data.test])
@@ -332,25 +388,26 @@ def test_a_merged_model_predicts_what_base_and_adapter_do(tiny, run):
 
 
 def test_a_run_without_an_adapter_cannot_be_merged(tiny):
-    settings = plan("full", "cpu", tiny)
+    trained("full", tiny)
+    found = find_run("full", "cpu")
     with pytest.raises(UserError, match="full trains no adapter: there is nothing to merge"):
-        merge(settings, prepare_data(settings))
+        merge(found, load_data(found))
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_packed_and_padded_batches_have_the_same_loss_and_gradients(tiny, run):
     """Packing changes the layout of a batch and the kernel of its attention, not what is learnt."""
-    packed, padded = session_of(run, tiny), session_of(run, tiny | {"packing": False})
+    packed, padded = trainer_of(run, tiny), trainer_of(run, tiny | {"packing": False})
     results = []
-    for session in (packed, padded):
-        rows = [session.trainer.train_dataset[row] for row in range(8)]
-        batch = session.trainer.data_collator(rows)
+    for trainer in (packed, padded):
+        rows = [trainer.train_dataset[row] for row in range(8)]
+        batch = trainer.data_collator(rows)
         count = torch.tensor(sum(label != encode.IGNORED for row in rows for label in row["labels"]))
-        session.model.zero_grad()
-        with packed.trainer._precision.autocast():
-            loss = session.trainer.compute_loss(session.model, dict(batch), num_items_in_batch=count)
+        trainer.model.zero_grad()
+        with packed.autocast():
+            loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=count)
         loss.backward()
-        gradients = [p.grad.float().flatten() for p in session.model.parameters() if p.grad is not None]
+        gradients = [p.grad.float().flatten() for p in trainer.model.parameters() if p.grad is not None]
         results.append((loss.item(), torch.cat(gradients)))
     (loss, gradient), (other_loss, other) = results
     assert loss == pytest.approx(other_loss, rel=1e-2)
@@ -361,22 +418,22 @@ def test_packed_and_padded_batches_have_the_same_loss_and_gradients(tiny, run):
     ("changes", "is_shared"), [({}, True), ({"completion_only_loss": False}, False), ({"lora_dropout": 0.1}, False)]
 )
 def test_what_prompts_share_is_computed_once_only_where_it_changes_nothing(tiny, changes, is_shared):
-    session = session_of("lora", tiny | changes)
-    rows = [session.trainer.train_dataset[row] for row in range(4)]
-    computed = session.trainer.data_collator(rows)["input_ids"].numel()
+    trainer = trainer_of("lora", tiny | changes)
+    rows = [trainer.train_dataset[row] for row in range(4)]
+    computed = trainer.data_collator(rows)["input_ids"].numel()
     assert (computed < sum(len(row["input_ids"]) for row in rows)) == is_shared
 
 
 def test_variants_of_a_run_report_their_progress_apart(home):
-    for variant in ({}, {"variant": "seed-43", "seed": 43}):
-        settings = plan("lora", "cpu", variant)
-        clock = Clock(settings)
+    for variant in ("", "seed-43"):
+        folder = paths.state_folder("cpu", "lora", variant)
+        clock = Clock()
         clock.go_on()
-        clock.on_step_end(None, TrainerState(global_step=3, max_steps=10), None)
-        progress = json.loads((settings.run_folder / "progress.json").read_text())
-        assert (progress["run"], progress["step"]) == ("lora/seed-43" if variant else "lora", 3)
+        clock.on_step_end(SimpleNamespace(output_dir=str(folder)), TrainerState(global_step=3, max_steps=10), None)
+        progress = json.loads((folder / "progress.json").read_text())
+        assert (progress["run"], progress["step"]) == (folder.name, 3)
     assert _training_progress("cpu").startswith("step 3/10, ")
-    paths.run_folder("cpu", "lora").joinpath("progress.json").unlink()
+    paths.state_folder("cpu", "lora").joinpath("progress.json").unlink()
     assert _training_progress("cpu").startswith("step 3/10, "), "the variant's"
 
 
@@ -392,7 +449,7 @@ def test_two_processes_that_start_together_prepare_the_data_once(tiny, monkeypat
         return prepare(*arguments, **named)
 
     monkeypatch.setattr("finetune.data.prepare", prepare_slowly)
-    prepare_data(plan("lora", "cpu", tiny))
+    load_data(plan("lora", "cpu", tiny))
     [(other, waiting)] = others
     said = other.communicate(timeout=60)[0]
     folder = paths.dataset_folder("sample")

@@ -1,0 +1,125 @@
+"""What a machine decides for a training, before the model is loaded: each choice with its reason."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+
+from finetune import machine
+from finetune.config.plan import Settings
+from finetune.config.recipes import Recipe
+from finetune.data import PreparedData
+from finetune.model import encode, load
+from finetune.train import memory
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What the plan leaves to the machine.
+
+    Attributes:
+        dtype: The type that weights are held in.
+        compute_dtype: The type of matrix products.
+        gradient_checkpointing: `unsloth`, `plain` or `off`.
+        cuda_graphs: Whether steps are recorded and replayed.
+        reasons: Every choice in words.
+        loading: What `load_model` takes besides the method's own arguments.
+    """
+
+    dtype: str
+    compute_dtype: str
+    gradient_checkpointing: str
+    cuda_graphs: bool
+    reasons: dict[str, str]
+    loading: dict[str, Any]
+
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame({"choice and reason": self.reasons})
+
+    def _repr_html_(self) -> str:
+        return self.table().style.set_properties(**{"text-align": "left"}).to_html()
+
+
+def resolve(settings: Settings, data: PreparedData) -> Resolved:
+    """Decide what the plan leaves open, and print it.
+
+    Raises:
+        UserError: The model cannot be found, or a row does not fit into `max_length`.
+    """
+    recipe, engine = settings.recipe, settings.engine
+    torch.backends.cudnn.benchmark = recipe.cudnn_benchmark
+    precision = load.choose_precision(settings.experiment, recipe.dtype)
+    tokenizer = load.load_tokenizer(settings.experiment.model)
+    lengths = list(map(len, encode.encode(tokenizer, data.train, recipe.max_length)))
+    checkpointing = memory.choose_checkpointing(settings, load.configuration(settings.experiment.model), lengths)
+    dtype = precision.name if recipe.dtype == "auto" else recipe.dtype
+    # Checkpointing asks for random states as it goes, which no graph can record.
+    graphs = recipe.cuda_graphs and machine.has_cuda() and checkpointing.mode == "off"
+    liger = recipe.use_liger_kernel and engine == "transformers" and machine.has_cuda()
+    attention = load.packed_attention(precision.dtype) if recipe.packing else ("sdpa", "packing is off: padded batches")
+    reasons = {
+        "device": machine.gpu_name() or f"CPU, {machine.usable_cores()} threads",
+        "engine": f"{engine}: {settings.engine_reason}",
+        "attention": ": ".join(attention),
+        "packing": "on: a batch is one row, and what prompts share is computed once" if recipe.packing else "off",
+        "gradient checkpointing": f"{checkpointing.mode}: {checkpointing.reason}",
+        "precision": f"{'4-bit NormalFloat base' if recipe.load_in_4bit else f'{dtype} weights'}, {precision}",
+        "kernels": _kernels(recipe, engine, liger),
+        "CUDA graphs": _graphs(recipe, graphs),
+    }
+    for name, reason in reasons.items():
+        print(f"{name}: {reason}")
+    loading: dict[str, Any] = {"engine": engine, "compute_dtype": precision.name, "use_liger_kernel": liger}
+    if engine == "unsloth":
+        loading |= {
+            "max_length": recipe.max_length,
+            "full_finetuning": not recipe.adapter,
+            "gradient_checkpointing": checkpointing.mode,
+            "offload_embedding": _offloads_embedding(recipe, checkpointing.mode),
+        }
+    return Resolved(dtype, precision.name, checkpointing.mode, graphs, reasons, loading)
+
+
+def housekeeping(settings: Settings) -> dict[str, Any]:
+    """What an `SFTConfig` needs besides the method: folders, logs and how often a checkpoint is written."""
+    # transformers 5 takes the folder of TensorBoard's logs from the environment alone.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(settings.run_folder / "tensorboard")
+    saves = settings.recipe.save_steps
+    return {
+        "output_dir": str(settings.state_folder),
+        "logging_steps": 0.02,
+        "logging_nan_inf_filter": False,
+        "report_to": ["tensorboard"],
+        "save_strategy": "steps" if saves else "no",
+        "save_steps": saves or 500,
+        "save_total_limit": 2,
+        "use_cpu": not machine.has_cuda(),
+        "dataloader_pin_memory": machine.has_cuda(),
+    }
+
+
+def _offloads_embedding(recipe: Recipe, checkpointing: str) -> bool:
+    if recipe.offload_embedding == "auto":
+        # Where memory is short enough for checkpointing.
+        return checkpointing != "off" and recipe.adapter and not machine.is_unified()
+    return recipe.offload_embedding == "on"
+
+
+def _kernels(recipe: Recipe, engine: str, liger: bool) -> str:
+    if engine == "unsloth":
+        return "Unsloth's"
+    if liger:
+        return "Liger's for norms, rotary embeddings and the MLP's activation, where it knows the model"
+    return "PyTorch's: fused ones need CUDA" if recipe.use_liger_kernel else "PyTorch's: use_liger_kernel=False"
+
+
+def _graphs(recipe: Recipe, graphs: bool) -> str:
+    if graphs:
+        return "on: a step is recorded once per shape of its batch, then replayed"
+    if not recipe.cuda_graphs:
+        return "off: cuda_graphs=False"
+    return "off: they need CUDA, and no gradient checkpointing"
