@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import textwrap
 
-from data_prep import LABELS, PROMPTS, Article
-from data_prep.schema import Message
 from finetune.config.plan import Settings
 from finetune.data import PreparedData
 
@@ -37,7 +36,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 
-# AG News' own readme allows research and other non-commercial use; no licence is named, so the card names none.
 CARD = """\
 ---
 base_model: {model}
@@ -47,7 +45,7 @@ pipeline_tag: text-generation
 
 # {model}, {method} on {data}
 
-Classifies a news article as World, Sports, Business or Sci/Tech, and answers in JSON: `{{"category":"World"}}`.
+Classifies a text as {labels}, and answers in JSON: `{answer}`.
 
 | | |
 |---|---|
@@ -57,10 +55,7 @@ Classifies a news article as World, Sports, Business or Sci/Tech, and answers in
 | prompt | {prompt} |
 | recipe | {recipe} |
 
-AG News is given for research and other non-commercial use; what that means for a model trained on it is for its user to
-settle.
-
-## Load it
+{licence}## Load it
 
 ```python
 {loading}
@@ -82,13 +77,16 @@ def model_card(settings: Settings, data: PreparedData, model: str) -> str:
         model=model,
         library="peft" if adapter else "transformers",
         method={"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}[settings.recipe.method],
+        labels=", ".join(data.task.labels[:-1]) + f" or {data.task.labels[-1]}",
+        answer=data.task.answer_for(data.task.labels[0]),
+        licence=f"{textwrap.fill(data.task.licence, 120)}\n\n" if data.task.licence else "",
         data=data.title,
         fingerprint=data.manifest.fingerprint,
         rows=len(data.train),
         prompt=data.manifest.prompt,
         recipe=", ".join(f"{key} {value}" for key, value in settings.values.items() if key in _TOLD),
         loading=loading.format(folder="PATH/TO/THIS/FOLDER"),
-        messages=json.dumps(_prompt_form(settings), indent=2, ensure_ascii=False),
+        messages=json.dumps(data.task.form(data.manifest.prompt)[:-1], indent=2, ensure_ascii=False),
     )
 
 
@@ -101,12 +99,6 @@ def merged_card(settings: Settings, data: PreparedData, model: str, base: str) -
     return card.replace("library_name: peft", "library_name: transformers").replace(
         "\n## Load it", f"\nThe adapter is merged into {base}.\n\n## Load it"
     )
-
-
-def _prompt_form(settings: Settings) -> list[Message]:
-    """The messages with a placeholder for the article: rows of AG News are not ours to publish."""
-    article = Article("TITLE", "DESCRIPTION", LABELS[0])
-    return PROMPTS[settings.experiment.prompt].render(article)[:-1]
 
 
 _TOLD = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from data_prep import LABELS, UserError
+from data_prep import UserError
 from finetune import cards, metrics, paths, records
 from finetune.config.plan import Settings
 from finetune.data import PreparedData
@@ -46,10 +46,12 @@ def merge(settings: Settings, data: PreparedData) -> records.Merged:
         )
     model.to(products)
     prompts = [row.prompt for row in encode.encode(tokenizer, data.test, MAX_LENGTH)]
-    scorer = score.LabelScorer(packing.Backbone(model), tokenizer, settings.experiment.per_device_eval_batch_size)
+    scorer = score.LabelScorer(
+        packing.Backbone(model), tokenizer, data.task, settings.experiment.per_device_eval_batch_size
+    )
     probabilities = scorer.score(prompts, progress="scoring")
-    predicted = score.predicted_labels(probabilities)
-    known = np.array([[row.probabilities[label] for label in LABELS] for row in before])
+    predicted = score.predicted_labels(probabilities, data.task.labels)
+    known = np.array([[row.probabilities[label] for label in data.task.labels] for row in before])
     result = records.Merged(
         environment=records.environment(),
         run=settings.run,
@@ -58,7 +60,7 @@ def merge(settings: Settings, data: PreparedData) -> records.Merged:
         artefact=str(folder.relative_to(paths.home())),
         artefact_bytes=folder_bytes(folder),
         artefact_digest=folder_digest(folder),
-        scoring=metrics.compute([example.label for example in data.test], predicted),
+        scoring=metrics.compute([example.label for example in data.test], predicted, data.task.labels),
         adapter_accuracy=record.evaluation.scoring.accuracy,
         agreement=float(np.mean([row.prediction == label for row, label in zip(before, predicted, strict=True)])),
         largest_difference=float(np.abs(probabilities - known).max()),

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from data_prep import Example, UserError
-from data_prep.store import write_json
+from data_prep.files import write_json
 from finetune import machine, metrics, paths
 from finetune.config.plan import Settings
 from finetune.evaluate import score
@@ -111,8 +111,11 @@ class ValidationWatch(TrainerCallback):
         encoded: Sequence[encode.Encoded],
         settings: Settings,
     ):
-        self._scorer = score.LabelScorer(backbone, tokenizer, settings.experiment.per_device_eval_batch_size)
+        self._scorer = score.LabelScorer(
+            backbone, tokenizer, settings.task, settings.experiment.per_device_eval_batch_size
+        )
         self._precision = precision
+        self._classes = settings.task.labels
         self._labels = [example.label for example in examples]
         self._prompts = [row.prompt for row in encoded]
         self._share = settings.recipe.eval_steps
@@ -136,13 +139,13 @@ class ValidationWatch(TrainerCallback):
         with self._precision.autocast():
             probabilities = self._scorer.score(self._prompts)
         model.train()
-        predicted = score.predicted_labels(probabilities)
+        predicted = score.predicted_labels(probabilities, self._classes)
         # Logging clears the flag that this step's loss is due to be logged too.
         due = control.should_log
         self.trainer.log(
             {
                 "validation_accuracy": float(np.mean(np.equal(predicted, self._labels))),
-                "validation_log_loss": metrics.log_loss(self._labels, probabilities),
+                "validation_log_loss": metrics.log_loss(self._labels, probabilities, self._classes),
                 "training_seconds": self.clock.seconds,
             }
         )

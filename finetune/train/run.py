@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from data_prep.store import write_json
+from data_prep.files import write_json
 from finetune import cards, machine, paths, records
 from finetune.config.plan import Settings
 from finetune.config.recipes import Recipe

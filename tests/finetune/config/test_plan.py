@@ -197,7 +197,7 @@ class TestRefusals:
             ("max_length", 8, "greater than or equal to 64"),
             ("warmup_steps", 1.0, "less than 1"),
             ("packing", "perhaps", "boolean"),
-            ("prompt", "short", "'lean' or 'verbose'"),
+            ("prompt", "short", "lean, verbose"),
             ("source", "kaggle", "'sample', 'csv' or 'hub'"),
             ("target_modules", 3, "list"),
             ("compute_dtype", "float16", "'bfloat16' or 'float32'"),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerState
 
 from data_prep import UserError, prepare
+from data_prep.task import AG_NEWS
 from finetune import paths, plan, records
 from finetune.data import prepare_data
 from finetune.evaluate import score
@@ -150,7 +151,7 @@ def test_artefacts_load_in_plain_libraries_and_predict_the_same(tiny, tiny_model
         assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = encode.encode_prompts(tokenizer, [example.prompt for example in data.test])
-    plain = score.LabelScorer(Backbone(load.evaluating(model)), tokenizer, 4).score(prompts)
+    plain = score.LabelScorer(Backbone(load.evaluating(model)), tokenizer, AG_NEWS, 4).score(prompts)
     evaluated = evaluate(settings, data, "the notebook")
     saved = records.read_predictions(evaluated, paths.run_folder("cpu", run))
     np.testing.assert_allclose(plain, [list(row.probabilities.values()) for row in saved], atol=1e-5)
@@ -278,7 +279,7 @@ def test_a_validation_leaves_the_gradients_of_a_4_bit_model_as_they_were(tiny):
         return [p.grad.clone() for p in session.model.parameters() if p.requires_grad]
 
     before = gradients()
-    scorer = score.LabelScorer(Backbone(load.evaluating(session.model)), session.tokenizer, 4)
+    scorer = score.LabelScorer(Backbone(load.evaluating(session.model)), session.tokenizer, AG_NEWS, 4)
     scorer.score([row["input_ids"][:50] for row in session.trainer.train_dataset])
     session.model.train()
     assert all(torch.equal(first, second) for first, second in zip(before, gradients(), strict=True))
@@ -291,7 +292,7 @@ def test_scores_of_a_4_bit_model_do_not_depend_on_the_batch_size(tiny):
     model = load.load_for_evaluation(settings, paths.artefact_folder("cpu", "qlora", is_adapter=True))
     tokenizer = load.load_tokenizer(settings)
     prompts = encode.encode_prompts(tokenizer, [example.prompt for example in prepare_data(settings).test])
-    scored = [score.LabelScorer(Backbone(model), tokenizer, size).score(prompts) for size in (1, 5, 24)]
+    scored = [score.LabelScorer(Backbone(model), tokenizer, AG_NEWS, size).score(prompts) for size in (1, 5, 24)]
     np.testing.assert_allclose(scored[0], scored[2], atol=1e-5)
     np.testing.assert_allclose(scored[1], scored[2], atol=1e-5)
 
@@ -316,14 +317,14 @@ def test_a_merged_model_predicts_what_base_and_adapter_do(tiny, run):
     assert not any("lora" in name for name, _ in model.named_parameters())
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = encode.encode_prompts(tokenizer, [example.prompt for example in data.test])
-    merged = score.LabelScorer(Backbone(model), tokenizer, 8).score(prompts)
-    predicted = score.predicted_labels(merged)
+    merged = score.LabelScorer(Backbone(model), tokenizer, AG_NEWS, 8).score(prompts)
+    predicted = score.predicted_labels(merged, AG_NEWS.labels)
     right = [label == example.label for label, example in zip(predicted, data.test, strict=True)]
     assert np.mean(right) == pytest.approx(result.scoring.accuracy)
     if run == "qlora":
         # On the base in full precision, the adapter is another model than on the 4-bit one.
         elsewhere = AutoPeftModelForCausalLM.from_pretrained(paths.home() / "adapters" / "cpu-qlora")
-        wrong = score.LabelScorer(Backbone(elsewhere), tokenizer, 8).score(prompts)
+        wrong = score.LabelScorer(Backbone(elsewhere), tokenizer, AG_NEWS, 8).score(prompts)
         saved = records.read_predictions(records.read(paths.run_folder("cpu", run)), paths.run_folder("cpu", run))
         known = np.array([list(row.probabilities.values()) for row in saved])
         assert np.abs(merged - known).mean() < np.abs(wrong - known).mean() / 2
