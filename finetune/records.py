@@ -177,10 +177,7 @@ class RunRecord(Part):
 
 
 class Prediction(Part):
-    """One row: its label, the label that scoring found, all four probabilities, the generated answer if any.
-
-    `probabilities` is empty where a method has none.
-    """
+    """One row: its label, the label that scoring found, all probabilities if any, the generated answer if any."""
 
     id: str
     label: str
