@@ -21,7 +21,6 @@ from typing import Any
 
 from benchmarks import ladder
 from benchmarks.ladder import BEST, Rung
-from data_prep import LABELS
 
 WARM_STEPS, TIMED_STEPS = 2, 5
 WEIGHTS = "model.safetensors"
@@ -314,10 +313,11 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         prompts = [row.prompt for row in encode.encode(tokenizer, data.test, 1024)]
         peak = matrix_peak()
         torch.cuda.reset_peak_memory_stats()
-        scorer = score.LabelScorer(packing.Backbone(model), tokenizer, batch)
+        scorer = score.LabelScorer(packing.Backbone(model), tokenizer, data.task, batch)
         scorer.score(prompts[:batch])
         _, seconds = score.timed(scorer.score, prompts)
-        read = _computed_tokens(prompts, [encode.answer_tokens(tokenizer, label)[:-1] for label in LABELS])
+        answers = [encode.answer_tokens(tokenizer, data.task.answer_for(label))[:-1] for label in data.task.labels]
+        read = _computed_tokens(prompts, answers)
         flops = 2 * load.parameter_count(model) * read / seconds
         key = ladder.scoring_key(prompt, batch, kernels)
         yield {
@@ -334,7 +334,7 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             **(_kernels(functools.partial(scorer.score, prompts[:batch])) if key in options.profile else {}),
         }
         if (key := f"generation_{prompt}_{batch}") in ladder.GENERATED and kernels == "fused":
-            _, seconds = score.timed(score.generate, model, tokenizer, prompts[:512], batch)
+            _, seconds = score.timed(score.generate, model, tokenizer, data.task, prompts[:512], batch)
             yield {
                 "key": key,
                 "name": f"generation, {prompt} prompt, 128 articles at once",

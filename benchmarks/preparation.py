@@ -17,8 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from data_prep import PROMPTS, prepare
-from data_prep.sources import SAMPLE_FOLDER, CsvFolder
+from data_prep import prepare
+from data_prep.sources import CsvFolder
+from data_prep.task import AG_NEWS
 
 SIZES = (30_000, 120_000)
 
@@ -27,7 +28,7 @@ def main() -> None:
     if len(sys.argv) == 4 and sys.argv[1] == "--one":
         print(json.dumps(_measure(Path(sys.argv[2]), Path(sys.argv[3]))))
         return
-    source = Path(sys.argv[1]) if len(sys.argv) > 1 else SAMPLE_FOLDER
+    source = Path(sys.argv[1]) if len(sys.argv) > 1 else AG_NEWS.sample
     for rows in SIZES:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "source"
@@ -39,7 +40,7 @@ def main() -> None:
 
 def _measure(source: Path, target: Path) -> dict[str, float]:
     start = time.perf_counter()
-    prepare(CsvFolder(source), target, prompt=PROMPTS["lean"])
+    prepare(CsvFolder(source, AG_NEWS), target, prompt="lean")
     # Linux counts in KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": time.perf_counter() - start, "peak_bytes": peak}

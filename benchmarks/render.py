@@ -25,7 +25,7 @@ from benchmarks import claims, gb10, ladder
 from benchmarks.records import SpeedRecord, read
 from benchmarks.roofline import scoring_ceiling
 from data_prep import DataError, UserError
-from data_prep.store import replacing
+from data_prep.files import replacing
 from finetune.paths import PROJECT
 from finetune.wording import markdown
 

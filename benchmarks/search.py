@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import UserError
-from data_prep.store import replacing
+from data_prep.files import replacing
 from finetune import paths, plan_training
 from finetune.config.methods import METHODS
 from finetune.config.plan import parse_assignments

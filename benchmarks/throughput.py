@@ -30,7 +30,7 @@ from typing import Any
 
 from benchmarks import ladder
 from benchmarks.part import RESULT, data_of
-from data_prep.store import write_json
+from data_prep.files import write_json
 
 # A part that compiles without end must not cost the others their time.
 PART_SECONDS = 420

@@ -1,24 +1,22 @@
-"""From news articles to chat examples: sources, prompts, schema, validation. Imports no torch."""
+"""From the rows of a task to chat examples: tasks, sources, repairs, duplicates, files. Imports no torch."""
 
 from data_prep.errors import DataError, UserError
-from data_prep.pipeline import Manifest, prepare
-from data_prep.prompts import PROMPTS, Prompt
-from data_prep.schema import LABELS, Article, Example, answer_for, parse_answer
-from data_prep.store import DATA_FILES, load_manifest, read_examples
+from data_prep.files import DATA_FILES, Example, Manifest, load_manifest, read_examples
+from data_prep.prepare import prepare
+from data_prep.task import TASKS, Columns, Prompt, Task, find_task
 
 __all__ = [
     "DATA_FILES",
-    "LABELS",
-    "PROMPTS",
-    "Article",
+    "TASKS",
+    "Columns",
     "DataError",
     "Example",
     "Manifest",
     "Prompt",
+    "Task",
     "UserError",
-    "answer_for",
+    "find_task",
     "load_manifest",
-    "parse_answer",
     "prepare",
     "read_examples",
 ]

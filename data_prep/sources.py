@@ -1,6 +1,6 @@
-"""Where articles come from: the hub, a folder of the original CSV files, or the built-in sample.
+"""Where rows come from: the hub, a folder of CSV files, or a task's built-in sample.
 
-Every source yields `Article`s split by split, row by row, so that memory does not grow with the rows.
+Every source yields `Row`s split by split, one by one, so that memory does not grow with the rows.
 """
 
 from __future__ import annotations
@@ -12,27 +12,34 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.errors import DataError, UserError
-from data_prep.schema import LABELS, Article, Split
-from data_prep.store import file_digest
+from data_prep.files import Split, file_digest
+from data_prep.task import Columns, Task
 
-HUB_DATASET = "fancyzhx/ag_news"
-# Of the official splits (Zhang, Zhao and LeCun 2015).
-AG_NEWS_ROWS: dict[Split, int] = {"train": 120_000, "test": 7_600}
-SAMPLE_FOLDER = Path(__file__).parent / "sample"
-# Some copies of the CSV files carry this header; the original does not.
-CSV_HEADER = ["class index", "title", "description"]
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a source: its text columns in the task's order, some perhaps empty, and its label."""
+
+    texts: tuple[str, ...]
+    label: str
+
+    @property
+    def text(self) -> str:
+        """The text columns joined by one space, alike whether or not one of them is empty."""
+        return " ".join(filter(None, self.texts))
 
 
 class Source(Protocol):
-    """What the pipeline needs of a source."""
+    """What `prepare` needs of a source."""
 
     name: str
+    task: Task
 
     def splits(self) -> tuple[Split, ...]:
         """The splits that exist; a missing validation split is cut from train."""
         ...
 
-    def articles(self, split: Split) -> Iterator[Article]: ...
+    def rows(self, split: Split) -> Iterator[Row]: ...
 
     def provenance(self) -> dict[str, Any]:
         """Where the rows come from, exactly enough to find them again."""
@@ -41,13 +48,14 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class CsvFolder:
-    """A folder with `train.csv`, `test.csv` and perhaps `validation.csv`: class index, title, description.
+    """A folder with `train.csv`, `test.csv` and perhaps `validation.csv`: the task's label column, then its texts.
 
     Raises:
-        DataError: A file is missing, or a row is not three columns of UTF-8 text with a class from 1 to 4.
+        DataError: A file is missing, or a row is not UTF-8 text with these columns and a known label.
     """
 
     folder: Path
+    task: Task
     name: str = "csv"
 
     def splits(self) -> tuple[Split, ...]:
@@ -57,16 +65,21 @@ class CsvFolder:
         has_validation = self._path("validation").is_file()
         return ("train", "validation", "test") if has_validation else ("train", "test")
 
-    def articles(self, split: Split) -> Iterator[Article]:
+    def rows(self, split: Split) -> Iterator[Row]:
         path = self._path(split)
+        names = [self.task.csv.label, *self.task.csv.texts]
         reader = csv.reader(_decoded_lines(path), strict=True)
         # A row may span lines: it is reported by the one that it begins on.
         begin = 1
         try:
             for row in reader:
-                is_header = begin == 1 and [column.strip().lower() for column in row] == CSV_HEADER
+                # Some copies of the files carry a header; AG News' original does not.
+                is_header = begin == 1 and [column.strip().lower() for column in row] == [n.lower() for n in names]
                 if not is_header:
-                    yield _article_from_row(row, path, begin)
+                    if len(row) != len(names):
+                        what = f"{len(row)} columns instead of {len(names)} ({', '.join(names)})"
+                        raise DataError(path, what, begin)
+                    yield _checked(row[0], row[1:], self.task.csv, path, begin)
                 begin = reader.line_num + 1
         except csv.Error as error:
             raise DataError(path, f"not valid CSV ({error}); is the file cut short?", begin) from error
@@ -81,20 +94,27 @@ class CsvFolder:
         return self.folder / f"{split}.csv"
 
 
-def sample() -> CsvFolder:
-    """The built-in sample: invented items in AG News' form, written for this project. It is not AG News."""
-    return CsvFolder(SAMPLE_FOLDER, name="sample")
+def sample(task: Task) -> CsvFolder:
+    """A task's built-in sample: AG News' has invented items, written for this project. It is not AG News.
+
+    Raises:
+        UserError: The task has none.
+    """
+    if task.sample is None:
+        raise UserError(f"task {task.name} has no built-in sample; use source=csv with data_path=FOLDER")
+    return CsvFolder(task.sample, task, name="sample")
 
 
 @dataclass(frozen=True)
 class Hub:
-    """A data set of the Hugging Face hub with a `text` column and a `label` column from 0 to 3.
+    """A data set of the Hugging Face hub with the task's columns.
 
     Raises:
         UserError: The hub cannot be reached and no cached copy exists, or the columns are others.
     """
 
-    dataset: str = HUB_DATASET
+    dataset: str
+    task: Task
     revision: str | None = None
     name: str = "hub"
     _loaded: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -102,9 +122,11 @@ class Hub:
     def splits(self) -> tuple[Split, ...]:
         return tuple(split for split in ("train", "validation", "test") if split in self._load())
 
-    def articles(self, split: Split) -> Iterator[Article]:
+    def rows(self, split: Split) -> Iterator[Row]:
+        columns = self.task.hub
         for number, row in enumerate(self._load()[split], start=1):
-            yield _checked_article("", row["text"], row["label"] + 1, f"{self.dataset}/{split}", number)
+            texts = [row[name] or "" for name in columns.texts]
+            yield _checked(row[columns.label], texts, columns, f"{self.dataset}/{split}", number)
 
     def provenance(self) -> dict[str, Any]:
         checksums = self._load()["train"].info.download_checksums or {}
@@ -128,25 +150,32 @@ class Hub:
                     f"the data set {self.dataset} could not be loaded from the hub ({type(error).__name__}: {error}); "
                     "check the network, or use source=csv with data_path=FOLDER, or source=sample"
                 ) from error
-            columns = set(loaded["train"].column_names)
-            if not {"text", "label"} <= columns:
+            there, needed = set(loaded["train"].column_names), {*self.task.hub.texts, self.task.hub.label}
+            if not needed <= there:
                 raise UserError(
-                    f"the data set {self.dataset} has the columns {sorted(columns)}; 'text' and 'label' are needed"
+                    f"the data set {self.dataset} has the columns {sorted(there)}; {sorted(needed)} are needed"
                 )
             self._loaded.update(loaded)
         return self._loaded
 
 
-def open_source(name: str, path: str | None = None) -> Source:
-    """The source by its name: `sample`, `csv` (with the folder in `path`) or `hub` (a data set's name in `path`)."""
+def open_source(name: str, task: Task, path: str | None = None) -> Source:
+    """The source by its name: `sample`, `csv` (with the folder in `path`) or `hub` (a data set's name in `path`).
+
+    Raises:
+        UserError: There is no such source, or the task does not have it.
+    """
     if name == "sample":
-        return sample()
+        return sample(task)
     if name == "csv":
         if path is None:
             raise UserError("source=csv needs data_path: the folder that holds train.csv and test.csv")
-        return CsvFolder(Path(path))
+        return CsvFolder(Path(path), task)
     if name == "hub":
-        return Hub(path or HUB_DATASET)
+        dataset = path or task.hub_dataset
+        if task.hub is None or dataset is None:
+            raise UserError(f"task {task.name} is not on the hub; use source=csv with data_path=FOLDER")
+        return Hub(dataset, task)
     raise UserError(f"unknown source '{name}'; the sources are: sample, csv, hub")
 
 
@@ -163,16 +192,11 @@ def _decoded_lines(path: Path) -> Iterator[str]:
         raise DataError(path, "no such file") from error
 
 
-def _article_from_row(row: list[str], path: Path, line: int) -> Article:
-    if len(row) != 3:
-        raise DataError(path, f"{len(row)} columns instead of 3 (class index, title, description)", line)
-    return _checked_article(row[1], row[2], row[0], path, line)
-
-
-def _checked_article(title: str, description: str, class_index: str | int, where: str | Path, line: int) -> Article:
-    index = str(class_index).strip()
-    if index not in ("1", "2", "3", "4"):
-        raise DataError(where, f"unknown class '{class_index}'; the classes are 1 World to 4 Sci/Tech", line)
-    if not (title.strip() or description.strip()):
-        raise DataError(where, "empty text: neither title nor description", line)
-    return Article(title.strip(), description.strip(), LABELS[int(index) - 1])
+def _checked(value: Any, texts: list[str], columns: Columns, where: str | Path, line: int) -> Row:
+    label = columns.values.get(str(value).strip())
+    if label is None:
+        known = [name if key == name else f"{key} ({name})" for key, name in columns.values.items()]
+        raise DataError(where, f"unknown {columns.label} '{value}'; known are: {', '.join(known)}", line)
+    if not any(text.strip() for text in texts):
+        raise DataError(where, f"empty text: nothing in {' and '.join(columns.texts)}", line)
+    return Row(tuple(text.strip() for text in texts), label)

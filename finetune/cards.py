@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import textwrap
 
-from data_prep import LABELS, PROMPTS, Article
 from finetune.config.methods import METHODS
 from finetune.data import PreparedData
 from finetune.records import RunRecord
@@ -37,7 +37,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 
-# AG News' own readme allows research and other non-commercial use; no licence is named, so the card names none.
 CARD = """\
 ---
 base_model: {model}
@@ -47,7 +46,7 @@ pipeline_tag: text-generation
 
 # {model}, {method} on {data}
 
-Classifies a news article as World, Sports, Business or Sci/Tech, and answers in JSON: `{{"category":"World"}}`.
+Classifies a text as {labels}, and answers in JSON: `{answer}`.
 
 | | |
 |---|---|
@@ -57,10 +56,7 @@ Classifies a news article as World, Sports, Business or Sci/Tech, and answers in
 | prompt | {prompt} |
 | recipe | {recipe} |
 
-AG News is given for research and other non-commercial use; what that means for a model trained on it is for its user to
-settle.
-
-## Load it
+{licence}## Load it
 
 ```python
 {loading}
@@ -85,19 +81,20 @@ def model_card(record: RunRecord, data: PreparedData, merged_into: str = "") -> 
     ran = record.settings
     loading = LOADING_4BIT_ADAPTER if ran["load_in_4bit"] else LOADING_ADAPTER
     whole = bool(merged_into) or not ran["adapter"]
-    # A placeholder for the article: rows of AG News are not ours to publish.
-    messages = PROMPTS[ran["prompt"]].render(Article("TITLE", "DESCRIPTION", LABELS[0]))[:-1]
     card = CARD.format(
         model=record.model,
         library="transformers" if whole else "peft",
         method=METHODS[record.run].spoken,
+        labels=", ".join(data.task.labels[:-1]) + f" or {data.task.labels[-1]}",
+        answer=data.task.answer_for(data.task.labels[0]),
+        licence=f"{textwrap.fill(data.task.licence, 120)}\n\n" if data.task.licence else "",
         data=data.title,
         fingerprint=record.data.fingerprint,
         rows=record.data.train_rows,
         prompt=record.data.prompt,
         recipe=", ".join(f"{key} {value}" for key, value in ran.items() if key in _TOLD),
         loading=(LOADING_WEIGHTS if whole else loading).format(folder="PATH/TO/THIS/FOLDER"),
-        messages=json.dumps(messages, indent=2, ensure_ascii=False),
+        messages=json.dumps(data.task.form(record.data.prompt)[:-1], indent=2, ensure_ascii=False),
     )
     return (
         card.replace("\n## Load it", f"\nThe adapter is merged into {merged_into}.\n\n## Load it")

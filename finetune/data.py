@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
-from data_prep import LABELS, PROMPTS, Example, Manifest, UserError, prepare, read_examples
-from data_prep.schema import SPLITS, Split
+from data_prep import Example, Manifest, Task, UserError, find_task, prepare, read_examples
+from data_prep.files import SPLITS, Split
 from data_prep.sources import open_source
 from finetune import paths
 from finetune.config.plan import Experiment
@@ -35,6 +36,7 @@ class PreparedData:
     """A prepared data set; `train`, `validation` and `test` are the rows that the experiment uses of it."""
 
     folder: Path
+    task: Task
     manifest: Manifest
     train: list[Example]
     validation: list[Example]
@@ -42,8 +44,8 @@ class PreparedData:
 
     @property
     def title(self) -> str:
-        """What to call the data: the sample's results are never called AG News results."""
-        return "the built-in sample (not AG News)" if self.manifest.source["kind"] == "sample" else "AG News"
+        """What to call the data: the sample's results are never called the data set's."""
+        return self.task.title_of(self.manifest.source["kind"])
 
     @property
     def reference(self) -> DataReference:
@@ -56,6 +58,7 @@ class PreparedData:
             train_rows=len(self.train),
             validation_rows=len(self.validation),
             test_rows=len(self.test),
+            task=self.task.name,
         )
 
     def table(self) -> pd.DataFrame:
@@ -76,23 +79,26 @@ def load_data(settings: HasExperiment) -> PreparedData:
         UserError: The source is wrong or out of reach, or fewer rows exist than are asked for.
     """
     experiment = settings.experiment
-    source = open_source(experiment.source, experiment.data_path)
+    task = find_task(experiment.task)
+    source = open_source(experiment.source, task, experiment.data_path)
     folder = paths.dataset_folder(experiment.source)
     count_tokens = partial(encode.count_tokens, load.load_tokenizer(experiment.model))
     with locked(folder, f"Waiting for {folder}: another process prepares it"):
         manifest, reused = prepare(
             source,
             folder,
-            prompt=PROMPTS[experiment.prompt],
+            prompt=experiment.prompt,
             seed=experiment.data_seed,
             validation_rows=experiment.validation_rows,
             clean=experiment.normalise,
             count_tokens=count_tokens,
         )
     print(f"{'Reused' if reused else 'Prepared'} {folder}: fingerprint {manifest.fingerprint}, {_sizes(manifest)}")
+    print(f"Duplicates: {manifest.duplicates}")
     select = partial(_select, folder, seed=experiment.data_seed)
     return PreparedData(
         folder,
+        task,
         manifest,
         train=select("train", experiment.train_rows),
         validation=select("validation", None),
@@ -113,7 +119,7 @@ def evenly(examples: list[Example], rows: int | None, seed: int) -> list[Example
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(examples))
     # The k-th of its class, in random order: sorting by k draws from the classes in turn.
-    seen = dict.fromkeys(LABELS, 0)
+    seen: Counter[str] = Counter()
     turns = np.empty(len(examples), int)
     for position in order:
         label = examples[position].label

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from data_prep.store import file_digest
+from data_prep.files import file_digest
 
 
 @contextmanager

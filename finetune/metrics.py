@@ -10,7 +10,6 @@ from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from sklearn.metrics import log_loss as sklearn_log_loss
 
-from data_prep import LABELS
 from finetune import resampling
 
 
@@ -29,7 +28,7 @@ class Metrics(BaseModel):
     """Accuracy with its 95 % Wilson interval, F1 with its bootstrap interval, figures per class, and counts.
 
     Records that are older than the intervals of F1 hold None there.
-    `confusion` has a row per true label and a column per predicted one, in the order of LABELS; invalid answers are
+    `confusion` has a row per true label and a column per predicted one, in the order of `classes`; invalid answers are
     in no column, so a row may add up to less than its class has rows.
     """
 
@@ -46,21 +45,27 @@ class Metrics(BaseModel):
     macro_f1_high: float | None = None
 
 
-def compute(labels: Sequence[str], predictions: Sequence[str | None]) -> Metrics:
-    """Metrics of predictions; None stands for an invalid answer, and counts as wrong."""
+def compute(labels: Sequence[str], predictions: Sequence[str | None], classes: Sequence[str]) -> Metrics:
+    """Metrics of predictions; None stands for an invalid answer, and counts as wrong.
+
+    Args:
+        labels: The true labels, row by row.
+        predictions: The predicted ones.
+        classes: All labels of the task, in its order.
+    """
     predicted = ["" if prediction is None else prediction for prediction in predictions]
     precision, recall, f1, support = precision_recall_fscore_support(
-        labels, predicted, labels=list(LABELS), zero_division=0.0
+        labels, predicted, labels=list(classes), zero_division=0.0
     )
     correct = sum(label == prediction for label, prediction in zip(labels, predicted, strict=True))
     low, high = accuracy_interval(correct, len(labels))
-    resampled = resampling.f1(resampling.confusions(labels, predicted)[0])
+    resampled = resampling.f1(resampling.confusions(labels, predicted, classes=classes)[0])
     macro_low, macro_high = resampling.interval(resampled.mean(axis=1))
-    classes = {}
-    for i, label in enumerate(LABELS):
+    by_class = {}
+    for i, label in enumerate(classes):
         f1_low, f1_high = resampling.interval(resampled[:, i])
         figures = {"precision": precision[i], "recall": recall[i], "f1": f1[i], "rows": support[i]}
-        classes[label] = ClassMetrics(**figures, f1_low=f1_low, f1_high=f1_high)
+        by_class[label] = ClassMetrics(**figures, f1_low=f1_low, f1_high=f1_high)
     return Metrics(
         rows=len(labels),
         accuracy=correct / len(labels),
@@ -69,8 +74,8 @@ def compute(labels: Sequence[str], predictions: Sequence[str | None]) -> Metrics
         macro_f1=float(f1.mean()),
         macro_f1_low=macro_low,
         macro_f1_high=macro_high,
-        classes=classes,
-        confusion=confusion_matrix(labels, predicted, labels=[*LABELS, ""])[: len(LABELS), : len(LABELS)].tolist(),
+        classes=by_class,
+        confusion=confusion_matrix(labels, predicted, labels=[*classes, ""])[: len(classes), : len(classes)].tolist(),
     )
 
 
@@ -79,7 +84,7 @@ def first_difference(recorded: Metrics, labels: Sequence[str], predictions: Sequ
 
     Intervals of the bootstrap are left out: it takes long.
     """
-    counted = resampling.confusion(labels, predictions)
+    counted = resampling.confusion(labels, predictions, tuple(recorded.classes))
     correct = int(np.trace(counted))
     low, high = accuracy_interval(correct, len(labels))
     given = {
@@ -87,7 +92,7 @@ def first_difference(recorded: Metrics, labels: Sequence[str], predictions: Sequ
         "accuracy_low": low,
         "accuracy_high": high,
         "macro_f1": resampling.f1(counted).mean(),
-        "confusion": counted[:, : len(LABELS)],
+        "confusion": counted[:, :-1],
     }
     # Sums in another order may differ in the last digit.
     differ = (what for what in given if not np.allclose(getattr(recorded, what), given[what], rtol=0, atol=1e-9))
@@ -117,8 +122,8 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, fl
     return only_first, only_second, float(p_value)
 
 
-def log_loss(labels: Sequence[str], probabilities: np.ndarray) -> float:
-    """Mean negative log-probability of the true labels, in nats; `probabilities` has shape (rows, labels)."""
+def log_loss(labels: Sequence, probabilities: np.ndarray, classes: Sequence) -> float:
+    """Mean negative log-probability of the true labels, in nats; `probabilities` has shape (rows, classes)."""
     # scikit-learn wants the columns in the order in which it sorts the labels.
-    order = np.argsort(LABELS)
-    return float(sklearn_log_loss(labels, probabilities[:, order], labels=[LABELS[i] for i in order]))
+    order = np.argsort(classes)
+    return float(sklearn_log_loss(labels, probabilities[:, order], labels=[classes[i] for i in order]))

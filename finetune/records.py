@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_prep import DataError
-from data_prep.store import replacing
+from data_prep.files import replacing
 from finetune import machine, paths
 from finetune.metrics import Metrics, first_difference
 
@@ -114,7 +114,7 @@ class Generation(Part):
 
 
 class Evaluation(Part):
-    """Test metrics by scoring, on all rows and on those without a twin in train; and by generation.
+    """Test metrics by scoring, on all rows and on those without a duplicate in train; and by generation.
 
     `dtype` is the type of matrix products, and `precision` the reason for it. The validation rows were scored too, for
     what is fitted on them. Older records hold neither reason nor digest.
@@ -146,6 +146,8 @@ class DataReference(Part):
     train_rows: int
     validation_rows: int
     test_rows: int
+    # Older records are all of this task.
+    task: str = "ag_news"
 
 
 class RunRecord(Part):
@@ -175,10 +177,7 @@ class RunRecord(Part):
 
 
 class Prediction(Part):
-    """One row: its label, the label that scoring found, all four probabilities, the generated answer if any.
-
-    `probabilities` is empty where a method has none.
-    """
+    """One row: its label, the label that scoring found, all probabilities if any, the generated answer if any."""
 
     id: str
     label: str

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep import LABELS
-
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
 
-def confusions(labels: Sequence[str], *predictions: Sequence[str]) -> list[np.ndarray]:
+def confusions(labels: Sequence[str], *predictions: Sequence[str], classes: Sequence[str]) -> list[np.ndarray]:
     """Confusion matrices of resampled test rows, one array a method, the same resamples for all.
 
     Within each class as many rows are drawn, with replacement, as it has. Rows that all methods answer alike are
@@ -22,31 +20,32 @@ def confusions(labels: Sequence[str], *predictions: Sequence[str]) -> list[np.nd
     Args:
         labels: The true labels, row by row.
         predictions: A sequence of predicted labels per method; anything that is no label is an invalid answer.
+        classes: All labels of the task, in its order.
 
     Returns:
-        Per method, counts of shape (RESAMPLES, labels, labels + 1); the last column counts invalid answers.
+        Per method, counts of shape (RESAMPLES, classes, classes + 1); the last column counts invalid answers.
     """
     generator = np.random.default_rng(0)
-    truth = codes(labels)
-    answers = np.stack([codes(predicted) for predicted in predictions], axis=1)
-    results = [np.zeros((RESAMPLES, len(LABELS), len(LABELS) + 1)) for _ in predictions]
+    truth = codes(labels, classes)
+    answers = np.stack([codes(predicted, classes) for predicted in predictions], axis=1)
+    results = [np.zeros((RESAMPLES, len(classes), len(classes) + 1)) for _ in predictions]
     for label in np.unique(truth):
         distinct, counts = np.unique(answers[truth == label], axis=0, return_counts=True)
         draws = generator.multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES)
         for method, result in enumerate(results):
-            result[:, label] = draws @ np.eye(len(LABELS) + 1)[distinct[:, method]]
+            result[:, label] = draws @ np.eye(len(classes) + 1)[distinct[:, method]]
     return results
 
 
 def accuracy(counts: np.ndarray) -> np.ndarray:
-    """Accuracy of confusion matrices of shape (..., labels, labels + 1)."""
+    """Accuracy of confusion matrices of shape (..., classes, classes + 1)."""
     return np.trace(counts, axis1=-2, axis2=-1) / counts.sum(axis=(-2, -1))
 
 
 def f1(counts: np.ndarray) -> np.ndarray:
-    """F1 of each class, shape (..., labels), of confusion matrices; 0 for a class without rows and predictions."""
+    """F1 of each class, shape (..., classes), of confusion matrices; 0 for a class without rows and predictions."""
     right = np.diagonal(counts, axis1=-2, axis2=-1)
-    rows, predicted = counts.sum(axis=-1), counts[..., : len(LABELS)].sum(axis=-2)
+    rows, predicted = counts.sum(axis=-1), counts[..., :-1].sum(axis=-2)
     return 2 * right / np.maximum(rows + predicted, 1)
 
 
@@ -57,14 +56,14 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def confusion(labels: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-    """The confusion matrix of all rows, shape (labels, labels + 1), invalid answers in the last column."""
-    counts = np.zeros((len(LABELS), len(LABELS) + 1))
-    np.add.at(counts, (codes(labels), codes(answers)), 1)
+def confusion(labels: Sequence[str], answers: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """The confusion matrix of all rows, shape (classes, classes + 1), invalid answers in the last column."""
+    counts = np.zeros((len(classes), len(classes) + 1))
+    np.add.at(counts, (codes(labels, classes), codes(answers, classes)), 1)
     return counts
 
 
-def codes(answers: Sequence[str]) -> np.ndarray:
-    """Index of each answer's label; one past the last for an invalid answer."""
-    index = {label: code for code, label in enumerate(LABELS)}
-    return np.array([index.get(answer, len(LABELS)) for answer in answers])
+def codes(answers: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """Index of each answer's class; one past the last for an invalid answer."""
+    index = {label: code for code, label in enumerate(classes)}
+    return np.array([index.get(answer, len(classes)) for answer in answers])

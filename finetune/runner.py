@@ -26,7 +26,7 @@ from papermill.parameterize import parameterize_notebook
 from tqdm import tqdm
 
 from data_prep import UserError
-from data_prep.store import MANIFEST, replacing, write_json
+from data_prep.files import MANIFEST, replacing, write_json
 from finetune import keys, paths, records
 from finetune.config.methods import METHODS
 from finetune.config.plan import EVALUATION_ONLY, Settings, UnavailableHere, applicable, fewer_rows, plan

@@ -70,8 +70,8 @@ def _tiny_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from data_prep import LABELS, answer_for
     from data_prep.sources import sample
+    from data_prep.task import AG_NEWS
 
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -83,8 +83,8 @@ def _tiny_tokenizer():
         show_progress=False,
     )
     # The answers often, so that a label is a token or two, as with a real tokenizer.
-    texts = [article.text for article in sample().articles("train")]
-    backend.train_from_iterator(texts + [answer_for(label) for label in LABELS] * 200, trainer)
+    texts = [row.text for row in sample(AG_NEWS).rows("train")]
+    backend.train_from_iterator(texts + [AG_NEWS.answer_for(label) for label in AG_NEWS.labels] * 200, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

@@ -196,7 +196,7 @@ def between(mine: Comparison, other: Comparison) -> Ablation:
 
     pairs = [
         replace(
-            stats.compare(run, run, mine.labels, mine.answers(run), other.answers(run)),
+            stats.compare(run, run, mine.labels, mine.answers(run), other.answers(run), mine.classes),
             over_seeds=stats.over_seeds(mine.labels, mine.right(run), other.right(run)),
         )
         for run in concerned
@@ -213,7 +213,9 @@ def _differences(mine: RunRecord, other: RunRecord) -> dict[str, tuple[Any, Any]
     """The settings in which two records of a run differ, with both values; of the engine, the one that ran."""
     # Where the data lay tells nothing of data that is the same.
     same_place = {"data_path"} if mine.data.fingerprint == other.data.fingerprint else set()
-    settings, others = (record.settings | {"engine": record.engine} for record in (mine, other))
+    settings, others = (
+        record.settings | {"engine": record.engine, "task": record.data.task} for record in (mine, other)
+    )
     both = {
         name: (settings.get(name, "not recorded"), others.get(name, "not recorded"))
         for name in sorted((settings.keys() | others.keys()) - NO_DIFFERENCE - same_place)

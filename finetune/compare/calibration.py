@@ -11,7 +11,6 @@ from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 from sklearn.metrics import brier_score_loss
 
-from data_prep import LABELS
 from finetune.metrics import accuracy_interval, log_loss
 from finetune.records import Prediction
 from finetune.resampling import interval
@@ -84,37 +83,41 @@ class Calibration:
 
 def of(test: Sequence[Prediction], validation: Sequence[Prediction] | None) -> Calibration:
     """Calibration of a run from its predictions of the test rows, and of validation rows if they were scored."""
-    labels, probabilities = arrays(test)
-    confidence, right = confidences(labels, probabilities)
+    truth, probabilities = arrays(test)
+    confidence, right = confidences(truth, probabilities)
     temperature = fit_temperature(*arrays(validation)) if validation else None
     coverage, selective = accuracy_against_coverage(confidence, right)
     return Calibration(
-        scores=score(labels, probabilities),
+        scores=score(truth, probabilities),
         reliability=reliability(confidence, right),
         temperature=temperature,
-        scaled=score(labels, with_temperature(probabilities, temperature)) if temperature else None,
+        scaled=score(truth, with_temperature(probabilities, temperature)) if temperature else None,
         coverage=coverage,
         selective_accuracy=selective,
     )
 
 
-def score(labels: Sequence[str], probabilities: np.ndarray) -> Scores:
-    """Scores of probabilities of shape (rows, labels); Brier is the sum over the labels, from 0 to 2 (Brier 1950)."""
-    order = np.argsort(LABELS)
-    confidence, right = confidences(labels, probabilities)
+def score(truth: np.ndarray, probabilities: np.ndarray) -> Scores:
+    """Scores of probabilities of shape (rows, labels); Brier is the sum over the labels, from 0 to 2 (Brier 1950).
+
+    `truth` has the index of each row's label, shape (rows,).
+    """
+    classes = range(probabilities.shape[1])
+    confidence, right = confidences(truth, probabilities)
     error = reliability(confidence, right).error
-    brier = brier_score_loss(labels, probabilities[:, order], labels=[LABELS[i] for i in order], scale_by_half=False)
-    truth = probabilities[np.arange(len(labels)), _codes(labels)]
-    losses = -np.log(np.maximum(truth, SMALLEST))
-    observed = (error, float(brier), log_loss(labels, probabilities))
-    of_rows = (right - confidence, _bins(confidence), _squared_distances(labels, probabilities), losses)
+    brier = brier_score_loss(truth, probabilities, labels=classes, scale_by_half=False)
+    losses = -np.log(np.maximum(probabilities[np.arange(len(truth)), truth], SMALLEST))
+    # Of each row's probabilities to its label: their mean is the Brier score.
+    distances = ((probabilities - np.eye(len(classes))[truth]) ** 2).sum(axis=1)
+    observed = (error, float(brier), log_loss(truth, probabilities, classes))
+    of_rows = (right - confidence, _bins(confidence), distances, losses)
     return Scores(*(Figure(value, *ends) for value, ends in zip(observed, _intervals(*of_rows), strict=True)))
 
 
-def confidences(labels: Sequence[str], probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def confidences(truth: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Probability of each row's most probable label, and whether that label is right (0 or 1)."""
     predicted = probabilities.argmax(axis=1)
-    return probabilities.max(axis=1), (predicted == _codes(labels)).astype(float)
+    return probabilities.max(axis=1), (predicted == truth).astype(float)
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray) -> Reliability:
@@ -133,11 +136,12 @@ def accuracy_against_coverage(confidence: np.ndarray, right: np.ndarray) -> tupl
     return answered / len(order), np.cumsum(right[order]) / answered
 
 
-def fit_temperature(labels: Sequence[str], probabilities: np.ndarray) -> float:
+def fit_temperature(truth: np.ndarray, probabilities: np.ndarray) -> float:
     """The temperature that minimises log loss (Guo et al. 2017), between 1/20 and 20."""
 
     def loss(logarithm: float) -> float:
-        return log_loss(labels, with_temperature(probabilities, np.exp(logarithm)))
+        scaled = with_temperature(probabilities, np.exp(logarithm))
+        return log_loss(truth, scaled, range(probabilities.shape[1]))
 
     return float(np.exp(minimize_scalar(loss, bounds=(-np.log(20), np.log(20)), method="bounded").x))
 
@@ -147,24 +151,17 @@ def with_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarra
     return softmax(np.log(np.maximum(probabilities, SMALLEST)) / temperature, axis=1)
 
 
-def arrays(predictions: Sequence[Prediction]) -> tuple[list[str], np.ndarray]:
-    """Labels, and probabilities of shape (rows, labels) in the order of LABELS."""
-    probabilities = np.array([[row.probabilities[label] for label in LABELS] for row in predictions])
+def arrays(predictions: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+    """Index of each row's label, shape (rows,), and probabilities of shape (rows, labels), in the task's order."""
+    classes = list(predictions[0].probabilities)
+    probabilities = np.array([[row.probabilities[label] for label in classes] for row in predictions])
     # Nine digits each add up to one within some 1e-9.
-    return [row.label for row in predictions], probabilities / probabilities.sum(axis=1, keepdims=True)
-
-
-def _codes(labels: Sequence[str]) -> np.ndarray:
-    return np.array([LABELS.index(label) for label in labels])
+    truth = np.array([classes.index(row.label) for row in predictions])
+    return truth, probabilities / probabilities.sum(axis=1, keepdims=True)
 
 
 def _bins(confidence: np.ndarray) -> np.ndarray:
     return np.minimum((confidence * BINS).astype(int), BINS - 1)
-
-
-def _squared_distances(labels: Sequence[str], probabilities: np.ndarray) -> np.ndarray:
-    """Of each row's probabilities to its label: their mean is the Brier score."""
-    return ((probabilities - np.eye(len(LABELS))[_codes(labels)]) ** 2).sum(axis=1)
 
 
 def _intervals(gaps: np.ndarray, bins: np.ndarray, *averaged: np.ndarray) -> list[tuple[float, float]]:

@@ -89,6 +89,11 @@ class Comparison:
         """The true labels of the test rows, which all runs share."""
         return [row.label for row in next(iter(self.predictions.values()))]
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """All labels of the task, in its order."""
+        return tuple(self.any_record.evaluation.scoring.classes)
+
     def answers(self, run: str) -> list[str]:
         """A run's predicted labels, row by row."""
         return [row.prediction for row in self.predictions[run]]
@@ -101,7 +106,7 @@ class Comparison:
     @cached_property
     def scoring(self) -> dict[str, Metrics]:
         """Metrics of runs and baselines, from their predictions."""
-        return {run: metrics.compute(self.labels, self.answers(run)) for run in self.predictions}
+        return {run: metrics.compute(self.labels, self.answers(run), self.classes) for run in self.predictions}
 
     @cached_property
     def calibration(self) -> dict[str, Calibration]:
@@ -109,7 +114,7 @@ class Comparison:
 
     def pair(self, first: str, second: str) -> Pair:
         """Two runs, as the only pair that is tested."""
-        pair = stats.compare(first, second, self.labels, self.answers(first), self.answers(second))
+        pair = stats.compare(first, second, self.labels, self.answers(first), self.answers(second), self.classes)
         return replace(pair, over_seeds=stats.over_seeds(self.labels, *self.outcomes(first, second)))
 
     @cached_property
@@ -191,7 +196,8 @@ class Comparison:
         labels = [self.labels[row] for row in alone]
         answers = {name: self.answers(name) for name in self.predictions}
         return {
-            name: metrics.compute(labels, [of[row] for row in alone]) if alone else None for name, of in answers.items()
+            name: metrics.compute(labels, [of[row] for row in alone], self.classes) if alone else None
+            for name, of in answers.items()
         }
 
 
@@ -253,7 +259,8 @@ def against_base(record: RunRecord) -> Pair:
     _require_other_answers(evaluated, predictions, folder)
     labels = [row.label for row in predictions["base"]]
     answers = {run: [row.prediction for row in rows] for run, rows in predictions.items()}
-    return stats.compare(record.run, "base", labels, answers[record.run], answers["base"])
+    classes = tuple(record.evaluation.scoring.classes)
+    return stats.compare(record.run, "base", labels, answers[record.run], answers["base"], classes)
 
 
 def read_variants(
@@ -279,7 +286,7 @@ def read_variants(
             known = main.settings.keys() | record.settings.keys()
             facts = {
                 place: {name: of.settings.get(name) for name in sorted(known)}
-                | {"engine": of.engine, "model": of.model, "fingerprint": of.data.fingerprint}
+                | {"engine": of.engine, "model": of.model, "fingerprint": of.data.fingerprint, "task": of.data.task}
                 | {"test rows and labels": _digest(answers)}
                 for place, (of, answers) in both.items()
             }

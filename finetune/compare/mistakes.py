@@ -12,9 +12,9 @@ import numpy as np
 from cleanlab.filter import find_label_issues
 from cleanlab.rank import get_self_confidence_for_each_label
 
-from data_prep import LABELS, PROMPTS, prepare, read_examples
+from data_prep import TASKS, prepare, read_examples
+from data_prep.files import MANIFEST, load_manifest
 from data_prep.sources import sample
-from data_prep.store import MANIFEST, load_manifest
 from finetune import metrics, paths
 from finetune.compare.calibration import arrays
 from finetune.metrics import Metrics
@@ -84,8 +84,8 @@ def suspects(comparison: Comparison) -> list[int]:
     with the same other class. All may be wrong, and the label right.
     """
     predictions = [comparison.predictions[run] for run in judged(comparison)]
-    codes = np.array([LABELS.index(label) for label in comparison.labels])
-    if len(np.unique(codes)) < len(LABELS):
+    codes = np.array([comparison.classes.index(label) for label in comparison.labels])
+    if len(np.unique(codes)) < len(comparison.classes):
         # The thresholds are averages over each class's rows.
         return []
     probabilities = [arrays(rows)[1] for rows in predictions]
@@ -106,7 +106,7 @@ def without_suspects(comparison: Comparison) -> dict[str, Metrics]:
     kept = [row for row in range(len(comparison.labels)) if row not in doubted]
     labels = [comparison.labels[row] for row in kept]
     return {
-        run: metrics.compute(labels, [answers[row] for row in kept])
+        run: metrics.compute(labels, [answers[row] for row in kept], comparison.classes)
         for run in comparison.predictions
         for answers in [comparison.answers(run)]
     }
@@ -123,14 +123,15 @@ def articles(data: DataReference) -> dict[str, str]:
 
 
 def publishable_articles(data: DataReference) -> dict[str, str]:
-    """Texts that may be published with the records: the built-in sample's; AG News' are not ours to give away."""
-    if data.source != "sample":
+    """Texts that may be published with the records: a built-in sample's; other texts are not ours to give away."""
+    if data.source != "sample" or data.task not in TASKS:
         return {}
-    prompt = next(prompt for prompt in PROMPTS.values() if prompt.id == data.prompt)
+    task = TASKS[data.task]
+    prompt = next(name for name, prompt in task.prompts.items() if prompt.id == data.prompt)
     with tempfile.TemporaryDirectory() as folder:
-        manifest, _ = prepare(sample(), Path(folder), prompt=prompt)
+        manifest, _ = prepare(sample(task), Path(folder), prompt=prompt)
         return _texts(Path(folder)) if manifest.fingerprint == data.fingerprint else {}
 
 
 def _texts(folder: Path) -> dict[str, str]:
-    return {example.id: example.article for example in read_examples(folder, "test")}
+    return {example.id: example.text for example in read_examples(folder, "test")}

@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data_prep import LABELS
 from finetune.compare import tables
 from finetune.compare.comparison import Comparison
 from finetune.compare.verdict import Verdict, cost
@@ -285,9 +284,10 @@ def _with_close_up(runs: list[str], tuned: list[str]) -> tuple[Figure, list[tupl
 
 def _draw_f1(axes: Axes, scorings: dict[str, Metrics]) -> None:
     width = 0.8 / len(scorings)
-    centres = np.arange(len(LABELS))
+    names = list(next(iter(scorings.values())).classes)
+    centres = np.arange(len(names))
     for position, (run, scoring) in enumerate(scorings.items()):
-        classes = [scoring.classes[label] for label in LABELS]
+        classes = [scoring.classes[label] for label in names]
         heights = 100 * np.array([of.f1 for of in classes])
         # A percentile interval may end short of what was observed where next to nothing was wrong.
         below = np.maximum(0, heights - 100 * np.array([of.f1_low for of in classes]))
@@ -295,7 +295,7 @@ def _draw_f1(axes: Axes, scorings: dict[str, Metrics]) -> None:
         places = centres + (position + 0.5) * width - 0.4
         look = {"color": COLOURS[run], "marker": MARKERS[run], "markeredgecolor": "black", "markersize": 5}
         axes.errorbar(places, heights, yerr=[below, above], linestyle="none", capsize=2, label=NAMES[run], **look)
-    axes.set_xticks(centres, LABELS)
+    axes.set_xticks(centres, names)
     axes.set_ylabel("F1 (%)")
     axes.grid(axis="y", linewidth=0.4)
 
@@ -343,7 +343,8 @@ def _draw_confusion(axes, metrics: Metrics, title: str) -> None:
     for (row, column), count in np.ndenumerate(counts):
         colour = "white" if count > counts.max() / 2 else "black"
         axes.text(column, row, f"{count}", ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(LABELS)), LABELS, rotation=35, ha="right")
-    axes.set_yticks(range(len(LABELS)), LABELS)
+    names = list(metrics.classes)
+    axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
+    axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted", ylabel="true", title=f"{title}: {metrics.accuracy:.1%}")
     axes.spines[:].set_visible(False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from data_prep import DataError, UserError
-from data_prep.store import replacing
+from data_prep.files import replacing
 from finetune import paths, records
 from finetune.baseline_records import Baseline
 from finetune.compare import ablation, comparison, mistakes, pages, report, tables, verdict

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from data_prep import LABELS, PROMPTS, Article
-from data_prep.sources import AG_NEWS_ROWS
-from data_prep.store import replacing
+from data_prep import TASKS
+from data_prep.files import replacing
 from finetune.baseline_records import Baseline
 from finetune.compare import mistakes, plots, tables, verdict
 from finetune.compare.ablation import Ablation
@@ -82,7 +82,8 @@ def render(
         verdict=found,
         colours=plots.COLOURS,
         names=NAMES,
-        labels=LABELS,
+        labels=comparison.classes,
+        guess=(1 - 1 / len(comparison.classes), math.log(len(comparison.classes))),
         tables=tables,
         plots=plots,
         notes=notes(comparison),
@@ -105,18 +106,23 @@ def render(
 def notes(comparison: Comparison) -> list[str]:
     """What a reader has to know of the figures, in sentences; each only where it is so."""
     record, tuned = comparison.any_record, comparison.tuned()
-    data, found = record.data, []
+    data, found, task = record.data, [], TASKS.get(record.data.task)
     if data.source == "sample":
         found.append(
             "The built-in sample was written for this project. It shows that the suite works and what the methods cost "
-            "here. These are not AG News results."
+            f"here. These are not {task.title if task else data.task} results."
         )
     else:
         train_rows = next(iter(tuned.values()), record).data.train_rows + data.validation_rows
-        found.append(
-            f"Training and validation used {train_rows:,} of AG News' {AG_NEWS_ROWS['train']:,} rows, the test "
-            f"{data.test_rows:,} of {AG_NEWS_ROWS['test']:,}."
-        )
+        if task and task.published_rows:
+            whole = task.published_rows
+            possessive = f"{data.title}'" if data.title.endswith("s") else f"{data.title}'s"
+            found.append(
+                f"Training and validation used {train_rows:,} of {possessive} {whole['train']:,} rows, the test "
+                f"{data.test_rows:,} of {whole['test']:,}."
+            )
+        else:
+            found.append(f"Training and validation used {train_rows:,} rows, the test {data.test_rows:,}.")
     if record.settings.get("model") == "embedded":
         found.append(
             f"{record.model} was unpacked from a 4-bit file ({embedded.QUANTISATION}), so every method starts from "
@@ -162,9 +168,8 @@ def _suspected(comparison: Comparison, articles: Mapping[str, str], suspects: Se
 
 def _prompt(comparison: Comparison) -> list[dict[str, str]]:
     """The messages of an article's prompt and answer with placeholders; empty where the code has it no more."""
-    article = Article("TITLE", "DESCRIPTION", LABELS[0])
-    known = (prompt for prompt in PROMPTS.values() if prompt.id == comparison.any_record.data.prompt)
-    return next((prompt.render(article) for prompt in known), [])
+    data = comparison.any_record.data
+    return TASKS[data.task].form(data.prompt) if data.task in TASKS else []
 
 
 def _software(comparison: Comparison) -> dict[str, str]:

@@ -144,7 +144,14 @@ class Pair:
         )
 
 
-def compare(first: str, second: str, labels: Sequence[str], answers: Sequence[str], others: Sequence[str]) -> Pair:
+def compare(
+    first: str,
+    second: str,
+    labels: Sequence[str],
+    answers: Sequence[str],
+    others: Sequence[str],
+    classes: Sequence[str],
+) -> Pair:
     """Compare the predictions of two runs, as the only pair that is tested.
 
     Args:
@@ -153,13 +160,14 @@ def compare(first: str, second: str, labels: Sequence[str], answers: Sequence[st
         labels: The true labels, row by row.
         answers: The first run's predictions of the same rows.
         others: The second run's.
+        classes: All labels of the task, in its order.
     """
     right = [[answer == label for answer, label in zip(of, labels, strict=True)] for of in (answers, others)]
     only_first, only_second, p_value = mcnemar(*right)
-    counts = resampling.confusions(labels, answers, others)
+    counts = resampling.confusions(labels, answers, others, classes=classes)
     shares = [resampling.accuracy(of) for of in counts]
     macro = [resampling.f1(of).mean(axis=-1) for of in counts]
-    observed = [resampling.f1(resampling.confusion(labels, of)).mean() for of in (answers, others)]
+    observed = [resampling.f1(resampling.confusion(labels, of, classes)).mean() for of in (answers, others)]
     low, high = resampling.interval(100 * (shares[0] - shares[1]))
     f1_low, f1_high = resampling.interval(100 * (macro[0] - macro[1]))
     return Pair(

@@ -11,7 +11,6 @@ from dataclasses import fields
 
 import pandas as pd
 
-from data_prep import LABELS
 from finetune import records
 from finetune.baseline_records import Baseline
 from finetune.compare import mistakes
@@ -272,8 +271,8 @@ def confusions(comparison: Comparison) -> pd.DataFrame:
     counts = {
         NAMES[run]: {
             f"{label} taken for {other}": comparison.scoring[run].confusion[row][column]
-            for row, label in enumerate(LABELS)
-            for column, other in enumerate(LABELS)
+            for row, label in enumerate(comparison.classes)
+            for column, other in enumerate(comparison.classes)
             if row != column
         }
         for run in comparison.records

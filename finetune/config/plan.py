@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from data_prep import UserError
+from data_prep import Task, UserError, find_task
 from finetune import machine, paths
 from finetune.config import embedded
 from finetune.config.methods import METHODS
@@ -49,14 +49,16 @@ class Experiment:
 
     model: Annotated[str, Field(min_length=1)] = "embedded"
     """A causal chat model: a hub name, a folder, or `embedded` (SmolLM2-135M-Instruct from a PyPI wheel)."""
+    task: str = "ag_news"
+    """What is classified into which labels: a task of data_prep/task.py."""
     source: Literal["sample", "csv", "hub"] = "sample"
-    """Where the articles come from."""
+    """Where the rows come from."""
     data_path: str | None = None
-    """The CSV folder for source=csv; a data set's name for source=hub (default fancyzhx/ag_news)."""
-    prompt: Literal["lean", "verbose"] = "lean"
-    """The prompt that precedes every article."""
+    """The CSV folder for source=csv; a data set's name for source=hub (default: the task's)."""
+    prompt: str = "lean"
+    """The task's prompt that precedes every text: AG News has `lean` and `verbose`."""
     normalise: bool = True
-    """Repair AG News' text artefacts (#39; &lt;b&gt; and backslashes)."""
+    """Repair the task's text artefacts (AG News: #39; &lt;b&gt; and backslashes)."""
     train_rows: Count | None = None
     """Training rows to use, drawn evenly from the classes; all if not given."""
     validation_rows: Annotated[int, Field(ge=4)] = 2000
@@ -103,6 +105,11 @@ class Settings:
     def values(self) -> dict[str, Any]:
         """All parameters by name."""
         return asdict(self.experiment) | (asdict(self.recipe) if self.recipe else {})
+
+    @property
+    def task(self) -> Task:
+        """The task that the experiment is on."""
+        return find_task(self.experiment.task)
 
     @property
     def digest(self) -> str:
@@ -179,6 +186,9 @@ def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = 
     ]
     values, origins = _merge(layers)
     experiment = _build(Experiment, values, None)
+    prompts = find_task(experiment.task).prompts
+    if experiment.prompt not in prompts:
+        raise UserError(f"unknown prompt '{experiment.prompt}'; task {experiment.task} has: {', '.join(prompts)}")
     recipe = _build(Recipe, values, method.recipe) if method.recipe else None
     if recipe:
         check(recipe, run, method.recipe)

@@ -17,8 +17,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.svm import LinearSVC
 
 from data_prep import Example
-from data_prep.schema import Message
-from data_prep.store import replacing
+from data_prep.files import Message, replacing
 from finetune import baseline_records, metrics, paths, records
 from finetune.baseline_records import Baseline, Name
 from finetune.data import HasExperiment, PreparedData, evenly
@@ -81,13 +80,13 @@ def _svm() -> Pipeline:
 def _classifier(name: Name, description: str, classifier, settings: HasExperiment, data: PreparedData) -> Baseline:
     """Fit a classifier on the articles of the training rows, and judge it."""
     start = time.perf_counter()
-    classifier.fit(*_articles_and_labels(data.train))
+    classifier.fit(*_texts_and_labels(data.train))
     seconds = time.perf_counter() - start
     fitted = {
         "fit_seconds": seconds,
-        "validation_accuracy": classifier.score(*_articles_and_labels(data.validation)),
+        "validation_accuracy": classifier.score(*_texts_and_labels(data.validation)),
     }
-    predicted = classifier.predict([row.article for row in data.test]).tolist()
+    predicted = classifier.predict([row.text for row in data.test]).tolist()
     return _record(name, description, settings, data, predicted, model=None, **fitted)
 
 
@@ -95,8 +94,11 @@ def few_shot(settings: HasExperiment, data: PreparedData, model, tokenizer) -> B
     """The untuned model with examples from the training rows before every article."""
     shots = evenly(data.train, settings.experiment.few_shot_examples, settings.experiment.data_seed)
     prompts = encode.encode_prompts(tokenizer, [few_shot_prompt(shots, row) for row in data.test])
-    scorer = score.LabelScorer(packing.Backbone(model), tokenizer, settings.experiment.per_device_eval_batch_size)
-    predicted = score.predicted_labels(scorer.score(prompts, progress="scoring with examples"))
+    scorer = score.LabelScorer(
+        packing.Backbone(model), tokenizer, data.task, settings.experiment.per_device_eval_batch_size
+    )
+    probabilities = scorer.score(prompts, progress="scoring with examples")
+    predicted = score.predicted_labels(probabilities, data.task.labels)
     description = f"the untuned model with {len(shots)} training rows and their answers in the prompt"
     model_name = settings.experiment.model_name
     unfitted = {"fit_seconds": None, "validation_accuracy": None}
@@ -109,8 +111,8 @@ def few_shot_prompt(shots: Sequence[Example], example: Example) -> list[Message]
     return [example.prompt[0], *turns, *example.prompt[1:]]
 
 
-def _articles_and_labels(examples: Sequence[Example]) -> tuple[list[str], list[str]]:
-    return [row.article for row in examples], [row.label for row in examples]
+def _texts_and_labels(examples: Sequence[Example]) -> tuple[list[str], list[str]]:
+    return [row.text for row in examples], [row.label for row in examples]
 
 
 def _record(
@@ -118,7 +120,7 @@ def _record(
 ) -> Baseline:
     folder = _folder(settings, name)
     labels = [row.label for row in data.test]
-    alone = [row for row, example in enumerate(data.test) if not example.has_twin]
+    alone = [row for row, example in enumerate(data.test) if not example.has_duplicate]
     rows = [
         # A classifier that is no model of probabilities has none.
         Prediction(
@@ -127,7 +129,7 @@ def _record(
             prediction=answer,
             probabilities={},
             generated=None,
-            has_twin=example.has_twin,
+            has_twin=example.has_duplicate,
         )
         for example, answer in zip(data.test, predicted, strict=True)
     ]
@@ -136,8 +138,10 @@ def _record(
         description=description,
         data=data.reference,
         environment=records.environment(),
-        scoring=metrics.compute(labels, predicted),
-        without_twins=metrics.compute([labels[r] for r in alone], [predicted[r] for r in alone]) if alone else None,
+        scoring=metrics.compute(labels, predicted, data.task.labels),
+        without_twins=metrics.compute([labels[r] for r in alone], [predicted[r] for r in alone], data.task.labels)
+        if alone
+        else None,
         predictions_digest=records.write_predictions(rows, folder),
         **how,
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from data_prep import LABELS, UserError
-from data_prep.store import replacing
+from data_prep import UserError
+from data_prep.files import replacing
 from finetune import cards, metrics, paths, records
 from finetune.data import PreparedData
 from finetune.evaluate import score
@@ -42,10 +42,11 @@ def merge(found: Found, data: PreparedData) -> records.Merged:
         (beside / "README.md").write_text(cards.model_card(record, data, merged_into=base), encoding="utf-8")
     model.to(products)
     prompts = [row.prompt for row in encode.encode(tokenizer, data.test, MAX_LENGTH)]
-    scorer = score.LabelScorer(packing.Backbone(model), tokenizer, found.experiment.per_device_eval_batch_size)
+    batch = found.experiment.per_device_eval_batch_size
+    scorer = score.LabelScorer(packing.Backbone(model), tokenizer, data.task, batch)
     probabilities = scorer.score(prompts, progress="scoring")
-    predicted = score.predicted_labels(probabilities)
-    known = np.array([[row.probabilities[label] for label in LABELS] for row in before])
+    predicted = score.predicted_labels(probabilities, data.task.labels)
+    known = np.array([[row.probabilities[label] for label in data.task.labels] for row in before])
     result = records.Merged(
         environment=records.environment(),
         run=found.run,
@@ -54,7 +55,7 @@ def merge(found: Found, data: PreparedData) -> records.Merged:
         artefact=str(folder.relative_to(paths.home())),
         artefact_bytes=folder_bytes(folder),
         artefact_digest=folder_digest(folder),
-        scoring=metrics.compute([example.label for example in data.test], predicted),
+        scoring=metrics.compute([example.label for example in data.test], predicted, data.task.labels),
         adapter_accuracy=record.evaluation.scoring.accuracy,
         agreement=float(np.mean([row.prediction == label for row, label in zip(before, predicted, strict=True)])),
         largest_difference=float(np.abs(probabilities - known).max()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from data_prep import LABELS, Example, UserError
+from data_prep import Example, Task, UserError
 from finetune import machine, metrics, paths, records
 from finetune.config.methods import METHODS
 from finetune.config.plan import Experiment
@@ -64,7 +64,7 @@ def summary(record: records.RunRecord) -> pd.DataFrame:
     result = record.evaluation
     rows = {
         "scoring, all test rows": result.scoring,
-        "scoring, rows without a twin in train": result.without_twins,
+        "scoring, rows without a duplicate in train": result.without_twins,
         "generation, valid JSON or wrong": result.generation and result.generation.metrics,
     }
     return pd.DataFrame(
@@ -98,7 +98,7 @@ def class_table(record: records.RunRecord) -> pd.DataFrame:
 
 def confident_errors(record: records.RunRecord, data: PreparedData, rows: int = 8) -> pd.DataFrame:
     """The wrong answers that the model was surest of, with their text."""
-    articles = {example.id: example.article for example in data.test}
+    articles = {example.id: example.text for example in data.test}
     wrong = [row for row in _read_predictions(record) if row.prediction != row.label]
     wrong.sort(key=lambda row: row.probabilities[row.prediction], reverse=True)
     return pd.DataFrame(
@@ -116,15 +116,16 @@ def _read_predictions(record: records.RunRecord) -> list[records.Prediction]:
 
 
 def _evaluate_model(model, precision: Precision, tokenizer, found: Found, data: PreparedData) -> records.Evaluation:
-    experiment, examples, folder = found.experiment, data.test, found.folder
+    experiment, examples, folder, task = found.experiment, data.test, found.folder, data.task
     prompts = _prompts(tokenizer, examples)
-    scorer = score.LabelScorer(packing.Backbone(model), tokenizer, experiment.per_device_eval_batch_size)
+    scorer = score.LabelScorer(packing.Backbone(model), tokenizer, task, experiment.per_device_eval_batch_size)
     probabilities, seconds = score.timed(scorer.score, prompts, progress="scoring")
-    labels, predicted = [example.label for example in examples], score.predicted_labels(probabilities)
-    generation, answers = _generate(model, tokenizer, experiment, prompts, labels, predicted)
+    labels = [example.label for example in examples]
+    predicted = score.predicted_labels(probabilities, task.labels)
+    generation, answers = _generate(model, tokenizer, experiment, task, prompts, labels, predicted)
     validation = scorer.score(_prompts(tokenizer, data.validation), progress="scoring validation rows")
-    digest = records.write_predictions(_predictions(examples, probabilities, answers), folder)
-    alone = [row for row, example in enumerate(examples) if not example.has_twin]
+    digest = records.write_predictions(_predictions(task, examples, probabilities, answers), folder)
+    alone = [row for row, example in enumerate(examples) if not example.has_duplicate]
     return records.Evaluation(
         environment=records.environment(),
         artefact_digest=found.training.artefact_digest if found.training else None,
@@ -134,13 +135,15 @@ def _evaluate_model(model, precision: Precision, tokenizer, found: Found, data: 
         batch_size=experiment.per_device_eval_batch_size,
         dtype=precision.name,
         precision=str(precision),
-        scoring=metrics.compute(labels, predicted),
-        log_loss=metrics.log_loss(labels, probabilities),
-        without_twins=metrics.compute([labels[r] for r in alone], [predicted[r] for r in alone]) if alone else None,
+        scoring=metrics.compute(labels, predicted, task.labels),
+        log_loss=metrics.log_loss(labels, probabilities, task.labels),
+        without_twins=metrics.compute([labels[r] for r in alone], [predicted[r] for r in alone], task.labels)
+        if alone
+        else None,
         generation=generation,
         predictions_digest=digest,
         validation_digest=records.write_predictions(
-            _predictions(data.validation, validation, []), folder, records.VALIDATION
+            _predictions(task, data.validation, validation, []), folder, records.VALIDATION
         ),
     )
 
@@ -150,7 +153,13 @@ def _prompts(tokenizer, examples: list[Example]) -> list[list[int]]:
 
 
 def _generate(
-    model, tokenizer, experiment: Experiment, prompts: list[list[int]], labels: list[str], scored: list[str]
+    model,
+    tokenizer,
+    experiment: Experiment,
+    task: Task,
+    prompts: list[list[int]],
+    labels: list[str],
+    scored: list[str],
 ) -> tuple[records.Generation | None, list[str]]:
     """Answers of the first `generation_rows` test rows, and what they are worth."""
     rows = min(experiment.generation_rows, len(prompts))
@@ -161,22 +170,25 @@ def _generate(
         score.generate,
         model,
         tokenizer,
+        task,
         prompts[:rows],
         experiment.per_device_eval_batch_size,
         progress="generating",
     )
-    parsed = score.parsed_labels(answers)
+    parsed = [task.parse_answer(answer) for answer in answers]
     generation = records.Generation(
         seconds=seconds,
         valid_share=sum(label is not None for label in parsed) / rows,
         agreement_with_scoring=sum(a == b for a, b in zip(parsed, scored, strict=False)) / rows,
-        metrics=metrics.compute(labels[:rows], parsed),
+        metrics=metrics.compute(labels[:rows], parsed, task.labels),
     )
     return generation, answers
 
 
-def _predictions(examples: list[Example], probabilities: np.ndarray, answers: list[str]) -> list[records.Prediction]:
-    predicted = score.predicted_labels(probabilities)
+def _predictions(
+    task: Task, examples: list[Example], probabilities: np.ndarray, answers: list[str]
+) -> list[records.Prediction]:
+    predicted = score.predicted_labels(probabilities, task.labels)
     generated = answers + [None] * (len(examples) - len(answers))
     return [
         records.Prediction(
@@ -185,10 +197,10 @@ def _predictions(examples: list[Example], probabilities: np.ndarray, answers: li
             prediction=predicted[row],
             # Nine digits keep near ties apart, and the file the same on every run of the same weights.
             probabilities={
-                label: round(float(value), 9) for label, value in zip(LABELS, probabilities[row], strict=True)
+                label: round(float(value), 9) for label, value in zip(task.labels, probabilities[row], strict=True)
             },
             generated=generated[row],
-            has_twin=example.has_twin,
+            has_twin=example.has_duplicate,
         )
         for row, example in enumerate(examples)
     ]

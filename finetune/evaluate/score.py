@@ -1,6 +1,6 @@
 """Evaluation: exact label probabilities by scoring, and strictly checked answers by generation.
 
-Scoring asks: given that the answer is one of the four, which? Every label's probability is the product of its tokens'
+Scoring asks: given that the answer is one of the task's, which? Every label's probability is the product of its tokens'
 probabilities after the forced prefix `{"category":"`, up to the closing brace, so labels of different lengths and
 labels that share a first token are compared exactly. One forward pass does a batch: behind what all prompts begin with
 stand the articles, and behind each article the labels, as segments that each see only what stands before them. Only
@@ -16,28 +16,29 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from data_prep import LABELS, parse_answer
+from data_prep import Task
 from finetune.model.encode import answer_tokens, common_prefix, shared_length
 from finetune.model.packing import Backbone, Forest, Row
 
-# The longest valid answer has about ten tokens; an answer that goes on beyond this is invalid anyway.
-MAX_ANSWER_TOKENS = 16
+# AG News' longest valid answer has about ten tokens; other tasks' may have more.
+MIN_ANSWER_TOKENS = 16
 
 
 class LabelScorer:
-    """Scores the four labels behind prompts. See the module's docstring for how.
+    """Scores a task's labels behind prompts. See the module's docstring for how.
 
     Args:
         backbone: The model.
         tokenizer: Its tokenizer.
+        task: Gives the labels and the answers' form.
         batch_size: Prompts per forward pass; it does not change the result beyond rounding.
     """
 
-    def __init__(self, backbone: Backbone, tokenizer, batch_size: int):
+    def __init__(self, backbone: Backbone, tokenizer, task: Task, batch_size: int):
         self.backbone = backbone
         self.batch_size = batch_size
         # The closing brace ends an answer; whether eos follows is generation's matter.
-        self.set_answers([answer_tokens(tokenizer, label)[:-1] for label in LABELS])
+        self.set_answers([answer_tokens(tokenizer, task.answer_for(label))[:-1] for label in task.labels])
 
     def set_answers(self, answers: Sequence[list[int]]) -> None:
         """The answers to tell apart: token ids, none the beginning of another."""
@@ -97,8 +98,12 @@ def _on(numbers: Sequence[int] | np.ndarray, tensor: torch.Tensor) -> torch.Tens
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, prompts: Sequence[list[int]], batch_size: int, progress: str | None = None) -> list[str]:
+def generate(
+    model, tokenizer, task: Task, prompts: Sequence[list[int]], batch_size: int, progress: str | None = None
+) -> list[str]:
     """The model's own answers, decoded greedily, as text without special tokens."""
+    # An answer that goes on beyond the longest valid one is invalid anyway.
+    longest = max(len(answer_tokens(tokenizer, task.answer_for(label))) for label in task.labels)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     answers = [""] * len(prompts)
     bar = tqdm(total=len(prompts), desc=progress, unit="article", disable=progress is None)
@@ -109,7 +114,7 @@ def generate(model, tokenizer, prompts: Sequence[list[int]], batch_size: int, pr
         ).to(model.device)
         output = model.generate(
             **batch,
-            max_new_tokens=MAX_ANSWER_TOKENS,
+            max_new_tokens=max(MIN_ANSWER_TOKENS, longest),
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -122,14 +127,9 @@ def generate(model, tokenizer, prompts: Sequence[list[int]], batch_size: int, pr
     return answers
 
 
-def predicted_labels(probabilities: np.ndarray) -> list[str]:
-    """The most probable label of each row of shape (rows, labels)."""
-    return [LABELS[index] for index in probabilities.argmax(axis=1)]
-
-
-def parsed_labels(answers: Sequence[str]) -> list[str | None]:
-    """The label of each generated answer; None where it is not the JSON that was asked for."""
-    return [parse_answer(answer) for answer in answers]
+def predicted_labels(probabilities: np.ndarray, labels: Sequence[str]) -> list[str]:
+    """The most probable of the labels of each row of shape (rows, labels)."""
+    return [labels[index] for index in probabilities.argmax(axis=1)]
 
 
 def timed(function: Callable, *arguments, **named) -> tuple[object, float]:

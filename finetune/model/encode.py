@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data_prep import LABELS, Example, UserError, answer_for
-from data_prep.schema import Message
+from data_prep import Example, UserError
+from data_prep.files import Message
 
 IGNORED = -100  # the label that cross-entropy skips
 
@@ -33,11 +33,13 @@ def encode(tokenizer, examples: Sequence[Example], max_length: int) -> list[Enco
     Raises:
         UserError: `max_length` cannot hold even the prompt without an article.
     """
-    answers = {label: answer_tokens(tokenizer, label) for label in LABELS}
+    answers = {
+        text: answer_tokens(tokenizer, text) for text in {example.messages[-1]["content"] for example in examples}
+    }
     prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
     encoded = []
     for example, prompt in zip(examples, prompts, strict=True):
-        answer = answers[example.label]
+        answer = answers[example.messages[-1]["content"]]
         room = max_length - len(answer)
         if len(prompt) > room:
             prompt = _shortened(tokenizer, example.prompt, room)
@@ -51,9 +53,9 @@ def encode_prompts(tokenizer, prompts: Sequence[list[Message]]) -> list[list[int
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def answer_tokens(tokenizer, label: str) -> list[int]:
-    """Token ids of the answer for a label, ended by eos."""
-    return tokenizer(answer_for(label), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+def answer_tokens(tokenizer, answer: str) -> list[int]:
+    """Token ids of an answer's text, ended by eos."""
+    return tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
 
 def count_tokens(tokenizer, chats: Sequence[list[Message]]) -> list[int]:

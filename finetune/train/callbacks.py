@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from data_prep import UserError
-from data_prep.store import write_json
+from data_prep.files import write_json
 from finetune import machine
 from finetune.train import energy
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from data_prep.store import write_json
+from data_prep.files import write_json
 from finetune import cards, paths, records
 from finetune.config.plan import Settings
 from finetune.config.recipes import ADAPTER_ONLY, Recipe

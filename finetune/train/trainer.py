@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from data_prep import Example
+from data_prep import Example, Task
 from finetune import machine, metrics
 from finetune.evaluate import score
 from finetune.model import encode, load, packing
@@ -125,6 +125,7 @@ class PackedSFTTrainer(SFTTrainer):
         processing_class: The tokenizer.
         train_dataset: Examples to train on.
         eval_dataset: Examples to watch.
+        task: Their labels and the answer's form.
         callbacks: Added to the trainer's own.
         article_loss: Weight of the article's own loss beside the answer's.
         cuda_graphs: Replay each step as one CUDA graph.
@@ -143,6 +144,7 @@ class PackedSFTTrainer(SFTTrainer):
         processing_class: Any,
         train_dataset: Sequence[Example],
         eval_dataset: Sequence[Example],
+        task: Task,
         callbacks: Sequence[TrainerCallback] = (),
         *,
         article_loss: float = 0.0,
@@ -200,7 +202,8 @@ class PackedSFTTrainer(SFTTrainer):
             # and from which a resumed training departs: peft loads adapters in fp32.
             for parameter in self._trained:
                 parameter.data = parameter.data.float()
-        self._scorer = score.LabelScorer(self.backbone, processing_class, args.per_device_eval_batch_size)
+        self._scorer = score.LabelScorer(self.backbone, processing_class, task, args.per_device_eval_batch_size)
+        self._labels = task.labels
         self._watched = [row.prompt for row in watched], [example.label for example in eval_dataset]
         self.supervision = checks.check_supervision(self, processing_class)
         self._passes = None
@@ -231,10 +234,10 @@ class PackedSFTTrainer(SFTTrainer):
         with self.autocast():
             probabilities = self._scorer.score(prompts)
         self.backbone.model.train()
-        accuracy = float(np.mean(np.equal(score.predicted_labels(probabilities), labels)))
+        accuracy = float(np.mean(np.equal(score.predicted_labels(probabilities, self._labels), labels)))
         found = {
             f"{metric_key_prefix}_accuracy": accuracy,
-            f"{metric_key_prefix}_log_loss": metrics.log_loss(labels, probabilities),
+            f"{metric_key_prefix}_log_loss": metrics.log_loss(labels, probabilities, self._labels),
         }
         self.log(found | {"training_seconds": self.clock.seconds})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, dict(found))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.sources import CsvFolder
+from data_prep.task import AG_NEWS
 
 Row = tuple[str, str, str]
 
@@ -44,6 +45,6 @@ def make_source(tmp_path) -> Callable[..., CsvFolder]:
         for seed, (split, rows) in enumerate({"train": train, "test": test, "validation": validation}.items()):
             if rows is not None:
                 write_rows(folder / f"{split}.csv", random_rows(rows, seed) if isinstance(rows, int) else rows)
-        return CsvFolder(folder)
+        return CsvFolder(folder, AG_NEWS)
 
     return make

@@ -15,36 +15,38 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import DATA_FILES, LABELS, PROMPTS, Article, DataError, UserError, load_manifest, prepare, read_examples
-from data_prep.schema import SPLITS
-from data_prep.sources import CsvFolder, sample
+from data_prep import DATA_FILES, DataError, Task, UserError, load_manifest, prepare, read_examples
+from data_prep.files import SPLITS
+from data_prep.sources import CsvFolder, Row, sample
+from data_prep.task import AG_NEWS
 
-LEAN, VERBOSE = PROMPTS["lean"], PROMPTS["verbose"]
+LABELS = AG_NEWS.labels
 
 
 @dataclass
 class Feed:
     """A source that is no folder of files; `breaks_at` is the validation row at which it fails."""
 
-    rows: dict[str, list[Article]]
+    there: dict[str, list[Row]]
     breaks_at: int | None = None
     name: str = "feed"
+    task: Task = AG_NEWS
 
     def splits(self):
-        return tuple(self.rows)
+        return tuple(self.there)
 
-    def articles(self, split) -> Iterator[Article]:
-        for number, article in enumerate(self.rows[split]):
+    def rows(self, split) -> Iterator[Row]:
+        for number, row in enumerate(self.there[split]):
             if split == "validation" and number == self.breaks_at:
                 raise DataError("feed", "the connection broke", number)
-            yield article
+            yield row
 
     def provenance(self):
         return {"kind": self.name}
 
 
 def feed(**changes) -> Feed:
-    rows = {split: list(sample().articles(split))[:48] for split in SPLITS}
+    rows = {split: list(sample(AG_NEWS).rows(split))[:48] for split in SPLITS}
     return Feed(rows, **changes)
 
 
@@ -68,7 +70,7 @@ def folder(tmp_path) -> Path:
 class TestOutput:
     def test_every_row_is_in_exactly_one_split(self, make_source, folder):
         source = make_source(train=80, test=20)
-        manifest, reused = prepare(source, folder, prompt=LEAN, validation_rows=12)
+        manifest, reused = prepare(source, folder, prompt="lean", validation_rows=12)
         assert not reused
         assert sorted(contents(folder)) == sorted([*DATA_FILES, "manifest.json"])
         rows = {split: list(read_examples(folder, split)) for split in SPLITS}
@@ -80,23 +82,29 @@ class TestOutput:
 
     def test_each_example_is_its_article_under_the_prompt(self, make_source, folder):
         source = make_source(train=80, test=20)
-        prepare(source, folder, prompt=VERBOSE, validation_rows=12)
-        articles = list(source.articles("train"))
+        prepare(source, folder, prompt="verbose", validation_rows=12)
+        rows = list(source.rows("train"))
         for example in [*read_examples(folder, "train"), *read_examples(folder, "validation")]:
-            article = articles[int(example.id.removeprefix("train-"))]
-            assert example.messages == VERBOSE.render(article)
+            row = rows[int(example.id.removeprefix("train-"))]
+            assert (example.text, example.label) == (row.text, row.label)
+            assert example.messages == AG_NEWS.messages("verbose", row.text, row.label)
 
     def test_the_file_format_is_that_of_the_documentation(self, make_source, folder):
-        prepare(make_source(), folder, prompt=LEAN, validation_rows=8)
+        prepare(make_source(), folder, prompt="lean", validation_rows=8)
         row = json.loads((folder / "test.jsonl").read_text(encoding="utf-8").splitlines()[0])
-        assert row.keys() == {"id", "messages", "has_twin"}
+        assert row.keys() == {"id", "text", "label", "messages", "has_duplicate"}
         assert [message.keys() for message in row["messages"]] == [{"role", "content"}] * 3
         assert row["messages"][1]["content"].startswith("Classify the following news article")
         assert row["messages"][2]["content"] == '{"category":"World"}'
 
+    def test_the_sample_s_fingerprint_is_that_of_the_published_records(self, folder):
+        """Whatever the form of the files: 7 records in results/reference/cpu hold the first of these."""
+        for prompt, fingerprint in (("lean", "e345ee7c61c4"), ("verbose", "8192628adecf")):
+            assert prepare(sample(AG_NEWS), folder, prompt=prompt)[0].fingerprint == fingerprint
+
     def test_the_manifest_says_where_the_data_came_from(self, make_source, folder):
         source = make_source()
-        manifest, _ = prepare(source, folder, prompt=LEAN, seed=7, validation_rows=8)
+        manifest, _ = prepare(source, folder, prompt="lean", seed=7, validation_rows=8)
         assert manifest == load_manifest(folder)
         assert manifest.source == source.provenance()
         assert (manifest.prompt, manifest.seed, manifest.normalised, manifest.tokens) == ("lean-1", 7, True, None)
@@ -104,15 +112,15 @@ class TestOutput:
     @pytest.mark.parametrize(("clean", "text"), [(True, "Oil's up it's said"), (False, "Oil #39;s up it #39;s\\said")])
     def test_normalisation_can_be_switched_off(self, make_source, folder, clean, text):
         rows = [(str(label), "Oil #39;s up", "it #39;s\\said") for label in (1, 2, 3, 4)]
-        prepare(make_source(rows * 5, rows), folder, prompt=LEAN, validation_rows=4, clean=clean)
+        prepare(make_source(rows * 5, rows), folder, prompt="lean", validation_rows=4, clean=clean)
         example = next(read_examples(folder, "test"))
-        assert example.prompt[1]["content"].partition("\n\n")[2] == text
+        assert example.text == text
 
     def test_a_row_that_normalisation_empties_is_refused(self, make_source, folder):
         rows = [(str(label), "Title", "Text") for label in (1, 2, 3, 4)]
         source = make_source(rows * 5, [*rows, ("1", "", "&lt;br&gt;")])
         with pytest.raises(DataError, match="empty text"):
-            prepare(source, folder, prompt=LEAN, validation_rows=4)
+            prepare(source, folder, prompt="lean", validation_rows=4)
 
 
 class TestValidationSplit:
@@ -124,7 +132,7 @@ class TestValidationSplit:
             for label, size in enumerate(sizes, 1)
             for number in range(size)
         ]
-        manifest, _ = prepare(make_source(train), folder, prompt=LEAN, validation_rows=rows)
+        manifest, _ = prepare(make_source(train), folder, prompt="lean", validation_rows=rows)
         assert manifest.total("validation") == rows
         for label, size in zip(LABELS, sizes, strict=True):
             assert abs(manifest.rows["validation"][label] - rows * size / len(train)) < 1
@@ -132,14 +140,14 @@ class TestValidationSplit:
 
     def test_the_same_seed_gives_the_same_bytes(self, make_source, tmp_path):
         source = make_source()
-        prepare(source, tmp_path / "first", prompt=LEAN, validation_rows=12)
-        prepare(source, tmp_path / "second", prompt=LEAN, validation_rows=12)
+        prepare(source, tmp_path / "first", prompt="lean", validation_rows=12)
+        prepare(source, tmp_path / "second", prompt="lean", validation_rows=12)
         assert contents(tmp_path / "first") == contents(tmp_path / "second")
 
     def test_another_seed_cuts_other_rows_and_leaves_the_test_split_alone(self, make_source, tmp_path):
         source = make_source()
         for seed in (1, 2):
-            prepare(source, tmp_path / str(seed), prompt=LEAN, validation_rows=12, seed=seed)
+            prepare(source, tmp_path / str(seed), prompt="lean", validation_rows=12, seed=seed)
         first, second = contents(tmp_path / "1"), contents(tmp_path / "2")
         assert first["validation.jsonl"] != second["validation.jsonl"]
         assert first["train.jsonl"] != second["train.jsonl"]
@@ -148,12 +156,12 @@ class TestValidationSplit:
     @pytest.mark.parametrize("rows", [0, 3, 41, 80, 1000])
     def test_an_impossible_size_is_refused_with_what_is_possible(self, make_source, folder, rows):
         with pytest.raises(UserError, match=f"validation_rows={rows} .*between 4 and 40"):
-            prepare(make_source(train=80), folder, prompt=LEAN, validation_rows=rows)
+            prepare(make_source(train=80), folder, prompt="lean", validation_rows=rows)
         assert not folder.exists()
 
     def test_a_split_of_the_source_s_own_is_used(self, make_source, folder):
         source = make_source(train=80, validation=16)
-        manifest, _ = prepare(source, folder, prompt=LEAN, validation_rows=12)
+        manifest, _ = prepare(source, folder, prompt="lean", validation_rows=12)
         assert (manifest.total("train"), manifest.total("validation")) == (80, 16)
         assert [row.id for row in read_examples(folder, "validation")] == [f"validation-{n}" for n in range(16)]
 
@@ -161,27 +169,27 @@ class TestValidationSplit:
     def test_a_class_without_rows_is_refused(self, make_source, folder, split):
         rows = [(str(1 + number % 3), f"Title {number}", "Text") for number in range(60)]
         with pytest.raises(DataError, match="no row of the class Sci/Tech"):
-            prepare(make_source(**{split: rows}), folder, prompt=LEAN, validation_rows=12)
+            prepare(make_source(**{split: rows}), folder, prompt="lean", validation_rows=12)
         assert list(folder.iterdir()) == []
 
 
 class TestReuse:
     def test_a_second_call_rewrites_nothing(self, make_source, folder):
         source = make_source()
-        first, _ = prepare(source, folder, prompt=LEAN, validation_rows=12)
+        first, _ = prepare(source, folder, prompt="lean", validation_rows=12)
         before = modification_times(folder)
-        second, reused = prepare(source, folder, prompt=LEAN, validation_rows=12)
+        second, reused = prepare(source, folder, prompt="lean", validation_rows=12)
         assert reused
         assert second == first
         assert modification_times(folder) == before
 
     @pytest.mark.parametrize(
         "change",
-        [{"prompt": VERBOSE}, {"seed": 1}, {"validation_rows": 16}, {"clean": False}, {"count_tokens": word_counts}],
+        [{"prompt": "verbose"}, {"seed": 1}, {"validation_rows": 16}, {"clean": False}, {"count_tokens": word_counts}],
         ids=lambda change: next(iter(change)),
     )
     def test_another_request_prepares_again(self, make_source, folder, change):
-        source, request = make_source(), {"prompt": LEAN, "validation_rows": 12}
+        source, request = make_source(), {"prompt": "lean", "validation_rows": 12}
         first, _ = prepare(source, folder, **request)
         second, reused = prepare(source, folder, **(request | change))
         assert not reused
@@ -190,36 +198,36 @@ class TestReuse:
         assert len(list(read_examples(folder, "train"))) == second.total("train")
 
     def test_tokens_that_were_counted_serve_who_does_not_ask_for_them(self, make_source, folder):
-        prepare(make_source(), folder, prompt=LEAN, validation_rows=12, count_tokens=word_counts)
-        manifest, reused = prepare(make_source(), folder, prompt=LEAN, validation_rows=12)
+        prepare(make_source(), folder, prompt="lean", validation_rows=12, count_tokens=word_counts)
+        manifest, reused = prepare(make_source(), folder, prompt="lean", validation_rows=12)
         assert reused and manifest.tokens
 
     @pytest.mark.parametrize("name", DATA_FILES)
     def test_a_changed_or_missing_file_is_prepared_again(self, make_source, folder, name):
         source = make_source()
-        prepare(source, folder, prompt=LEAN, validation_rows=12)
+        prepare(source, folder, prompt="lean", validation_rows=12)
         whole = contents(folder)
         for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-30])):
             damage(folder / name)
-            _, reused = prepare(source, folder, prompt=LEAN, validation_rows=12)
+            _, reused = prepare(source, folder, prompt="lean", validation_rows=12)
             assert not reused
             assert contents(folder) == whole
 
     def test_a_source_with_its_own_validation_split_is_reused(self, make_source, folder, tmp_path):
         for source, target in ((make_source(validation=16), folder), (feed(), tmp_path / "feed")):
-            prepare(source, target, prompt=LEAN)
-            _, reused = prepare(source, target, prompt=LEAN)
+            prepare(source, target, prompt="lean")
+            _, reused = prepare(source, target, prompt="lean")
             assert reused, source.name
 
 
 class TestRefusal:
     def test_a_folder_of_another_source_is_refused_and_kept(self, make_source, folder):
-        prepare(make_source(name="first"), folder, prompt=LEAN, validation_rows=12)
+        prepare(make_source(name="first"), folder, prompt="lean", validation_rows=12)
         before = contents(folder)
         with pytest.raises(DataError, match="another source"):
-            prepare(make_source(train=84, name="second"), folder, prompt=LEAN, validation_rows=12)
+            prepare(make_source(train=84, name="second"), folder, prompt="lean", validation_rows=12)
         with pytest.raises(DataError, match=r"another source \(csv \w+, not sample \w+\)"):
-            prepare(sample(), folder, prompt=LEAN)
+            prepare(sample(AG_NEWS), folder, prompt="lean")
         assert contents(folder) == before
 
     def test_a_folder_of_other_files_is_refused_and_kept(self, make_source, folder):
@@ -228,7 +236,7 @@ class TestRefusal:
         (folder / "train.jsonl").write_text("years of work too")
         before = contents(folder)
         with pytest.raises(DataError, match=r"thesis\.tex"):
-            prepare(make_source(), folder, prompt=LEAN, validation_rows=12)
+            prepare(make_source(), folder, prompt="lean", validation_rows=12)
         assert contents(folder) == before
 
     @pytest.mark.parametrize("content", [b"", b'{"schema_version": 1', b"[]", b"\xff", b'{"schema_version": 1}'])
@@ -236,7 +244,7 @@ class TestRefusal:
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_bytes(content)
         with pytest.raises(DataError, match=r"manifest\.json: not a manifest of this version .*delete"):
-            prepare(make_source(), folder, prompt=LEAN, validation_rows=12)
+            prepare(make_source(), folder, prompt="lean", validation_rows=12)
 
 
 class TestFailure:
@@ -248,14 +256,14 @@ class TestFailure:
         with path.open("a") as file:
             file.write('"1","Title","Text that ends')
         with pytest.raises(DataError, match=f"{split}.csv:{lines + 1}: "):
-            prepare(source, folder, prompt=LEAN)
+            prepare(source, folder, prompt="lean")
         assert not folder.exists() or list(folder.iterdir()) == []
 
     def test_an_earlier_result_is_never_mixed_with_a_failed_one(self, folder):
-        prepare(feed(), folder, prompt=LEAN)
+        prepare(feed(), folder, prompt="lean")
         before = contents(folder)
         with pytest.raises(DataError, match="connection broke"):
-            prepare(feed(breaks_at=40), folder, prompt=VERBOSE)
+            prepare(feed(breaks_at=40), folder, prompt="verbose")
         assert {name: data for name, data in contents(folder).items() if name != "manifest.json"} == {
             name: before[name] for name in DATA_FILES
         }
@@ -264,13 +272,13 @@ class TestFailure:
         else:
             with pytest.raises(DataError, match="prepare the data first"):
                 next(read_examples(folder, "train"))
-        prepare(feed(), folder, prompt=LEAN)
+        prepare(feed(), folder, prompt="lean")
         assert contents(folder) == before
 
     def test_a_full_disk_is_named_and_nothing_is_left(self, make_source, small_disk):
         folder = small_disk / "csv"
         with pytest.raises(UserError, match="no space left on the disk"):
-            prepare(make_source(train=800, test=20), folder, prompt=VERBOSE, validation_rows=12)
+            prepare(make_source(train=800, test=20), folder, prompt="verbose", validation_rows=12)
         assert list(folder.iterdir()) == []
 
     def test_a_disk_too_small_for_the_manifest_leaves_an_unfinished_folder(self, make_source, small_disk):
@@ -281,7 +289,7 @@ class TestFailure:
             filler.write_bytes(bytes(4096 * blocks))
             folder = small_disk / "csv"
             try:
-                prepare(make_source(train=24, test=8), folder, prompt=LEAN, validation_rows=4)
+                prepare(make_source(train=24, test=8), folder, prompt="lean", validation_rows=4)
                 assert len(list(read_examples(folder, "train"))) == 20
             except UserError as error:
                 refused += 1
@@ -297,34 +305,35 @@ class TestFailure:
     def test_a_killed_preparation_does_not_disturb_the_next(self, make_source, folder, tmp_path, earlier):
         source = make_source(train=400, test=20)
         if earlier:
-            prepare(source, folder, prompt=VERBOSE, validation_rows=12)
+            prepare(source, folder, prompt="verbose", validation_rows=12)
         killed = subprocess.run([sys.executable, "-c", KILLED_AT_ROW_300, source.folder, folder], timeout=60)
         assert killed.returncode == -signal.SIGKILL
         assert list(folder.glob("*.partial")), "the kill must come while the files are written"
         with pytest.raises(DataError, match="prepare the data first"):
             load_manifest(folder)
-        _, reused = prepare(source, folder, prompt=LEAN, validation_rows=12)
+        _, reused = prepare(source, folder, prompt="lean", validation_rows=12)
         assert not reused
-        prepare(source, tmp_path / "undisturbed", prompt=LEAN, validation_rows=12)
+        prepare(source, tmp_path / "undisturbed", prompt="lean", validation_rows=12)
         assert contents(folder) == contents(tmp_path / "undisturbed")
 
 
 KILLED_AT_ROW_300 = """
 import os, signal, sys
 from pathlib import Path
-from data_prep import PROMPTS, prepare
+from data_prep import prepare
 from data_prep.sources import CsvFolder
+from data_prep.task import AG_NEWS
 
 class Killed(CsvFolder):
     readings = []
-    def articles(self, split):
+    def rows(self, split):
         self.readings.append(split)
-        for number, article in enumerate(super().articles(split)):
+        for number, article in enumerate(super().rows(split)):
             if self.readings.count("train") == 2 and number == 300:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield article
 
-prepare(Killed(Path(sys.argv[1])), Path(sys.argv[2]), prompt=PROMPTS["lean"], validation_rows=12)
+prepare(Killed(Path(sys.argv[1]), AG_NEWS), Path(sys.argv[2]), prompt="lean", validation_rows=12)
 """
 
 
@@ -343,11 +352,12 @@ def small_disk(tmp_path) -> Iterator[Path]:
 class TestTokens:
     def test_statistics_are_those_of_the_counts_under_both_prompts(self, make_source, folder):
         source = make_source(train=80)
-        manifest, _ = prepare(source, folder, prompt=LEAN, validation_rows=12, count_tokens=word_counts)
+        manifest, _ = prepare(source, folder, prompt="lean", validation_rows=12, count_tokens=word_counts)
         assert manifest.tokens.keys() == {"lean-1", "verbose-1"}
-        for prompt in (LEAN, VERBOSE):
-            counts = np.array(word_counts([prompt.render(article) for article in source.articles("train")]))
-            assert manifest.tokens[prompt.id] == {
+        for prompt in AG_NEWS.prompts:
+            chats = [AG_NEWS.messages(prompt, row.text, row.label) for row in source.rows("train")]
+            counts = np.array(word_counts(chats))
+            assert manifest.tokens[f"{prompt}-1"] == {
                 "rows": 80,
                 "mean": round(counts.mean(), 1),
                 "median": np.median(counts),
@@ -359,7 +369,7 @@ class TestTokens:
     def test_the_sample_of_a_large_split_reaches_its_end(self, make_source, folder, rows):
         """Sorted files exist: the last tenth of this one is long."""
         train = [(str(1 + row % 4), "Title", "long " * 50 if row > 0.9 * rows else "short") for row in range(rows)]
-        manifest, _ = prepare(make_source(train), folder, prompt=LEAN, validation_rows=12, count_tokens=word_counts)
+        manifest, _ = prepare(make_source(train), folder, prompt="lean", validation_rows=12, count_tokens=word_counts)
         statistics = manifest.tokens["lean-1"]
         assert statistics["rows"] <= 2000
         assert statistics["max"] > 50
@@ -370,7 +380,7 @@ class TestRealRows:
     @pytest.fixture(scope="class")
     def prepared(self, ag_news, tmp_path_factory):
         folder = tmp_path_factory.mktemp("ag-news")
-        manifest, _ = prepare(CsvFolder(ag_news), folder, prompt=LEAN)
+        manifest, _ = prepare(CsvFolder(ag_news, AG_NEWS), folder, prompt="lean")
         return folder, manifest
 
     def test_every_row_is_there(self, prepared):
@@ -379,18 +389,18 @@ class TestRealRows:
         assert manifest.total("validation") == 2000
         assert manifest.rows["test"] == dict.fromkeys(LABELS, 1900)
 
-    def test_twins_are_as_many_as_published(self, prepared):
+    def test_duplicates_are_as_many_as_published(self, prepared):
         folder, manifest = prepared
-        twins = sum(example.has_twin for example in read_examples(folder, "test"))
-        assert 200 <= twins <= 300
-        assert twins == manifest.repeats.test_exact_in_train + manifest.repeats.test_near_in_train
+        found = sum(example.has_duplicate for example in read_examples(folder, "test"))
+        assert 200 <= found <= 300
+        assert found == manifest.duplicates.test_exact_in_train + manifest.duplicates.test_near_in_train
 
     def test_the_fingerprint_does_not_depend_on_the_process(self, prepared, ag_news, tmp_path):
         _, manifest = prepared
         program = (
-            "import sys; from pathlib import Path; from data_prep import PROMPTS, prepare;"
-            "from data_prep.sources import CsvFolder;"
-            "print(prepare(CsvFolder(Path(sys.argv[1])), Path(sys.argv[2]), prompt=PROMPTS['lean'])[0].fingerprint)"
+            "import sys; from pathlib import Path; from data_prep import prepare;"
+            "from data_prep.sources import CsvFolder; from data_prep.task import AG_NEWS;"
+            "print(prepare(CsvFolder(Path(sys.argv[1]), AG_NEWS), Path(sys.argv[2]), prompt='lean')[0].fingerprint)"
         )
         output = subprocess.run(
             [sys.executable, "-c", program, ag_news, tmp_path / "again"],
@@ -423,10 +433,11 @@ def test_memory_does_not_grow_with_the_rows(make_source, tmp_path):
 PEAK_OF_PREPARATION = """
 import sys
 from pathlib import Path
-from data_prep import PROMPTS, prepare
+from data_prep import prepare
 from data_prep.sources import CsvFolder
+from data_prep.task import AG_NEWS
 
-prepare(CsvFolder(Path(sys.argv[1])), Path(sys.argv[2]), prompt=PROMPTS["lean"], validation_rows=100)
+prepare(CsvFolder(Path(sys.argv[1]), AG_NEWS), Path(sys.argv[2]), prompt="lean", validation_rows=100)
 status = Path("/proc/self/status").read_text()
 print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 """

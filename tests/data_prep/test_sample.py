@@ -5,16 +5,17 @@ from itertools import combinations
 
 import pytest
 
-from data_prep import LABELS
+from data_prep.clean import repair_feed
 from data_prep.sources import sample
-from data_prep.text import normalise
+from data_prep.task import AG_NEWS
 
+LABELS = AG_NEWS.labels
 SPLITS = {"train": 288, "validation": 64, "test": 128}
 
 
 @pytest.fixture(scope="module")
 def splits():
-    return {split: list(sample().articles(split)) for split in SPLITS}
+    return {split: list(sample(AG_NEWS).rows(split)) for split in SPLITS}
 
 
 def runs_of_eight(articles) -> set[str]:
@@ -29,8 +30,8 @@ def test_each_split_is_balanced(splits, split, rows):
 
 def test_no_item_repeats(splits):
     articles = [article for rows in splits.values() for article in rows]
-    for key in ("title", "description"):
-        texts = Counter(getattr(article, key).lower() for article in articles)
+    for column in (0, 1):
+        texts = Counter(article.texts[column].lower() for article in articles)
         assert [text for text, count in texts.items() if count > 1] == []
 
 
@@ -42,8 +43,8 @@ def test_no_run_of_eight_words_is_in_two_splits(splits, first, second):
 def test_text_is_ascii_and_has_no_artefacts(splits):
     for article in (article for rows in splits.values() for article in rows):
         assert article.text.isascii(), article
-        assert article.title and article.description
-        assert normalise(article.description) == article.description
+        assert all(article.texts)
+        assert repair_feed(article.texts[1]) == article.texts[1]
 
 
 def test_classes_are_mixed_within_each_split(splits):

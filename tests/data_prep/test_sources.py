@@ -6,6 +6,7 @@ import pytest
 
 from data_prep import DataError, UserError
 from data_prep.sources import CsvFolder, open_source
+from data_prep.task import AG_NEWS
 
 GOOD = b'"1","Title","Text one."\n"2","","Text two."\n'
 BAD = {
@@ -13,13 +14,13 @@ BAD = {
     "four columns": (GOOD + b'"3","Title","Text","more"\n' + GOOD, 3, "4 columns instead of 3"),
     "an unquoted comma": (GOOD + b"3,Title,Text, and more\n", 3, "4 columns instead of 3"),
     "a blank line": (GOOD + b"\n" + GOOD, 3, "0 columns instead of 3"),
-    "class 5": (GOOD + b'"5","Title","Text"\n', 3, "unknown class '5'"),
-    "class 0": (b'"0","Title","Text"\n' + GOOD, 1, "unknown class '0'"),
-    "class 1.0": (GOOD + b'"1.0","Title","Text"\n', 3, "unknown class '1.0'"),
-    "a class by name": (GOOD + b'"World","Title","Text"\n', 3, "unknown class 'World'"),
-    "no class": (GOOD + b'"","Title","Text"\n', 3, "unknown class ''"),
-    "a header further down": (GOOD + b"Class Index,Title,Description\n", 3, "unknown class 'Class Index'"),
-    "another header": (b"label,title,description\n" + GOOD, 1, "unknown class 'label'"),
+    "class 5": (GOOD + b'"5","Title","Text"\n', 3, "unknown class index '5'"),
+    "class 0": (b'"0","Title","Text"\n' + GOOD, 1, "unknown class index '0'"),
+    "class 1.0": (GOOD + b'"1.0","Title","Text"\n', 3, "unknown class index '1.0'"),
+    "a class by name": (GOOD + b'"World","Title","Text"\n', 3, "unknown class index 'World'"),
+    "no class": (GOOD + b'"","Title","Text"\n', 3, "unknown class index ''"),
+    "a header further down": (GOOD + b"Class Index,Title,Description\n", 3, "unknown class index 'Class Index'"),
+    "another header": (b"label,title,description\n" + GOOD, 1, "unknown class index 'label'"),
     "empty text": (GOOD + b'"3","",""\n', 3, "empty text"),
     "text of spaces": (GOOD + b'"3","  ","\t "\n', 3, "empty text"),
     "a Latin-1 byte": (GOOD + b'"3","Caf\xe9","Text"\n' + GOOD, 3, "not UTF-8"),
@@ -40,7 +41,7 @@ def folder(tmp_path):
 
 
 def read(folder, split="train"):
-    return list(CsvFolder(folder).articles(split))
+    return list(CsvFolder(folder, AG_NEWS).rows(split))
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -56,14 +57,14 @@ def test_a_bad_row_is_refused_with_file_line_and_reason(folder, split, content, 
 def test_a_missing_file_is_named(folder, missing):
     (folder / f"{missing}.csv").unlink()
     with pytest.raises(DataError, match=re.escape(str(folder / f"{missing}.csv")) + ": no such file"):
-        CsvFolder(folder).splits()
+        CsvFolder(folder, AG_NEWS).splits()
     with pytest.raises(DataError, match="no such file"):
         read(folder, missing)
 
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(DataError, match="nowhere"):
-        CsvFolder(tmp_path / "nowhere").provenance()
+        CsvFolder(tmp_path / "nowhere", AG_NEWS).provenance()
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_a_missing_folder_is_named(tmp_path):
 )
 def test_byte_order_mark_and_header_are_accepted(folder, prefix):
     (folder / "train.csv").write_bytes(prefix + GOOD)
-    assert [(a.title, a.description, a.label) for a in read(folder)] == [
+    assert [(*row.texts, row.label) for row in read(folder)] == [
         ("Title", "Text one.", "World"),
         ("", "Text two.", "Sports"),
     ]
@@ -81,33 +82,33 @@ def test_byte_order_mark_and_header_are_accepted(folder, prefix):
 
 def test_quotes_newlines_and_windows_line_ends_are_read(folder):
     (folder / "train.csv").write_bytes('4,"He said ""go""","Two\nlines, São"\r\n3,Plain,Text\r\n'.encode())
-    assert [(a.title, a.description, a.label) for a in read(folder)] == [
+    assert [(*row.texts, row.label) for row in read(folder)] == [
         ('He said "go"', "Two\nlines, São", "Sci/Tech"),
         ("Plain", "Text", "Business"),
     ]
 
 
 def test_a_validation_file_makes_a_split(folder):
-    assert CsvFolder(folder).splits() == ("train", "test")
+    assert CsvFolder(folder, AG_NEWS).splits() == ("train", "test")
     (folder / "validation.csv").write_bytes(GOOD)
-    assert CsvFolder(folder).splits() == ("train", "validation", "test")
+    assert CsvFolder(folder, AG_NEWS).splits() == ("train", "validation", "test")
 
 
 def test_provenance_changes_with_any_byte(folder):
-    before = CsvFolder(folder).provenance()
-    assert before == CsvFolder(folder).provenance()
+    before = CsvFolder(folder, AG_NEWS).provenance()
+    assert before == CsvFolder(folder, AG_NEWS).provenance()
     (folder / "test.csv").write_bytes(GOOD.replace(b"one", b"ONE"))
-    assert CsvFolder(folder).provenance() != before
+    assert CsvFolder(folder, AG_NEWS).provenance() != before
 
 
 def test_open_source_refuses_what_it_does_not_know():
     with pytest.raises(UserError, match="unknown source 'kaggle'; the sources are: sample, csv, hub"):
-        open_source("kaggle")
+        open_source("kaggle", AG_NEWS)
     with pytest.raises(UserError, match="data_path"):
-        open_source("csv")
+        open_source("csv", AG_NEWS)
 
 
 def test_open_source_finds_the_sources(folder):
-    assert len(list(open_source("csv", str(folder)).articles("train"))) == 2
-    assert open_source("sample").provenance()["kind"] == "sample"
-    assert open_source("hub").dataset == "fancyzhx/ag_news"
+    assert len(list(open_source("csv", AG_NEWS, str(folder)).rows("train"))) == 2
+    assert open_source("sample", AG_NEWS).provenance()["kind"] == "sample"
+    assert open_source("hub", AG_NEWS).dataset == "fancyzhx/ag_news"

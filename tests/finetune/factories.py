@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import LABELS
+from data_prep.task import AG_NEWS
 from finetune import metrics, records
 from finetune.records import (
     DataReference,
@@ -18,6 +18,8 @@ from finetune.records import (
     RunRecord,
     Training,
 )
+
+LABELS = AG_NEWS.labels
 
 HISTORY = [
     LogPoint(step=1, epoch=0.1, loss=1.4, grad_norm=2.0, learning_rate=1e-4),
@@ -77,7 +79,7 @@ def training(run: str, **changes: Any) -> Training:
 
 
 def evaluation(labels: Sequence[str], predicted: Sequence[str], digest: str, **changes: Any) -> Evaluation:
-    scoring = metrics.compute(labels, predicted)
+    scoring = metrics.compute(labels, predicted, LABELS)
     values = {
         "environment": environment(),
         "artefact_digest": None,
@@ -123,7 +125,7 @@ def generation(rows: Sequence[Prediction], count: int) -> Generation:
         valid_share=sum(answer is not None for answer in answers) / count,
         agreement_with_scoring=sum(answer == row.prediction for answer, row in zip(answers, rows, strict=False))
         / count,
-        metrics=metrics.compute([row.label for row in rows[:count]], answers),
+        metrics=metrics.compute([row.label for row in rows[:count]], answers, LABELS),
     )
 
 

@@ -8,8 +8,10 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, precision_score
 from statsmodels.stats.proportion import proportion_confint
 
-from data_prep import LABELS
+from data_prep.task import AG_NEWS
 from finetune import metrics
+
+LABELS = AG_NEWS.labels
 
 
 def random_answers(seed: int, rows: int, invalid: float = 0.0) -> tuple[list[str], list[str | None]]:
@@ -24,7 +26,7 @@ def random_answers(seed: int, rows: int, invalid: float = 0.0) -> tuple[list[str
 @pytest.mark.parametrize("invalid", [0, 0.3, 1])
 def test_figures_are_those_of_scikit_learn(seed, rows, invalid):
     labels, predictions = random_answers(seed, rows, invalid)
-    result = metrics.compute(labels, predictions)
+    result = metrics.compute(labels, predictions, LABELS)
     answers = [prediction or "invalid" for prediction in predictions]
     options = {"labels": list(LABELS), "zero_division": 0}
     assert result.rows == rows
@@ -41,7 +43,7 @@ def test_figures_are_those_of_scikit_learn(seed, rows, invalid):
 def test_a_table_worked_out_by_hand():
     labels = ["World"] * 4 + ["Sports"] * 2 + ["Business"] * 2 + ["Sci/Tech"] * 2
     predictions = ["World", "World", "Sports", None, "Sports", "Sports", "Sci/Tech", "Business", "Business", None]
-    result = metrics.compute(labels, predictions)
+    result = metrics.compute(labels, predictions, LABELS)
     assert result.accuracy == 0.5
     assert result.confusion == [[2, 1, 0, 0], [0, 2, 0, 0], [0, 0, 1, 1], [0, 0, 1, 0]]
     world, sports, business, technology = (result.classes[label] for label in LABELS)
@@ -53,20 +55,20 @@ def test_a_table_worked_out_by_hand():
 
 
 def test_invalid_answers_are_wrong_and_in_no_column():
-    result = metrics.compute(["World", "Sports"], [None, None])
+    result = metrics.compute(["World", "Sports"], [None, None], LABELS)
     assert (result.accuracy, result.macro_f1) == (0, 0)
     assert result.confusion == [[0] * 4] * 4
 
 
 def test_a_perfect_result():
-    result = metrics.compute(LABELS * 3, LABELS * 3)
+    result = metrics.compute(LABELS * 3, LABELS * 3, LABELS)
     assert (result.accuracy, result.macro_f1, result.accuracy_high) == (1, 1, 1)
     assert result.confusion == np.diag([3] * 4).tolist()
 
 
 def test_different_lengths_are_refused():
     with pytest.raises(ValueError):
-        metrics.compute(["World", "Sports"], ["World"])
+        metrics.compute(["World", "Sports"], ["World"], LABELS)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 10, 128, 7600])
@@ -127,7 +129,7 @@ def test_mcnemar_ignores_rows_on_which_both_agree():
 def test_log_loss_takes_the_columns_in_the_order_of_the_labels():
     probabilities = np.array([[0.7, 0.1, 0.1, 0.1], [0.2, 0.5, 0.2, 0.1], [0.3, 0.3, 0.15, 0.25], [0.1, 0.1, 0.4, 0.4]])
     expected = -(log(0.7) + log(0.5) + log(0.15) + log(0.4)) / 4
-    assert metrics.log_loss(LABELS, probabilities) == pytest.approx(expected)
+    assert metrics.log_loss(LABELS, probabilities, LABELS) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -136,21 +138,21 @@ def test_log_loss_is_the_mean_negative_log_probability(seed):
     labels, _ = random_answers(seed, 50)
     probabilities = generator.dirichlet(np.ones(4), 50)
     truth = probabilities[np.arange(50), [LABELS.index(label) for label in labels]]
-    assert metrics.log_loss(labels, probabilities) == pytest.approx(-np.log(truth).mean())
+    assert metrics.log_loss(labels, probabilities, LABELS) == pytest.approx(-np.log(truth).mean())
 
 
 def test_log_loss_works_where_a_class_is_absent():
-    assert metrics.log_loss(["Sports"], np.array([[0.1, 0.6, 0.2, 0.1]])) == pytest.approx(-log(0.6))
+    assert metrics.log_loss(["Sports"], np.array([[0.1, 0.6, 0.2, 0.1]]), LABELS) == pytest.approx(-log(0.6))
 
 
 def test_log_loss_of_a_sure_error_is_finite():
-    assert 10 < metrics.log_loss(["World"], np.array([[0.0, 1.0, 0.0, 0.0]])) < 1000
+    assert 10 < metrics.log_loss(["World"], np.array([[0.0, 1.0, 0.0, 0.0]]), LABELS) < 1000
 
 
 @pytest.mark.parametrize("what", ["accuracy", "accuracy_low", "accuracy_high", "macro_f1"])
 def test_a_figure_that_predictions_do_not_give_is_named(what):
     labels, answers = ["World", "Sports", "Business", "Sci/Tech"] * 5, ["World", "Sports", "", "World"] * 5
-    found = metrics.compute(labels, answers)
+    found = metrics.compute(labels, answers, LABELS)
     assert metrics.first_difference(found, labels, answers) is None
     assert metrics.first_difference(found.model_copy(update={what: 0.7}), labels, answers) == what
     moved = [[5, 0, 0, 0], [0, 5, 0, 0], [0, 0, 0, 0], [0, 5, 0, 0]]

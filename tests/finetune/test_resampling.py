@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from data_prep import LABELS
+from data_prep.task import AG_NEWS
 from finetune import resampling
+
+LABELS = AG_NEWS.labels
 
 
 def answers(seed: int, rows: int, skill: float) -> list[str]:
@@ -40,7 +42,7 @@ def brute_force(resamples: int) -> np.ndarray:
 
 def test_intervals_are_those_of_a_bootstrap_row_by_row():
     expected = np.percentile(brute_force(1500), [2.5, 97.5], axis=0).T
-    first, second = resampling.confusions(LABELS_OF_120, FIRST, SECOND)
+    first, second = resampling.confusions(LABELS_OF_120, FIRST, SECOND, classes=LABELS)
     shares = [resampling.accuracy(of) for of in (first, second)]
     macro = [resampling.f1(of).mean(axis=1) for of in (first, second)]
     drawn = [shares[0], macro[0], shares[1], macro[1], shares[0] - shares[1], macro[0] - macro[1]]
@@ -50,17 +52,17 @@ def test_intervals_are_those_of_a_bootstrap_row_by_row():
 
 def test_the_resamples_are_paired():
     """Of the same answers twice, every resample's difference is nothing."""
-    first, second = resampling.confusions(LABELS_OF_120, FIRST, FIRST)
+    first, second = resampling.confusions(LABELS_OF_120, FIRST, FIRST, classes=LABELS)
     assert (first == second).all()
 
 
 def test_the_resamples_are_stratified():
-    (counts,) = resampling.confusions(LABELS_OF_120, FIRST)
+    (counts,) = resampling.confusions(LABELS_OF_120, FIRST, classes=LABELS)
     assert (counts.sum(axis=2) == 30).all()
 
 
 def test_figures_of_a_table_are_those_of_scikit_learn():
-    table = resampling.confusion(LABELS_OF_120, SECOND)
+    table = resampling.confusion(LABELS_OF_120, SECOND, LABELS)
     assert table.sum() == 120
     assert resampling.accuracy(table) == pytest.approx(accuracy_score(LABELS_OF_120, SECOND))
     expected = f1_score(LABELS_OF_120, SECOND, labels=list(LABELS), average=None)
@@ -68,10 +70,10 @@ def test_figures_of_a_table_are_those_of_scikit_learn():
 
 
 def test_a_class_without_rows_or_predictions_has_an_f1_of_nothing():
-    table = resampling.confusion(["World", "World"], ["World", "Sports"])
+    table = resampling.confusion(["World", "World"], ["World", "Sports"], LABELS)
     np.testing.assert_allclose(resampling.f1(table), [2 / 3, 0, 0, 0])
 
 
 def test_a_bootstrap_of_perfect_answers_has_no_width():
-    (counts,) = resampling.confusions(LABELS_OF_120, LABELS_OF_120)
+    (counts,) = resampling.confusions(LABELS_OF_120, LABELS_OF_120, classes=LABELS)
     assert resampling.interval(resampling.accuracy(counts)) == (1, 1)

@@ -166,7 +166,7 @@ def test_what_is_reused_names_the_commit_that_made_it(finished, overrides):
         ("finetune/model/load.py", TRAININGS | EVALUATIONS),
         ("finetune/model/packing.py", TRAININGS | EVALUATIONS),
         ("finetune/model/precision.py", TRAININGS | EVALUATIONS),
-        ("data_prep/text.py", ALL),
+        ("data_prep/clean.py", ALL),
     ],
 )
 def test_what_a_changed_file_computed_is_computed_again_and_nothing_else(

@@ -172,7 +172,7 @@ def _probabilities(backbone, tokenizer, data) -> list[list[float]]:
     prompts = [row.prompt for row in encode.encode(tokenizer, data.test, 1024)]
     backbone.model.eval()
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        return score.LabelScorer(backbone, tokenizer, 64).score(prompts).tolist()
+        return score.LabelScorer(backbone, tokenizer, data.task, 64).score(prompts).tolist()
 
 
 def _load(run: str, overrides: dict) -> dict:

@@ -13,6 +13,7 @@ from test_report_numbers import NAMES, WANDER, SeedsAndRows, draws, ends, holm, 
 from test_report_numbers import predictions as shared_errors
 
 from data_prep import DataError
+from data_prep.task import AG_NEWS
 from finetune.__main__ import main
 from finetune.compare import ablation
 from finetune.compare.ablation import IN_WORDS, Change, NoAblation
@@ -154,6 +155,7 @@ class TestTheOneThing:
         (part,) = (part for part in (Experiment, Recipe) if name in get_type_hints(part))
         hint = get_type_hints(part)[name]
         possible = {True, False} if hint is bool else {value for value in get_args(hint) if isinstance(value, str)}
+        possible = set(AG_NEWS.prompts) if name == "prompt" else possible
         words = IN_WORDS[name].keys()
         assert words == possible - {"auto"} or all(isinstance(value, float) for value in words)
 

@@ -5,9 +5,11 @@ import pytest
 from scipy.optimize import minimize_scalar
 from statsmodels.stats.proportion import proportion_confint
 
-from data_prep import LABELS
+from data_prep.task import AG_NEWS
 from finetune.compare import calibration
 from finetune.records import Prediction
+
+LABELS = AG_NEWS.labels
 
 
 def drawn(rows: int, seed: int = 0, sharpness: float = 1.0) -> tuple[list[str], np.ndarray]:
@@ -17,6 +19,10 @@ def drawn(rows: int, seed: int = 0, sharpness: float = 1.0) -> tuple[list[str], 
     labels = [LABELS[generator.choice(4, p=row)] for row in true]
     sharpened = np.maximum(true, 1e-6) ** sharpness
     return labels, sharpened / sharpened.sum(axis=1, keepdims=True)
+
+
+def codes(labels) -> np.ndarray:
+    return np.array([LABELS.index(label) for label in labels])
 
 
 def as_predictions(labels, probabilities) -> list[Prediction]:
@@ -58,7 +64,7 @@ def brier_by_loops(labels, probabilities) -> float:
 @pytest.mark.parametrize("rows", [1, 9, 400])
 def test_scores_are_those_of_loops(seed, rows):
     labels, probabilities = drawn(rows, seed, sharpness=2)
-    scores = calibration.score(labels, probabilities)
+    scores = calibration.score(codes(labels), probabilities)
     assert scores.error.value == pytest.approx(error_by_loops(labels, probabilities))
     assert scores.brier.value == pytest.approx(brier_by_loops(labels, probabilities))
 
@@ -67,7 +73,7 @@ def test_a_table_by_hand():
     """Two rows at 0.7, one of them right; one at 0.9, right: (2 · 0.2 + 1 · 0.1) / 3."""
     probabilities = np.array([[0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1], [0.05, 0.03, 0.9, 0.02]])
     labels = ["World", "World", "Business"]
-    found = calibration.reliability(*calibration.confidences(labels, probabilities))
+    found = calibration.reliability(*calibration.confidences(codes(labels), probabilities))
     np.testing.assert_allclose(found.confidence, [0.7, 0.9])
     np.testing.assert_allclose(found.accuracy, [0.5, 1.0])
     assert found.rows.tolist() == [2, 1]
@@ -83,18 +89,18 @@ class TestTemperature:
     @pytest.mark.parametrize("sharpness", [0.5, 1.0, 3.0])
     def test_it_finds_how_much_too_sure_the_model_is(self, sharpness):
         labels, probabilities = drawn(20_000, sharpness=sharpness)
-        assert calibration.fit_temperature(labels, probabilities) == pytest.approx(sharpness, rel=0.06)
+        assert calibration.fit_temperature(codes(labels), probabilities) == pytest.approx(sharpness, rel=0.06)
 
     def test_it_is_the_minimum_of_the_log_loss(self):
         labels, probabilities = drawn(300, sharpness=2)
-        rows = [LABELS.index(label) for label in labels]
+        rows = codes(labels)
 
         def loss(temperature):
             logits = np.log(probabilities) / temperature
             return np.mean(np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(300), rows])
 
         expected = minimize_scalar(loss, bounds=(0.1, 10), method="bounded").x
-        assert calibration.fit_temperature(labels, probabilities) == pytest.approx(expected, rel=1e-3)
+        assert calibration.fit_temperature(codes(labels), probabilities) == pytest.approx(expected, rel=1e-3)
 
     def test_it_is_that_of_scikit_learn(self):
         from sklearn.calibration import CalibratedClassifierCV
@@ -109,7 +115,7 @@ class TestTemperature:
         scaled = CalibratedClassifierCV(FrozenEstimator(model), method="temperature").fit(held_out, held_labels)
         order = [list(model.classes_).index(label) for label in LABELS]
         ours = model.predict_proba(held_out)[:, order]
-        ours = calibration.with_temperature(ours, calibration.fit_temperature(held_labels, ours))
+        ours = calibration.with_temperature(ours, calibration.fit_temperature(codes(held_labels), ours))
         np.testing.assert_allclose(ours, scaled.predict_proba(held_out)[:, order], atol=2e-3)
 
     def test_it_leaves_the_answers(self):
@@ -120,7 +126,7 @@ class TestTemperature:
 
     def test_a_certain_and_wrong_row_can_be_scaled(self):
         probabilities = np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
-        assert calibration.fit_temperature(["World", "Sports", "World"], probabilities) > 1
+        assert calibration.fit_temperature(np.array([0, 1, 0]), probabilities) > 1
 
 
 class TestCoverage:
@@ -168,7 +174,9 @@ class TestCalibration:
     def test_the_temperature_is_that_of_the_validation_rows(self):
         test, validation = drawn(500, seed=1, sharpness=3), drawn(500, seed=2, sharpness=3)
         found = calibration.of(as_predictions(*test), as_predictions(*validation))
-        assert found.temperature == pytest.approx(calibration.fit_temperature(*validation), rel=1e-3)
+        assert found.temperature == pytest.approx(
+            calibration.fit_temperature(codes(validation[0]), validation[1]), rel=1e-3
+        )
         scaled = calibration.with_temperature(test[1], found.temperature)
         assert found.scaled.error.value == pytest.approx(error_by_loops(test[0], scaled))
         assert found.scaled.log_loss.value < found.scores.log_loss.value

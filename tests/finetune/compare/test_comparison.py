@@ -30,8 +30,8 @@ def compare(results, **right) -> comparison.Comparison:
 
 
 class TestFigures:
-    def test_rows_without_a_twin_by_hand(self, results):
-        """LoRA is right on rows 0 to 29; rows 0 to 9 have twins: 20 of 30 are right on the others."""
+    def test_rows_without_a_duplicate_by_hand(self, results):
+        """LoRA is right on rows 0 to 29; rows 0 to 9 have duplicates: 20 of 30 are right on the others."""
         rows = [
             row.model_copy(update={"has_twin": number < 10}) for number, row in enumerate(predictions(right_on(30, 40)))
         ]

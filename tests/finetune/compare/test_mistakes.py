@@ -5,12 +5,15 @@ import numpy as np
 import pytest
 from factories import predictions, right_on, write_run
 
-from data_prep import LABELS, PROMPTS, prepare
+from data_prep import prepare
 from data_prep.sources import sample
+from data_prep.task import AG_NEWS
 from finetune import paths
 from finetune.compare import mistakes
 from finetune.compare.comparison import load_folder
 from finetune.records import Prediction
+
+LABELS = AG_NEWS.labels
 
 
 @pytest.fixture
@@ -110,13 +113,13 @@ class TestSuspects:
 
 class TestArticles:
     def reference(self, folder=None, **changes):
-        manifest, _ = prepare(sample(), folder, prompt=PROMPTS["lean"])
+        manifest, _ = prepare(sample(AG_NEWS), folder, prompt="lean")
         return factories.data_reference(128, **{"source": "sample", "fingerprint": manifest.fingerprint} | changes)
 
     def test_the_sample_s_texts_may_be_published(self, tmp_path):
         texts = mistakes.publishable_articles(self.reference(tmp_path))
         assert len(texts) == 128
-        assert texts["test-0"] == next(sample().articles("test")).text
+        assert texts["test-0"] == next(sample(AG_NEWS).rows("test")).text
 
     def test_those_of_other_data_may_not(self, tmp_path):
         assert mistakes.publishable_articles(self.reference(tmp_path, source="csv")) == {}

@@ -7,7 +7,7 @@ import pytest
 from factories import SETTINGS, right_on, write_run, write_variant
 from test_baselines import write_baseline
 
-from data_prep import LABELS
+from data_prep.task import AG_NEWS
 from finetune import paths
 from finetune.compare import plots
 from finetune.compare.comparison import load
@@ -75,7 +75,7 @@ def test_f1_points_have_the_records_heights(comparison):
     for axes, scorings in zip(panels, (comparison.scoring, tuned), strict=True):
         for container, scoring in zip(axes.containers, scorings.values(), strict=True):
             heights = container.lines[0].get_ydata()
-            np.testing.assert_allclose(heights, [100 * scoring.classes[label].f1 for label in LABELS])
+            np.testing.assert_allclose(heights, [100 * scoring.classes[label].f1 for label in AG_NEWS.labels])
         places = sorted(x for container in axes.containers for x in container.lines[0].get_xdata())
         assert min(np.diff(places)) > 0.1, "points overlap"
 
@@ -161,7 +161,7 @@ def test_a_confusion_matrix_shows_its_counts(comparison):
     (axes,) = plots.confusion(scoring, "LoRA").axes
     assert [int(text.get_text()) for text in axes.texts] == np.ravel(scoring.confusion).tolist()
     assert axes.get_title() == "LoRA: 80.0%"
-    assert [label.get_text() for label in axes.get_xticklabels()] == list(LABELS)
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(AG_NEWS.labels)
 
 
 def test_the_grid_has_a_matrix_per_run_and_three_in_a_row(comparison):

@@ -13,7 +13,7 @@ from factories import SETTINGS, generation, predictions, right_on, write_run, wr
 from statsmodels.stats.proportion import proportion_confint
 from test_baselines import write_baseline
 
-from data_prep import LABELS, PROMPTS
+from data_prep.task import AG_NEWS
 from finetune import paths, records
 from finetune.__main__ import main
 from finetune.compare import ablation, calibration, plots, report, tables
@@ -104,7 +104,7 @@ class TestReport:
 
     @pytest.mark.parametrize("name", ["lean", "verbose"])
     def test_the_prompt_is_the_record_s_with_placeholders(self, name):
-        html = write_report(data={"prompt": PROMPTS[name].id})
+        html = write_report(data={"prompt": AG_NEWS.prompts[name].id})
         _, user, answer = re.findall("<dd>(.*?)</dd>", html, re.DOTALL)
         assert unescape(user) == "Classify the following news article:\n\nTITLE DESCRIPTION"
         assert unescape(answer) == '{"category":"World"}'
@@ -112,7 +112,7 @@ class TestReport:
 
     def test_the_figures_of_guessing_are_right(self):
         """All four alike: (3/4)² + 3 (1/4)² and ln 4, as this suite scores them."""
-        guess = calibration.score(list(LABELS), np.full((4, 4), 0.25))
+        guess = calibration.score(np.arange(4), np.full((4, 4), 0.25))
         said = f"a Brier score of {guess.brier.value:.2f} and a log loss of {guess.log_loss.value:.3f}"
         assert said in text_of(write_report())
 

@@ -157,7 +157,7 @@ def tables(page) -> dict[str, dict[str, list[str]]]:
 
 @pytest.fixture(scope="module")
 def raw(results) -> dict[str, dict[str, list]]:
-    """Of each method: labels, answers, probabilities and twins, from the files."""
+    """Of each method: labels, answers, probabilities and duplicates, from the files."""
     found = {}
     for name in NAMES:
         folder = results / (f"baselines/{name}" if name in ("majority", "svm", "few_shot") else name)
@@ -174,7 +174,7 @@ def read_rows(path) -> dict[str, list]:
         "label": [row["label"] for row in rows],
         "answer": [row["prediction"] for row in rows],
         "chances": [[row["probabilities"].get(label, 0) for label in LABELS] for row in rows],
-        "twin": [row["has_twin"] for row in rows],
+        "duplicate": [row["has_twin"] for row in rows],
     }
 
 
@@ -207,7 +207,7 @@ def class_f1(rows, drawn) -> np.ndarray:
 @pytest.mark.parametrize("name", NAMES)
 def test_quality(tables, raw, name):
     rows = raw[name]
-    alone = right(rows)[~np.array(rows["twin"])]
+    alone = right(rows)[~np.array(rows["duplicate"])]
     accuracy, interval, points, f1, f1_interval, f1_points, *others = tables["quality"][NAMES[name]]
     rows_alone, accuracy_alone, interval_alone = others
     base = raw["base"]

@@ -8,10 +8,11 @@ from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
 
-from data_prep import LABELS as CLASSES
+from data_prep.task import AG_NEWS
 from finetune.compare import stats
 from finetune.compare.stats import Pair
 
+CLASSES = AG_NEWS.labels
 LABELS = ["World", "Sports", "Business", "Sci/Tech"] * 100
 
 
@@ -22,7 +23,7 @@ def answers(right) -> list[str]:
 
 def compare(first, second) -> Pair:
     labels = answers([True] * len(first))
-    return stats.compare("lora", "qlora", labels, answers(first), answers(second))
+    return stats.compare("lora", "qlora", labels, answers(first), answers(second), CLASSES)
 
 
 def table(only_first: int, only_second: int, both: int = 30, neither: int = 10) -> tuple[list[bool], list[bool]]:

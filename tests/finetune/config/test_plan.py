@@ -158,7 +158,9 @@ class TestConversion:
 
 class TestRefusals:
     def test_an_unknown_run(self):
-        with pytest.raises(UserError, match="unknown run 'dora'; the runs are: base, full, full_unsloth, lora, qlora"):
+        with pytest.raises(
+            UserError, match="unknown run 'prefix'; the runs are: base, full, full_unsloth, lora, qlora"
+        ):
             plan("prefix")
 
     def test_an_unknown_profile(self, monkeypatch):
@@ -198,7 +200,6 @@ class TestRefusals:
             ("max_length", 8, "greater than or equal to 64"),
             ("warmup_steps", 1.0, "less than 1"),
             ("packing", "perhaps", "boolean"),
-            ("prompt", "short", "'lean' or 'verbose'"),
             ("source", "kaggle", "'sample', 'csv' or 'hub'"),
             ("target_modules", 3, "list"),
             ("compute_dtype", "float16", "'bfloat16' or 'float32'"),
@@ -261,12 +262,12 @@ class TestEngine:
     @pytest.mark.parametrize("profile", PROFILES)
     @pytest.mark.parametrize("run", METHODS)
     def test_every_run_of_every_profile_builds_with_cuda(self, with_cuda, run, profile):
-        assert plan(run, profile).engine == ("transformers" if run in ("base", "full", "prefix") else "unsloth")
+        assert plan(run, profile).engine == ("transformers" if run in ("base", "full", "dora") else "unsloth")
 
 
 class TestDigest:
     def test_every_parameter_has_another_value_here(self):
-        assert OTHER_VALUES.keys() | set(recipes.DEFINING) == EXPERIMENT_NAMES | RECIPE_NAMES
+        assert OTHER_VALUES.keys() | {"task", *recipes.DEFINING} == EXPERIMENT_NAMES | RECIPE_NAMES
 
     @pytest.mark.parametrize(("name", "value"), OTHER_VALUES.items())
     def test_it_changes_with_every_parameter(self, name, value):

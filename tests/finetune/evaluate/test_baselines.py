@@ -9,9 +9,9 @@ import factories
 import pytest
 from factories import right_on, write_run
 
-from data_prep import LABELS, PROMPTS, DataError
-from data_prep.schema import Example
+from data_prep import DataError, Example
 from data_prep.sources import sample
+from data_prep.task import AG_NEWS
 from finetune import baseline_records, paths, records
 from finetune.__main__ import main
 from finetune.baseline_records import Baseline
@@ -24,8 +24,10 @@ from finetune.model.load import load_model
 
 
 def examples(split: str) -> list[Example]:
-    lean = PROMPTS["lean"]
-    return [Example(f"{split}-{n}", lean.render(article)) for n, article in enumerate(sample().articles(split))]
+    return [
+        Example(f"{split}-{number}", row.text, row.label, AG_NEWS.messages("lean", row.text, row.label))
+        for number, row in enumerate(sample(AG_NEWS).rows(split))
+    ]
 
 
 def write_baseline(results, place: str, right, has_twin=lambda row: False, **changes):
@@ -35,7 +37,7 @@ def write_baseline(results, place: str, right, has_twin=lambda row: False, **cha
         for number, row in enumerate(factories.predictions(right))
     ]
     folder, name = results / "baselines" / place, place.split("/")[0]
-    scoring = factories.metrics.compute([row.label for row in rows], [row.prediction for row in rows])
+    scoring = factories.metrics.compute([row.label for row in rows], [row.prediction for row in rows], AG_NEWS.labels)
     values = {
         "name": name,
         "description": "as it was made",
@@ -76,8 +78,8 @@ class TestEvaluate:
             assert [row.id for row in rows[name]] == [example.id for example in data.test]
         assert table.loc["majority class", "accuracy"] == "25.0%"
         assert found["svm"].fit_seconds > 0 and found["few_shot"].fit_seconds is None
-        model = baselines._svm().fit(*baselines._articles_and_labels(data.train))
-        right = sum(model.predict([row.article for row in data.validation]) == [row.label for row in data.validation])
+        model = baselines._svm().fit(*baselines._texts_and_labels(data.train))
+        right = sum(model.predict([row.text for row in data.validation]) == [row.label for row in data.validation])
         assert found["svm"].validation_accuracy == pytest.approx(right / len(data.validation))
         # The 32 training rows are eight of each class, so that the first in the alphabet is as frequent as any.
         assert {row.prediction for row in rows["majority"]} == {"Business"}
@@ -111,9 +113,9 @@ class TestOnFewerRows:
         assert self.read() == [curve[8], curve[16]]
         assert [fitted.data.train_rows for fitted in self.read()] == [8, 16]
         rows = load_data(planned(train_rows=8, variant="rows-8"))
-        assert Counter(row.label for row in rows.train) == dict.fromkeys(LABELS, 2)
-        model = baselines._svm().fit(*baselines._articles_and_labels(rows.train))
-        answers = model.predict([row.article for row in rows.test])
+        assert Counter(row.label for row in rows.train) == dict.fromkeys(AG_NEWS.labels, 2)
+        model = baselines._svm().fit(*baselines._texts_and_labels(rows.train))
+        answers = model.predict([row.text for row in rows.test])
         file = paths.results_folder("cpu") / "baselines/svm/rows-8/predictions.jsonl"
         recorded = records.read_rows(file, curve[8].predictions_digest)
         assert [row.prediction for row in recorded] == list(answers)
@@ -158,7 +160,7 @@ class TestOnFewerRows:
         [
             (20, {"data": {"fingerprint": "ffffffffffff"}}, "fingerprint is ffffffffffff, and 0123456789ab in"),
             (20, {"description": "words only"}, "classifier is words only, and as it was made"),
-            (30, {"scoring": factories.metrics.compute(["World", "Sports"], ["World", "World"])},
+            (30, {"scoring": factories.metrics.compute(["World", "Sports"], ["World", "World"], AG_NEWS.labels)},
              "record.json: the record of svm/rows-250 holds another accuracy than its predictions give"),
         ],
     )  # fmt: skip
@@ -181,15 +183,15 @@ class TestOnFewerRows:
 
 def test_the_svm_learns_the_sample():
     train, test = examples("train"), examples("test")
-    model = baselines._svm().fit([row.article for row in train], [row.label for row in train])
-    assert model.score([row.article for row in test], [row.label for row in test]) > 0.65
+    model = baselines._svm().fit([row.text for row in train], [row.label for row in train])
+    assert model.score([row.text for row in test], [row.label for row in test]) > 0.65
 
 
 def test_the_svm_reaches_what_is_known_on_real_rows(ag_news):
     from data_prep.sources import open_source
 
-    articles = {split: list(open_source("csv", str(ag_news)).articles(split)) for split in ("train", "test")}
-    texts, labels = ([[getattr(a, name) for a in articles[s]] for s in articles] for name in ("text", "label"))
+    rows = {split: list(open_source("csv", AG_NEWS, str(ag_news)).rows(split)) for split in ("train", "test")}
+    texts, labels = ([[getattr(row, name) for row in rows[split]] for split in rows] for name in ("text", "label"))
     model = baselines._svm().fit(texts[0], labels[0])
     # 92.55 % is published for all 120,000 rows; these are 16,390.
     assert 0.895 < model.score(texts[1], labels[1]) < 0.925
@@ -207,7 +209,7 @@ def test_the_prompt_with_examples_is_a_conversation():
 
 def test_shots_are_two_of_each_class():
     shots = baselines.evenly(examples("train"), 8, 42)
-    assert Counter(shot.label for shot in shots) == dict.fromkeys(LABELS, 2)
+    assert Counter(shot.label for shot in shots) == dict.fromkeys(AG_NEWS.labels, 2)
 
 
 class TestInTheComparison:

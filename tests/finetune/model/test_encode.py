@@ -3,7 +3,8 @@
 import pytest
 from transformers import AutoTokenizer
 
-from data_prep import LABELS, PROMPTS, Article, Example, UserError
+from data_prep import Example, UserError
+from data_prep.task import AG_NEWS
 from finetune.model import encode
 
 
@@ -13,11 +14,12 @@ def tokenizer(tiny_model):
 
 
 def example(description: str, label: str = "World", prompt: str = "lean") -> Example:
-    return Example("test-0", PROMPTS[prompt].render(Article("Title", description, label)))
+    text = f"Title {description}"
+    return Example("test-0", text, label, AG_NEWS.messages(prompt, text, label))
 
 
-@pytest.mark.parametrize("label", LABELS)
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("label", AG_NEWS.labels)
+@pytest.mark.parametrize("prompt", AG_NEWS.prompts)
 def test_an_encoded_example_is_the_rendered_chat(tokenizer, label, prompt):
     one = example("Some description.", label, prompt)
     [encoded] = encode.encode(tokenizer, [one], 512)
@@ -40,7 +42,7 @@ def test_a_long_article_loses_its_end_and_keeps_its_answer(tokenizer, max_length
     assert max_length - 12 < len(encoded) <= max_length
     assert "word0 word1" in text and "word299" not in text
     assert text.endswith("<|im_start|>assistant\n")
-    assert encoded.answer == encode.answer_tokens(tokenizer, "Business")
+    assert encoded.answer == encode.answer_tokens(tokenizer, '{"category":"Business"}')
 
 
 def test_a_length_that_cannot_hold_the_prompt_is_refused(tokenizer):

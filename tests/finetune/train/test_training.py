@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerState
 
 from data_prep import UserError, prepare
+from data_prep.task import AG_NEWS
 from finetune import paths, plan, records
 from finetune.compare import comparison, tables
 from finetune.data import load_data
@@ -158,7 +159,7 @@ def test_artefacts_load_in_plain_libraries_and_predict_the_same(tiny, tiny_model
         assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = encode.encode_prompts(tokenizer, [example.prompt for example in data.test])
-    plain = score.LabelScorer(Backbone(load.evaluating(model)), tokenizer, 4).score(prompts)
+    plain = score.LabelScorer(Backbone(load.evaluating(model)), tokenizer, AG_NEWS, 4).score(prompts)
     saved = records.read_predictions(evaluated(run, tiny), paths.run_folder("cpu", run))
     np.testing.assert_allclose(plain, [list(row.probabilities.values()) for row in saved], atol=1e-5)
     assert (folder / "README.md").read_text().startswith("---\nbase_model:")
@@ -335,7 +336,7 @@ def test_a_validation_leaves_the_gradients_of_a_4_bit_model_as_they_were(tiny):
         return [p.grad.clone() for p in trainer.model.parameters() if p.requires_grad]
 
     before = gradients()
-    scorer = score.LabelScorer(Backbone(load.evaluating(trainer.model)), trainer.processing_class, 4)
+    scorer = score.LabelScorer(Backbone(load.evaluating(trainer.model)), trainer.processing_class, AG_NEWS, 4)
     scorer.score([row["input_ids"][:50] for row in trainer.train_dataset])
     trainer.model.train()
     assert all(torch.equal(first, second) for first, second in zip(before, gradients(), strict=True))
@@ -347,7 +348,7 @@ def test_scores_of_a_4_bit_model_do_not_depend_on_the_batch_size(tiny):
     names = run_cells("qlora_finetuning_performance", "evaluate(found", PROFILE="cpu", OVERRIDES={"test_rows": 24})
     model, tokenizer = load.evaluating(names["model"]), names["tokenizer"]
     prompts = encode.encode_prompts(tokenizer, [example.prompt for example in names["data"].test])
-    scored = [score.LabelScorer(Backbone(model), tokenizer, size).score(prompts) for size in (1, 5, 24)]
+    scored = [score.LabelScorer(Backbone(model), tokenizer, AG_NEWS, size).score(prompts) for size in (1, 5, 24)]
     np.testing.assert_allclose(scored[0], scored[2], atol=1e-5)
     np.testing.assert_allclose(scored[1], scored[2], atol=1e-5)
 
@@ -372,14 +373,14 @@ def test_a_merged_model_predicts_what_base_and_adapter_do(tiny, run):
     assert not any("lora" in name for name, _ in model.named_parameters())
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = encode.encode_prompts(tokenizer, [example.prompt for example in data.test])
-    merged = score.LabelScorer(Backbone(model), tokenizer, 8).score(prompts)
-    predicted = score.predicted_labels(merged)
+    merged = score.LabelScorer(Backbone(model), tokenizer, AG_NEWS, 8).score(prompts)
+    predicted = score.predicted_labels(merged, AG_NEWS.labels)
     right = [label == example.label for label, example in zip(predicted, data.test, strict=True)]
     assert np.mean(right) == pytest.approx(result.scoring.accuracy)
     if run == "qlora":
         # On the base in full precision, the adapter is another model than on the 4-bit one.
         elsewhere = AutoPeftModelForCausalLM.from_pretrained(paths.home() / "adapters" / "cpu-qlora")
-        wrong = score.LabelScorer(Backbone(elsewhere), tokenizer, 8).score(prompts)
+        wrong = score.LabelScorer(Backbone(elsewhere), tokenizer, AG_NEWS, 8).score(prompts)
         saved = records.read_predictions(records.read(paths.run_folder("cpu", run)), paths.run_folder("cpu", run))
         known = np.array([list(row.probabilities.values()) for row in saved])
         assert np.abs(merged - known).mean() < np.abs(wrong - known).mean() / 2

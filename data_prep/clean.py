@@ -1,6 +1,6 @@
-"""Normalisation of AG News' text artefacts, as a documented step that can be switched off.
+"""Repairs of text artefacts, each a documented step that a task names and a user can switch off.
 
-The CSV files were cut out of web feeds, and lost characters on the way:
+AG News' CSV files were cut out of web feeds, and lost characters on the way:
 
 | in the file                  | becomes            | rows of the official test set |
 |------------------------------|--------------------|-------------------------------|
@@ -22,7 +22,7 @@ _DETACHED_APOSTROPHE = re.compile(r"(?<=\w) &#39;(?=(?:s|t|re|ve|ll|d|m)\b)|(?<=
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 
 
-def normalise(text: str) -> str:
+def repair_feed(text: str) -> str:
     """The text with entities decoded, markup removed, and white space and line-break backslashes folded."""
     if "#" in text or ";" in text:
         text = _LOST_AMPERSAND.sub(r"&\1;", text)

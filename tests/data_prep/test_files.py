@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import PROMPTS, DataError, UserError, load_manifest, prepare, read_examples
-from data_prep.store import replacing, write_json
+from data_prep import DataError, UserError, load_manifest, prepare, read_examples
+from data_prep.files import replacing, write_json
 
 
 @pytest.fixture
 def folder(make_source, tmp_path) -> Path:
-    prepare(make_source(train=80, test=20), tmp_path / "out", prompt=PROMPTS["lean"], validation_rows=12)
+    prepare(make_source(train=80, test=20), tmp_path / "out", prompt="lean", validation_rows=12)
     return tmp_path / "out"
 
 
@@ -27,11 +27,8 @@ def example(**changes) -> bytes:
         {"role": "user", "content": "Text"},
         {"role": "assistant", "content": '{"category":"World"}'},
     ]
-    return json.dumps({"id": "train-4", "messages": messages, "has_twin": False} | changes).encode() + b"\n"
-
-
-def chat(*contents, roles=("system", "user", "assistant")) -> list[dict]:
-    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+    row = {"id": "train-4", "text": "Text", "label": "World", "messages": messages, "has_duplicate": False}
+    return json.dumps(row | changes).encode() + b"\n"
 
 
 BROKEN_LINES = {
@@ -41,17 +38,8 @@ BROKEN_LINES = {
     "a number": (b"7\n", "not an example"),
     "a list": (b"[]\n", "not an example"),
     "no id": (example().replace(b'"id"', b'"key"'), "not an example"),
-    "no messages": (example(messages=[]), "not an example"),
-    "messages of text": (example(messages=["a", "b", "c"]), "not an example"),
-    "no has_twin": (example().replace(b"has_twin", b"twin"), "not an example"),
-    "two messages": (example(messages=chat("a", "b", roles=("system", "user"))), "roles|answer"),
-    "roles exchanged": (
-        example(messages=chat("a", "b", '{"category":"World"}', roles=("user", "system", "assistant"))),
-        "roles",
-    ),
-    "another answer": (example(messages=chat("a", "b", '{"category":"Politics"}')), "unknown answer"),
-    "an answer with a space": (example(messages=chat("a", "b", '{"category": "World"}')), "unknown answer"),
-    "an answer that is a list": (example(messages=chat("a", "b", ["World"])), "answer|example"),
+    "another word for duplicate": (example().replace(b"has_duplicate", b"has_twin"), "not an example"),
+    "the first version's row": (example().replace(b'"text": "Text", "label": "World", ', b""), "not an example"),
 }
 
 
@@ -79,7 +67,7 @@ def test_a_file_cut_within_a_row_is_refused_with_its_last_line(folder):
 
 def test_a_file_cut_within_a_character_is_refused_with_its_last_line(make_source, tmp_path):
     rows = [(str(1 + row % 4), "Title", f"Text {row} 東") for row in range(20)]
-    prepare(make_source(rows, rows), tmp_path / "out", prompt=PROMPTS["lean"], validation_rows=4)
+    prepare(make_source(rows, rows), tmp_path / "out", prompt="lean", validation_rows=4)
     path = tmp_path / "out" / "train.jsonl"
     content = path.read_bytes()
     path.write_bytes(content[: content.rindex("東".encode()) + 1])
@@ -97,11 +85,11 @@ def test_a_missing_file_is_named(folder, name):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"schema_version": 2}, "schema_version"),
+        ({"schema_version": 1}, "schema_version"),
         ({"owner": "me"}, "owner"),
         ({"seed": "many"}, "seed"),
         ({"rows": {"train": {"World": "all"}}}, "rows"),
-        ({"repeats": None}, "repeats"),
+        ({"duplicates": None}, "duplicates"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -124,7 +112,7 @@ def test_the_fingerprint_changes_with_text_label_and_prompt(make_source, tmp_pat
     prints = {}
     for name, (train, prompt) in variants.items():
         source = make_source(train, name=name)
-        manifest, _ = prepare(source, tmp_path / name, prompt=PROMPTS[prompt], validation_rows=8)
+        manifest, _ = prepare(source, tmp_path / name, prompt=prompt, validation_rows=8)
         prints[name] = manifest.fingerprint
     assert prints["same"] == prints["same again"]
     assert len(set(prints.values())) == 4

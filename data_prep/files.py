@@ -10,52 +10,90 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_prep.errors import DataError, UserError
-from data_prep.schema import LABELS, SPLITS, Example, Split, answer_for
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+Message = dict[str, str]
 
 MANIFEST = "manifest.json"
 DATA_FILES = tuple(f"{split}.jsonl" for split in SPLITS)
 
+# Made once: json.dumps with an option makes an encoder for every row.
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
-class Repeats(BaseModel):
-    """How often articles repeat. Near: see `data_prep.repeats` for the two measures."""
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prepared row: its text and label, and the chat of system, user and assistant message made of them.
+
+    `has_duplicate` marks a test row whose text is repeated, exactly or nearly, in the training rows.
+    """
+
+    id: str
+    text: str
+    label: str
+    messages: list[Message]
+    has_duplicate: bool = False
+
+    @property
+    def prompt(self) -> list[Message]:
+        return self.messages[:-1]
+
+    def to_json(self) -> str:
+        """The row's line in its file."""
+        return _encode({name: getattr(self, name) for name in self.__slots__}) + "\n"
+
+    def identity(self) -> bytes:
+        """What the fingerprint sees of a row. These are the lines of the first version of the files, with its word for
+        a duplicate: the same data keeps the fingerprint that published records hold."""
+        row = {"id": self.id, "messages": self.messages, "has_twin": self.has_duplicate}
+        return (_encode(row) + "\n").encode()
+
+
+class Duplicates(BaseModel):
+    """How often texts repeat: see `data_prep.duplicates` for the measures. Near ones are not exact too."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     test_exact_in_train: int
     test_near_in_train: int
-    train_exact_contradicting: int
-    train_near_contradicting: int
+    train_contradicting: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.test_exact_in_train:,} test rows repeat a training row, {self.test_near_in_train:,} nearly; "
+            f"{self.train_contradicting:,} training rows are there again under another label"
+        )
 
 
 class Manifest(BaseModel):
     """What a prepared data set is and where it came from.
 
-    `rows` maps split to label to count; `files` maps split to the SHA-256 of its JSONL file; `tokens` maps prompt to
-    statistics of the whole example in tokens, or is None where no tokenizer was at hand.
+    `fingerprint` has 12 hexadecimal digits that change when any row, label or prompt changes. `rows` maps split to
+    label to count; `files` maps split to the SHA-256 of its JSONL file; `tokens` maps prompt to statistics of the whole
+    example in tokens, or is None where no tokenizer was at hand.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
+    task: str
     source: dict[str, Any]
     prompt: str
     normalised: bool
     seed: int
+    fingerprint: str
     rows: dict[Split, dict[str, int]]
     files: dict[Split, str]
-    repeats: Repeats
+    duplicates: Duplicates
     tokens: dict[str, Any] | None
-
-    @property
-    def fingerprint(self) -> str:
-        """12 hexadecimal digits that change when any row, label or prompt changes."""
-        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()[:12]
 
     def total(self, split: Split) -> int:
         return sum(self.rows[split].values())
@@ -114,7 +152,7 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def read_examples(folder: Path, split: Split) -> Iterator[Example]:
-    """The examples of a split, checked row by row.
+    """The examples of a split.
 
     Raises:
         DataError: The file is missing, cut short, or a row is not an example; or it is not the manifest's file.
@@ -133,29 +171,13 @@ def _parsed(path: Path) -> Iterator[Example]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                row = json.loads(line.decode("utf-8"))
+                yield Example(**json.loads(line.decode("utf-8")))
             except UnicodeDecodeError as error:
                 raise DataError(path, f"not UTF-8 ({error.reason}); is the file cut short?", number) from error
             except json.JSONDecodeError as error:
                 raise DataError(path, f"not valid JSON ({error.msg}); is the file cut short?", number) from error
-            yield _example(row, path, number)
-
-
-def _example(row: Any, path: Path, number: int) -> Example:
-    try:
-        example = Example(row["id"], row["messages"], row["has_twin"])
-        roles = [message["role"] for message in example.messages]
-        answer = example.messages[-1]["content"]
-    except (KeyError, TypeError, IndexError) as error:
-        raise DataError(path, "not an example with id, messages and has_twin", number) from error
-    if roles != ["system", "user", "assistant"]:
-        raise DataError(path, f"roles {roles} instead of system, user, assistant", number)
-    if not isinstance(answer, str) or answer not in _ANSWERS:
-        raise DataError(path, f"unknown answer {answer!r}; the answers are {sorted(_ANSWERS)}", number)
-    return example
-
-
-_ANSWERS = {answer_for(label) for label in LABELS}
+            except TypeError as error:
+                raise DataError(path, f"not an example with {', '.join(Example.__slots__)}", number) from error
 
 
 def _first(error: ValidationError) -> str:

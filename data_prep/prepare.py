@@ -1,0 +1,213 @@
+"""Prepare a data set: read, check, clean, split, find duplicates, write the chat examples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.duplicates import DuplicateFinder
+from data_prep.errors import DataError, UserError
+from data_prep.files import (
+    DATA_FILES,
+    MANIFEST,
+    SPLITS,
+    Duplicates,
+    Example,
+    Manifest,
+    Message,
+    Split,
+    file_digest,
+    load_manifest,
+    replacing,
+    write_json,
+)
+from data_prep.sources import Row, Source
+
+TokenCounter = Callable[[Sequence[list[Message]]], list[int]]
+
+# Token statistics come from this many training rows, spread evenly: enough for the 99th percentile within some
+# tokens, where counting all 120,000 rows under two prompts would take as long as everything else.
+TOKEN_SAMPLE = 2000
+
+
+def prepare(
+    source: Source,
+    folder: Path,
+    *,
+    prompt: str,
+    seed: int = 42,
+    validation_rows: int = 2000,
+    clean: bool = True,
+    count_tokens: TokenCounter | None = None,
+) -> tuple[Manifest, bool]:
+    """Prepare `source` into `folder`, or find that this was done already.
+
+    Args:
+        source: Where the rows come from, and whose task they are.
+        folder: Receives `{train,validation,test}.jsonl` and `manifest.json`.
+        prompt: The name of the task's prompt that the examples are rendered with.
+        seed: Chooses the validation rows.
+        validation_rows: Rows cut from train, the same share of every class, where the source has no validation split.
+        clean: Repair the texts, where the task knows how (see `data_prep.clean`).
+        count_tokens: Tokens of each rendered chat; without it the manifest says nothing of tokens.
+
+    Returns:
+        The manifest, and whether an existing result was reused.
+
+    Raises:
+        DataError: A row or file is wrong, or the folder holds another source's output. Nothing is left half-written.
+    """
+    task = source.task
+    provenance = source.provenance()
+    request = {
+        "task": task.name,
+        "source": provenance,
+        "prompt": task.prompts[prompt].id,
+        "normalised": clean and task.clean is not None,
+        "seed": seed,
+    }
+    existing = _existing(folder, provenance)
+    cut = None if "validation" in source.splits() else validation_rows
+    if existing and _answers(existing, request, cut, folder, count_tokens is not None):
+        return existing, True
+
+    in_validation = None if cut is None else _validation_mask(source, cut, seed)
+    duplicates = DuplicateFinder(row.text for row in _cleaned(source, "test", clean))
+    indices = {label: index for index, label in enumerate(task.labels)}
+    (folder / MANIFEST).unlink(missing_ok=True)
+    counts: dict[Split, Counter] = {split: Counter() for split in SPLITS}
+    identities = {split: hashlib.sha256() for split in SPLITS}
+    # All three files or none.
+    with (
+        replacing(folder / "train.jsonl") as train,
+        replacing(folder / "validation.jsonl") as validation,
+        replacing(folder / "test.jsonl") as test,
+    ):
+        files = dict(zip(SPLITS, (train, validation, test), strict=True))
+
+        def write(split: Split, origin: str, row: Row, has_duplicate: bool = False) -> None:
+            messages = task.messages(prompt, row.text, row.label)
+            example = Example(origin, row.text, row.label, messages, has_duplicate)
+            counts[split][row.label] += 1
+            identities[split].update(example.identity())
+            files[split].write(example.to_json())
+
+        for number, row in enumerate(_cleaned(source, "train", clean)):
+            is_cut = in_validation is not None and in_validation[number]
+            if not is_cut:
+                duplicates.see(row.text, indices[row.label])
+            write("validation" if is_cut else "train", f"train-{number}", row)
+        if in_validation is None:
+            for number, row in enumerate(_cleaned(source, "validation", clean)):
+                write("validation", f"validation-{number}", row)
+        for number, row in enumerate(_cleaned(source, "test", clean)):
+            write("test", f"test-{number}", row, duplicates.has_duplicate(number))
+        for split, label in ((split, label) for split in SPLITS for label in task.labels):
+            if not counts[split][label]:
+                raise DataError(folder, f"the {split} split has no row of the class {label}; the source is incomplete")
+
+    digests = {split: identities[split].hexdigest() for split in SPLITS}
+    source_rows = sum(counts["train"].values()) if in_validation is None else len(in_validation)
+    manifest = Manifest(
+        **request,
+        fingerprint=hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:12],
+        rows={split: {label: counts[split][label] for label in task.labels} for split in SPLITS},
+        files={split: file_digest(folder / f"{split}.jsonl") for split in SPLITS},
+        duplicates=Duplicates(
+            test_exact_in_train=len(duplicates.exact),
+            test_near_in_train=len(duplicates.near - duplicates.exact),
+            train_contradicting=duplicates.contradicting(),
+        ),
+        tokens=_token_statistics(source, source_rows, clean, count_tokens) if count_tokens else None,
+    )
+    write_json(folder / MANIFEST, manifest.model_dump())
+    return manifest, False
+
+
+def _existing(folder: Path, provenance: dict) -> Manifest | None:
+    """The manifest that is there already, None if there is none; refuses a folder that holds something else."""
+    if (folder / MANIFEST).is_file():
+        manifest = load_manifest(folder)
+        if manifest.source != provenance:
+            raise DataError(
+                folder,
+                f"already holds the data of another source ({_short(manifest.source)}, not {_short(provenance)}); "
+                "delete the folder to prepare it anew",
+            )
+        return manifest
+    if folder.is_dir():
+        known = {MANIFEST, *DATA_FILES, ".gitkeep"}
+        foreign = sorted(path.name for path in folder.iterdir() if path.name.removesuffix(".partial") not in known)
+        if foreign:
+            raise DataError(folder, f"holds files that are not prepared data ({', '.join(foreign[:3])})")
+    return None
+
+
+def _short(source: dict) -> str:
+    digest = source.get("sha256", {}).get("train.csv", "")[:8]
+    return " ".join(filter(None, [source["kind"], source.get("dataset"), digest]))
+
+
+def _answers(manifest: Manifest, request: dict, validation_rows: int | None, folder: Path, tokens: bool) -> bool:
+    """Whether an existing result is what `request` asks for, its files untouched.
+
+    `validation_rows` is None for a source that has a validation split of its own.
+    """
+    same = all(getattr(manifest, key) == value for key, value in request.items())
+    same_split = validation_rows in (None, manifest.total("validation"))
+    whole = all(
+        (folder / f"{split}.jsonl").is_file() and file_digest(folder / f"{split}.jsonl") == digest
+        for split, digest in manifest.files.items()
+    )
+    return same and same_split and whole and (manifest.tokens is not None or not tokens)
+
+
+def _validation_mask(source: Source, validation_rows: int, seed: int) -> np.ndarray:
+    """Which training rows go to validation, as a mask of shape (rows,)."""
+    indices = {label: index for index, label in enumerate(source.task.labels)}
+    labels = np.fromiter((indices[row.label] for row in source.rows("train")), np.uint16)
+    if not len(indices) <= validation_rows <= len(labels) // 2:
+        raise UserError(
+            f"validation_rows={validation_rows} cannot be cut from {len(labels)} training rows; "
+            f"choose between {len(indices)} and {len(labels) // 2}"
+        )
+    generator = np.random.default_rng(seed)
+    mask = np.zeros(len(labels), dtype=bool)
+    # Cumulative rounding: the classes' shares add up to exactly `validation_rows`.
+    ends = np.rint(np.cumsum(np.bincount(labels, minlength=len(indices))) * validation_rows / len(labels)).astype(int)
+    for index, count in enumerate(np.diff(ends, prepend=0)):
+        mask[generator.choice(np.flatnonzero(labels == index), count, replace=False)] = True
+    return mask
+
+
+def _cleaned(source: Source, split: Split, clean: bool, step: int = 1) -> Iterator[Row]:
+    """Every `step`-th row of a split, repaired if that is wanted; the others are not even repaired."""
+    repair = source.task.clean if clean else None
+    for number, row in enumerate(islice(source.rows(split), 0, None, step)):
+        cleaned = Row(tuple(map(repair, row.texts)), row.label) if repair else row
+        if not cleaned.text:
+            raise DataError(f"{source.name} {split} row {number * step + 1}", "empty text: nothing but markup")
+        yield cleaned
+
+
+def _token_statistics(source: Source, source_rows: int, clean: bool, count_tokens: TokenCounter) -> dict:
+    """Tokens per example under every prompt, from at most TOKEN_SAMPLE training rows, spread evenly."""
+    task, statistics = source.task, {}
+    rows = list(_cleaned(source, "train", clean, step=-(-source_rows // TOKEN_SAMPLE)))
+    for name, prompt in task.prompts.items():
+        tokens = np.array(count_tokens([task.messages(name, row.text, row.label) for row in rows]))
+        median, tail = np.percentile(tokens, [50, 99])
+        statistics[prompt.id] = {
+            "rows": len(tokens),
+            "mean": round(float(tokens.mean()), 1),
+            "median": float(median),
+            "p99": float(tail),
+            "max": int(tokens.max()),
+        }
+    return statistics
