@@ -173,7 +173,7 @@ def serve(address: str) -> None:
     import finetune.compare.comparison
     import finetune.evaluate.baselines
     import finetune.evaluate.run
-    import finetune.train.run  # noqa: F401
+    import finetune.train.save  # noqa: F401
 
     # Nobody waits for kernels: their proxies see the connection end.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
