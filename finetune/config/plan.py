@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -191,6 +191,8 @@ def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = 
         raise UserError(f"unknown prompt '{experiment.prompt}'; task {experiment.task} has: {', '.join(prompts)}")
     recipe = _build(Recipe, values, method.recipe) if method.recipe else None
     if recipe:
+        if recipe.lora_alpha is None:
+            recipe = replace(recipe, lora_alpha=2 * recipe.r)
         check(recipe, run, method.recipe)
         if recipe.dtype == "bfloat16" and experiment.compute_dtype == "float32":
             raise UserError("compute_dtype=float32 contradicts dtype=bfloat16: bfloat16 weights multiply in bfloat16")

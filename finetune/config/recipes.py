@@ -95,8 +95,8 @@ class Recipe:
     """Let cuDNN time its algorithms and keep the fastest; it governs convolutions, and a GPU alone."""
     r: Count = 16
     """Rank of the adapter's matrices."""
-    lora_alpha: Count = 32
-    """The adapter's output is scaled by lora_alpha / r."""
+    lora_alpha: Count | None = None
+    """The adapter's output is scaled by lora_alpha / r; twice `r` if not given, so that the scale stays."""
     lora_dropout: Share = 0.0
     """Dropout before the adapter; Unsloth's kernels need 0."""
     target_modules: Annotated[list[str] | Literal["all-linear"], BeforeValidator(_names)] = Field(

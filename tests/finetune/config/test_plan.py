@@ -303,7 +303,8 @@ class TestRecipes:
         assert lora.experiment == qlora.experiment
 
     def test_the_defaults_are_those_of_the_experiment_that_this_began_with(self):
-        assert (LORA.r, LORA.lora_alpha, LORA.per_device_train_batch_size, LORA.gradient_accumulation_steps) == (
+        lora = plan("lora", "spark").recipe
+        assert (lora.r, lora.lora_alpha, LORA.per_device_train_batch_size, LORA.gradient_accumulation_steps) == (
             16,
             32,
             8,
@@ -311,6 +312,7 @@ class TestRecipes:
         )
         assert (LORA.max_length, LORA.learning_rate, FULL.learning_rate) == (512, 2e-4, 2e-5)
         assert LORA.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+        assert plan("lora", "cpu", {"r": 8}).recipe.lora_alpha == 16
         assert plan("lora", "cpu", {"target_modules": "q_proj, v_proj"}).recipe.target_modules == ["q_proj", "v_proj"]
 
     def test_a_recipe_is_frozen_and_takes_no_other_field(self):
