@@ -2,13 +2,16 @@
 
 import ast
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 
-from finetune import paths
+from data_prep import UserError
+from finetune import find_run, paths, plan, plan_training
 from finetune.config.methods import METHODS
 from finetune.config.recipes import ADAPTER_ONLY, Recipe
 from finetune.runner import STEPS
@@ -77,3 +80,15 @@ def test_a_training_notebook_shows_its_method(run):
     hidden = {"adapter", "engine", "load_in_4bit", "use_dora", "use_liger_kernel", "offload_embedding"}
     hidden |= {"cudnn_benchmark", "save_steps", "loading", "compute_dtype"}
     assert shown | hidden | (set() if recipe.adapter else ADAPTER_ONLY) >= {field.name for field in fields(Recipe)}
+
+
+def test_after_a_failed_plan_no_later_cell_can_use_what_an_earlier_run_left(home, monkeypatch):
+    """Jupyter goes on with the cells below the failed one where the kernel is slow to say that it failed."""
+    left = {"settings": plan("lora", "cpu"), "PROFILE": "cpu"}
+    shell = SimpleNamespace(user_ns=left)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    for begin in (plan, plan_training, find_run):
+        left["settings"] = plan("lora", "cpu")
+        with pytest.raises(UserError, match="unknown profile"):
+            begin("lora", "no-such-profile")
+        assert left == {"PROFILE": "cpu"}
