@@ -158,10 +158,15 @@ class Settings:
         return (
             f"<p><b>{METHODS[self.run].title}</b>: "
             f"profile <code>{self.profile}</code> ({self.profile_reason}){engine}</p>"
-            f"{table[~is_default].to_html()}"
+            f"{_left(table[~is_default])}"
             f"<details><summary>{is_default.sum()} parameters have their default values</summary>"
-            f"{table[is_default].to_html()}</details>"
+            f"{_left(table[is_default])}</details>"
         )
+
+
+def _left(table: pd.DataFrame) -> str:
+    aligned = [{"selector": "th, td", "props": "text-align: left"}]
+    return table.style.format(escape="html").set_table_styles(aligned).to_html()
 
 
 def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> Settings:
@@ -198,7 +203,11 @@ def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = 
             raise UserError("compute_dtype=float32 contradicts dtype=bfloat16: bfloat16 weights multiply in bfloat16")
         if recipe.cuda_graphs and experiment.compute_dtype == "float32":
             raise UserError("compute_dtype=float32 needs cuda_graphs=False: attention in float32 cannot be recorded")
-    engine, engine_reason = _choose_engine(recipe.engine) if recipe else ("transformers", "evaluation only")
+    engine, engine_reason = (
+        _choose_engine(recipe.engine, origins.get("engine", "the recipe"))
+        if recipe
+        else ("transformers", "evaluation only")
+    )
     if engine == "unsloth" and experiment.compute_dtype == "float32":
         raise UserError("compute_dtype=float32 needs engine=transformers: Unsloth multiplies in bfloat16")
     used = {field.name for part in filter(None, (experiment, recipe)) for field in fields(part)}
@@ -206,14 +215,14 @@ def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = 
     return Settings(run, profile, reason, engine, engine_reason, experiment, recipe, origins)
 
 
-def _choose_engine(wanted: str) -> tuple[Literal["transformers", "unsloth"], str]:
+def _choose_engine(wanted: str, origin: str) -> tuple[Literal["transformers", "unsloth"], str]:
     """The training engine, and why.
 
     Raises:
         UserError: Unsloth is asked for by name where there is no CUDA.
     """
     if wanted == "transformers":
-        return "transformers", "asked for by name"
+        return "transformers", f"set by {origin}"
     if not machine.has_cuda():
         if wanted == "unsloth":
             raise UnavailableHere(

@@ -209,12 +209,10 @@ def trainable_parameters(model) -> pd.DataFrame:
     """Trainable parameters by kind of tensor, with their share of the model."""
     import pandas as pd
 
-    counts = trainable_counts(model)
-    total = parameter_count(model)
-    shares = [f"{count / total:.3%}" for count in counts.values()]
-    return pd.DataFrame(
-        {"parameters": [f"{count:,}" for count in counts.values()], "share of the model": shares}, counts
-    )
+    counts, total = trainable_counts(model), parameter_count(model)
+    counts |= {"all": sum(counts.values())}
+    shown = [(f"{count:,}", f"{count / total:.3%}") for count in counts.values()]
+    return pd.DataFrame(shown, list(counts), ["parameters", "share of the model"])
 
 
 def compute_dtype_of_4bit(model: torch.nn.Module) -> torch.dtype | None:

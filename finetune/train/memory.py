@@ -49,7 +49,7 @@ def choose_checkpointing(settings: Settings, configuration, lengths: Sequence[in
     if recipe.gradient_checkpointing == "unsloth" and settings.engine != "unsloth":
         return Checkpointing("plain", "Unsloth's needs the Unsloth engine")
     if recipe.gradient_checkpointing != "auto":
-        return Checkpointing(recipe.gradient_checkpointing, "asked for")
+        return Checkpointing(recipe.gradient_checkpointing, f"set by {settings.origins['gradient_checkpointing']}")
     longest = sum(sorted(lengths)[-recipe.per_device_train_batch_size :])
     held = model_bytes(recipe, configuration)
     activations = activation_bytes(configuration, longest, settings.engine)
