@@ -211,7 +211,7 @@ class Suite:
     def _execute(self, step: Step, kernels: Kernels, progress: _Progress) -> Outcome:
         notebook = parameterize_notebook(
             _notebook(step),
-            {"PROFILE": self.profile, "OVERRIDES": self._given(step), **step.parameters},
+            {"PROFILE": self.profile, **self._given(step), **step.parameters},
         )
         stamp = self._stamp(step)
         stamp.unlink(missing_ok=True)
@@ -251,11 +251,14 @@ class Suite:
         return plan.artefact_folder if step.kind == "train" else plan.run_folder / records.PREDICTIONS
 
     def _given(self, step: Step) -> dict[str, Any]:
-        """The overrides of a notebook: the evaluation of a trained model takes those of the evaluation alone."""
+        """The overrides of a notebook: the evaluation of a trained model takes those of the evaluation alone, and the
+        comparison none."""
+        if step.kind == "compare":
+            return {}
         overrides = self.overrides_for(step.run, step.variant)
-        if step.kind != "evaluate" or METHODS[step.run].recipe is None:
-            return overrides
-        return {name: value for name, value in overrides.items() if name in EVALUATION_ONLY | {"variant"}}
+        if step.kind == "evaluate" and METHODS[step.run].recipe:
+            overrides = {name: value for name, value in overrides.items() if name in EVALUATION_ONLY | {"variant"}}
+        return {"OVERRIDES": overrides}
 
     def _plan(self, step: Step) -> Settings:
         return plan(step.run or "base", self.profile, self.overrides_for(step.run, step.variant))

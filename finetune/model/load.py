@@ -7,6 +7,7 @@ always loads artefacts with plain transformers and peft, as a user would.
 from __future__ import annotations
 
 import logging
+import re
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # Liger, for its part, warns of each kernel that it has for other accelerators.
 logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
+
+
+# Tokens that a tokenizer holds for nothing, or for padding: Llama 3's `<|finetune_right_pad_id|>`, Gemma's `<unused0>`.
+SPARE_TOKEN = re.compile("pad|reserved|unused", re.IGNORECASE)
 
 
 def load_model(
@@ -118,7 +123,7 @@ def load_tokenizer(name: str | Path):
     """The tokenizer, checked for what chat training needs.
 
     Raises:
-        UserError: The model cannot be found, has no chat template, or pads with its end-of-turn token.
+        UserError: The model cannot be found, has no chat template, or has no token to pad with but its end of turn.
     """
     from transformers import AutoTokenizer
 
@@ -128,7 +133,13 @@ def load_tokenizer(name: str | Path):
     if tokenizer.chat_template is None:
         raise UserError(f"{path} has no chat template; choose an instruct or chat model")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise UserError(f"{path}: the tokenizer has no pad token of its own; set one that is not its eos token")
+        # Never eos: a model that is trained to end its answer must not see that token hidden as padding.
+        spare = [token for token in tokenizer.get_added_vocab() if SPARE_TOKEN.search(token)]
+        spare = sorted(set(spare) - {tokenizer.eos_token}, key=lambda token: ("pad" not in token.lower(), token))
+        if not spare:
+            raise UserError(f"{path}: the tokenizer has no pad token, and no reserved token to take; add one to it")
+        tokenizer.pad_token = spare[0]
+        print(f"pad token: {spare[0]}, which the model reserves; the tokenizer names none of its own")
     return tokenizer
 
 

@@ -93,7 +93,6 @@ def housekeeping(settings: Settings) -> dict[str, Any]:
         "output_dir": str(settings.state_folder),
         "logging_steps": 0.02,
         "logging_nan_inf_filter": False,
-        "report_to": ["tensorboard"],
         "save_strategy": "steps" if saves else "no",
         "save_steps": saves or 500,
         "save_total_limit": 2,

@@ -1,11 +1,13 @@
 """Encoding: what training learns and what evaluation asks are the same tokens."""
 
+import copy
+
 import pytest
 from transformers import AutoTokenizer
 
 from data_prep import Example, UserError
 from data_prep.task import AG_NEWS
-from finetune.model import encode
+from finetune.model import encode, load
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +67,24 @@ def test_prompts_share_what_they_begin_with_but_keep_a_token_of_their_own():
     assert encode.shared_length([[1, 2, 3, 4], [1, 2, 5]]) == 2
     assert encode.shared_length([[1, 2], [1, 2]]) == 1
     assert encode.shared_length([[1], [2]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("added", "chosen"),
+    [
+        (["<|reserved_special_token_0|>", "<|finetune_right_pad_id|>"], "<|finetune_right_pad_id|>"),
+        (["<unused3>"], "<unused3>"),
+        ([], None),
+    ],
+)
+def test_a_tokenizer_without_a_pad_token_gets_a_reserved_one_and_never_eos(tmp_path, tokenizer, added, chosen, capsys):
+    without = copy.deepcopy(tokenizer)
+    without.add_special_tokens({"additional_special_tokens": added})
+    without.pad_token = without.eos_token
+    without.save_pretrained(tmp_path)
+    if chosen is None:
+        with pytest.raises(UserError, match="no pad token, and no reserved token to take"):
+            load.load_tokenizer(tmp_path)
+    else:
+        assert load.load_tokenizer(tmp_path).pad_token == chosen
+        assert f"pad token: {chosen}" in capsys.readouterr().out
