@@ -55,6 +55,12 @@ HOUSEKEEPING = {
     "push_to_hub_token",
     "eos_token",
     "pad_token",
+    # Unsloth's own defaults for arguments that say nothing of the method.
+    "bf16_full_eval",
+    "torch_empty_cache_steps",
+    "eval_accumulation_steps",
+    "dataset_num_proc",
+    "max_seq_length",
 }
 
 
