@@ -207,6 +207,11 @@ class PackedSFTTrainer(SFTTrainer):
         self._watched = [row.prompt for row in watched], [example.label for example in eval_dataset]
         self.supervision = checks.check_supervision(self, processing_class)
         self._passes = None
+        # Of a table of 49,152 rows, a batch reads a few hundred. PyTorch makes its gradient as large as the table and
+        # adds it to the head's, which is the same matrix: 0.6 of the 4.0 s of a step of SmolLM2-135M on two cores.
+        table = model.get_input_embeddings().weight
+        self._adds_rows = table is self.backbone.head.weight and table.requires_grad and table.device.type == "cpu"
+        self._adds_rows &= self.packed and not update_in_backward
         if self.packed:
             self._passes = GraphedPasses(self._loss, self._trained) if cuda_graphs else None
             # The trainer calls it at each step; see floating_point_ops.
@@ -258,8 +263,14 @@ class PackedSFTTrainer(SFTTrainer):
         if self._passes:
             tokens = torch.as_tensor(num_items_in_batch, device=self.args.device)
             return self._passes({**inputs, **self._embedded(inputs["row"]), "tokens": tokens})
+        if self._adds_rows:
+            inputs["embeddings"] = self.backbone.embed(inputs["row"]).detach().requires_grad_()
         with packing.within(inputs["row"]):
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._adds_rows:
+            ids, gradient = inputs["row"].input_ids[0], inputs["embeddings"].grad[0]
+            self.backbone.head.weight.grad.index_add_(0, ids, gradient)
+        return loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         # Nothing reads them; to count them the trainer walks through all modules at each step, and so it does to clip
