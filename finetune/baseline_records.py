@@ -12,11 +12,11 @@ from typing import Literal
 from pydantic import ValidationError
 
 from data_prep import DataError
+from finetune.config.methods import BASELINES
 from finetune.metrics import Metrics
 from finetune.records import RECORD, DataReference, Environment, Part, Prediction, read_scored
 
 Name = Literal["majority", "svm", "few_shot"]
-NAMES_OF_BASELINES: tuple[Name, ...] = ("majority", "svm", "few_shot")
 
 
 class Baseline(Part):
@@ -44,7 +44,7 @@ def read_all(folder: Path) -> tuple[dict[str, Baseline], dict[str, list[Predicti
     Raises:
         DataError: One is not a baseline's record, or its predictions are not its own.
     """
-    return _read_those(folder, NAMES_OF_BASELINES)
+    return _read_those(folder, BASELINES)
 
 
 def read_svm_curve(folder: Path) -> tuple[dict[str, Baseline], dict[str, list[Prediction]]]:

@@ -5,33 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from finetune.config.methods import ALL
+
 if TYPE_CHECKING:
     import pandas as pd
 
-# In the order of the tables.
-NAMES = {
-    "majority": "majority class",
-    "svm": "TF-IDF + linear SVM",
-    "base": "base model",
-    "few_shot": "base, few-shot",
-    "full": "full",
-    "full_unsloth": "full (Unsloth)",
-    "lora": "LoRA",
-    "qlora": "QLoRA",
-    "dora": "DoRA",
-}
-_SPOKEN = {
-    "svm": "the linear SVM",
-    "base": "the base model",
-    "few_shot": "the base model with examples in its prompt",
-    "full": "full fine-tuning",
-    "full_unsloth": "full fine-tuning with Unsloth",
-}
+NAMES = {run: method.title for run, method in ALL.items()}
 
 
 def spoken(run: str) -> str:
     """A run's or baseline's name within a sentence."""
-    return _SPOKEN.get(run, NAMES[run])
+    return ALL[run].spoken
 
 
 def sentence(text: str) -> str:

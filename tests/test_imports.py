@@ -13,19 +13,20 @@ ENGINE = PROJECT / "finetune"
 MODULES = sorted(path for package in ("data_prep", "finetune") for path in (PROJECT / package).rglob("*.py"))
 
 # What stands at the top of the engine and everybody may use; these import one another alone.
-COMMON = {"files", "machine", "paths", "resampling", "wording"}
+COMMON = {"files", "machine", "paths", "resampling"}
 # Each part of the engine, and the parts that it may import besides. What is not here is the command line's.
 MAY_IMPORT = {
     "config": COMMON,
+    "wording": COMMON | {"config"},
     "metrics": COMMON,
     "records": COMMON | {"metrics"},
-    "baseline_records": COMMON | {"metrics", "records"},
+    "baseline_records": COMMON | {"config", "metrics", "records"},
     "model": COMMON | {"config"},
     "data": COMMON | {"config", "model", "records"},
     "cards": COMMON | {"config", "data", "records"},
-    "evaluate": COMMON | {"baseline_records", "cards", "config", "data", "metrics", "model", "records"},
+    "evaluate": COMMON | {"baseline_records", "cards", "config", "data", "metrics", "model", "records", "wording"},
     "train": COMMON | {"cards", "config", "data", "evaluate", "metrics", "model", "records"},
-    "compare": COMMON | {"baseline_records", "config", "metrics", "records"},
+    "compare": COMMON | {"baseline_records", "config", "metrics", "records", "wording"},
 }
 # They put the rest together.
 ENTRIES = {"__init__", "activity", "__main__", "kernels", "keys", "notebooks", "runner"}

@@ -14,41 +14,14 @@ from matplotlib.figure import Figure
 from finetune.compare import tables
 from finetune.compare.comparison import Comparison
 from finetune.compare.verdict import Verdict, cost
+from finetune.config.methods import ALL
 from finetune.metrics import Metrics
 from finetune.records import RunRecord, Training
 from finetune.wording import NAMES
 
-COLOURS = {
-    "majority": "#D9D9D9",
-    "svm": "#CC79A7",
-    "base": "#999999",
-    "few_shot": "#666666",
-    "full": "#0072B2",
-    "full_unsloth": "#56B4E9",
-    "lora": "#E69F00",
-    "qlora": "#009E73",
-    "dora": "#CC79A7",
-}
-LINES = {
-    "base": ":",
-    "svm": (0, (1, 1)),
-    "full": "-",
-    "full_unsloth": (0, (4, 1, 1, 1, 1, 1)),
-    "lora": "--",
-    "qlora": "-.",
-    "dora": (0, (3, 1, 1, 1)),
-}
-MARKERS = {
-    "majority": "x",
-    "svm": "P",
-    "base": "v",
-    "few_shot": "*",
-    "full": "s",
-    "full_unsloth": "D",
-    "lora": "o",
-    "qlora": "^",
-    "dora": "p",
-}
+COLOURS = {run: look.color for run, look in ALL.items()}
+LINES = {run: look.line for run, look in ALL.items()}
+MARKERS = {run: look.marker for run, look in ALL.items()}
 
 # A share with the ends of its 95 % interval.
 Estimate = tuple[float, float, float]

@@ -37,6 +37,17 @@ class Method:
     by_default: bool = True
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """What a tuned model has to beat; its attributes are those of a `Method`."""
+
+    title: str
+    spoken: str
+    color: str
+    marker: str
+    line: str | tuple = "-"
+
+
 # The colours are told apart by colour-blind readers too (Wong 2011, doi:10.1038/nmeth.1618).
 METHODS = {
     "base": Method("base model", "the base model", "#999999", "v", ":", None, "base_model_performance"),
@@ -84,7 +95,7 @@ METHODS = {
     "dora": Method(
         "DoRA",
         "DoRA",
-        color="#CC79A7",
+        color="#D55E00",
         marker="p",
         line=(0, (3, 1, 1, 1)),
         recipe=DORA,
@@ -93,4 +104,19 @@ METHODS = {
         like="lora",
         by_default=False,
     ),
+}
+
+BASELINES = {
+    "majority": Baseline("majority class", "the majority class", "#D9D9D9", "x"),
+    "svm": Baseline("TF-IDF + linear SVM", "the linear SVM", "#CC79A7", "P", line=(0, (1, 1))),
+    "few_shot": Baseline("base, few-shot", "the base model with examples in its prompt", "#666666", "*"),
+}
+
+# In the order of the tables and pictures.
+ALL: dict[str, Method | Baseline] = {
+    "majority": BASELINES["majority"],
+    "svm": BASELINES["svm"],
+    "base": METHODS["base"],
+    "few_shot": BASELINES["few_shot"],
+    **{run: method for run, method in METHODS.items() if method.recipe},
 }
