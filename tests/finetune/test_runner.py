@@ -17,12 +17,15 @@ from data_prep import UserError
 from finetune import keys, paths, records, runner
 from finetune.__main__ import main
 from finetune.compare import comparison, verdict
+from finetune.config.methods import METHODS
 from finetune.kernels import Kernels
 from finetune.runner import NOTEBOOKS, STEPS, Suite
 
 SKIPPED = {"fine_tuning_full_unsloth", "full_unsloth_finetuning_performance"}
 
-ALL = {step.name for step in STEPS} - SKIPPED
+# What runs without being asked for by name: not DoRA.
+BY_DEFAULT = [step.name for step in STEPS if step.run is None or METHODS[step.run].by_default]
+ALL = set(BY_DEFAULT) - SKIPPED
 TRAININGS = {name for name in ALL if name.startswith("fine_tuning")}
 EVALUATIONS = {name for name in ALL if name.endswith("_performance")}
 
@@ -58,7 +61,7 @@ def finished(home, overrides) -> Path:
     if not (home / "results" / "cpu" / "report.html").exists():
         outcomes = Suite("cpu", overrides).execute()
         assert {outcome.step.name: outcome.status for outcome in outcomes} == {
-            step.name: "skipped" if step.name in SKIPPED else "done" for step in STEPS
+            name: "skipped" if name in SKIPPED else "done" for name in BY_DEFAULT
         }
     return home / "results" / "cpu"
 
@@ -176,8 +179,9 @@ def parsed_once(path: Path, code=keys.code) -> bytes:
         ("finetune/cards.py", set()),
         ("finetune/machine.py", set()),
         ("finetune/train/trainer.py", TRAININGS),
-        ("finetune/train/run.py", TRAININGS),
-        ("finetune/evaluate/score.py", EVALUATIONS),
+        ("finetune/train/save.py", TRAININGS),
+        ("finetune/evaluate/run.py", EVALUATIONS),
+        ("finetune/evaluate/score.py", TRAININGS | EVALUATIONS),
         ("finetune/model/encode.py", TRAININGS | EVALUATIONS),
         ("finetune/model/load.py", TRAININGS | EVALUATIONS),
         ("finetune/model/packing.py", TRAININGS | EVALUATIONS),
@@ -204,14 +208,14 @@ def test_what_a_changed_file_computed_is_computed_again_and_nothing_else(
 # What trainings and evaluations import besides, without a result depending on it: values of the registries are in the
 # settings, validation in a training is only shown, and the rest names, counts, writes or explains.
 SHOWN_OR_WRITTEN = {
-    "cards", "config.embedded", "config.plan", "config.profiles", "config.recipes", "files", "machine", "paths",
-    "records", "train.energy", "train.memory",
+    "cards", "config.embedded", "config.methods", "config.plan", "config.profiles", "config.recipes", "files",
+    "machine", "paths", "records", "train.energy", "train.memory",
 }  # fmt: skip
 
 
-# What imports what, and whether a result depends on it: an entry, the kind of its steps, and what it only shows.
+# A step's entries into the engine, its kind, and what they import of it that only shows.
 ENTRIES = {
-    "train.run": ("train", {"evaluate.score", "metrics", "resampling"}),
+    "train.save": ("train", {"metrics", "resampling"}),
     "evaluate.run": ("evaluate", {"wording"}),
     "evaluate.baselines": ("evaluate", {"baseline_records", "wording"}),
 }
@@ -286,7 +290,7 @@ def test_an_unknown_run_is_refused_before_anything_is_executed(tiny):
             ["plan", "lora", "--set", "num_train_epochs=-1"],
             "num_train_epochs='-1' is not possible: Input should be greater than 0",
         ),
-        (["plan", "dora"], "unknown run 'dora'; the runs are: base, full, full_unsloth, lora, qlora"),
+        (["plan", "svm"], "unknown run 'svm'; the runs are: base, full, full_unsloth, lora, qlora, dora"),
     ],
 )
 def test_the_command_line_refuses_in_one_sentence(arguments, message, capsys):
