@@ -21,7 +21,7 @@ demo: $(READY) ## run the whole suite on this machine: data, base, full, LoRA, Q
 	@$(PY) -m finetune run --profile $(PROFILE)
 
 test: $(READY) ## run the tests, without the slow demo and the GPU
-	@$(PY) -m pytest -m "not slow and not gpu and not container" -n auto --dist loadfile
+	@$(PY) -m pytest -m "not slow and not gpu and not container" -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) ## check style and that committed notebooks carry no outputs
 	@$(VENV)/bin/ruff check .

@@ -16,44 +16,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent / "stand_in"
 COMMANDS = [
-    "bash",
-    "cat",
-    "chmod",
-    "chown",
-    "cp",
-    "cut",
-    "date",
-    "dirname",
-    "env",
-    "find",
-    "getent",
-    "grep",
-    "groupadd",
-    "head",
-    "hostname",
-    "id",
-    "install",
-    "ls",
-    "mkdir",
-    "paste",
-    "ps",
-    "readlink",
-    "rm",
-    "sed",
-    "sleep",
-    "sort",
-    "stat",
-    "tail",
-    "tee",
-    "touch",
-    "tr",
-    "true",
-    "uname",
-    "useradd",
-    "userdel",
-    "whoami",
-    "kill",
-]
+    "bash", "cat", "chmod", "chown", "cp", "cut", "date", "dirname", "env", "find", "getent", "grep", "groupadd",
+    "head", "hostname", "id", "install", "kill", "ls", "mkdir", "paste", "ps", "readlink", "rm", "sed", "sleep", "sort",
+    "stat", "tail", "tee", "touch", "tr", "true", "uname", "useradd", "userdel", "whoami",
+]  # fmt: skip
 ACCOUNTS = {
     "etc/passwd": "root:x:0:0:root:/root:/bin/bash\nubuntu:x:1000:1000::/home/ubuntu:/bin/bash\n",
     "etc/group": "root:x:0:\nubuntu:x:1000:\n",
@@ -69,14 +35,7 @@ BASE_VERSIONS = {
     "numpy": "2.1.0",
     "torchao": "0.14.0",
 }
-LISTED_MODULES = {
-    "trl": "trl",
-    "bitsandbytes": "bitsandbytes",
-    "datasets": "datasets",
-    "scikit-learn": "sklearn",
-    "tensorboard": "tensorboard",
-    "unsloth_zoo": "unsloth_zoo",
-}
+LISTED = ("trl", "bitsandbytes", "datasets", "scikit-learn", "tensorboard", "unsloth_zoo")
 
 # Kept out for speed: nothing that the tests do reads them.
 UNWANTED = re.compile(
@@ -143,9 +102,9 @@ def build_root(root):
 
     store = root / "stand-in/site"
     shutil.copytree(HERE / "listed", store / "peft")
-    for name, module in LISTED_MODULES.items():
+    for name in LISTED:
         (store / name).mkdir()
-        (store / name / f"{module}.py").write_text("")
+        (store / name / f"{name.replace('scikit-learn', 'sklearn')}.py").touch()
     add_jupyter(bulk)
     shutil.copytree(HERE / "bin", root / "stand-in/bin")
     for command in ("nvidia-smi", "git"):

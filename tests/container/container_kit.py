@@ -17,13 +17,9 @@ BASE = "nvcr.io/nvidia/pytorch:25.11-py3"
 IMAGE = "unsloth-dgx-spark:latest"
 CONTAINER = "pytorch-finetune"
 FILES = [
-    "Dockerfile.dgx-spark",
-    "docker-compose-finetune.yml",
-    "start_docker.sh",
-    ".dockerignore",
-    "requirements",
+    "Dockerfile.dgx-spark", "docker-compose-finetune.yml", "start_docker.sh", ".dockerignore", "requirements",
     "pyproject.toml",
-]
+]  # fmt: skip
 
 # The project's own packages need the real torch; the container tests only need something to import and to run.
 SUITE = """
@@ -59,23 +55,9 @@ class Engine:
         wrapper = self.folder / "runc_wrapper"
         wrapper.write_text(f"#!{sys.executable} -IS\n{(Path(__file__).parent / 'runc_wrapper.py').read_text()}")
         wrapper.chmod(0o755)
-        command = [
-            "dockerd",
-            "-H",
-            self.host,
-            "--group",
-            str(USER),
-            "--add-runtime",
-            f"less-rlimits={wrapper}",
-            "--default-runtime",
-            "less-rlimits",
-            "--pidfile",
-            self.folder / "pid",
-            "--data-root",
-            self.folder / "data",
-            "--exec-root",
-            self.folder / "exec",
-        ]
+        options = f"--group {USER} --add-runtime less-rlimits={wrapper} --default-runtime less-rlimits"
+        places = [f"--{option}={self.folder}/{option}" for option in ("pidfile", "data-root", "exec-root")]
+        command = ["dockerd", "-H", self.host, *options.split(), *places]
         with (self.folder / "log").open("a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "PATH": path})
         for _ in range(100):
@@ -144,15 +126,10 @@ def run_bounded(command, input=None, seconds=180, **options):
     subprocess.run kills the command alone, and then waits for whoever else holds its output: for ever, if a
     docker client that hangs does.
     """
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        **options,
-    )
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    if input is None:
+        streams["stdin"] = subprocess.DEVNULL
+    process = subprocess.Popen(command, text=True, start_new_session=True, **streams, **options)
     try:
         output, errors = process.communicate(input, timeout=seconds)
     except subprocess.TimeoutExpired:

@@ -17,18 +17,11 @@ import pytest
 from container_kit import REPO, USER, make_checkout
 
 NOTEBOOK = "notebooks/base_model_performance.ipynb"
+# Tall: Lab keeps only the cells in view in the page.
 CHROMIUM = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--window-size=1300,3600",  # tall: Lab keeps only the cells in view in the page
-]
+    "--headless", "--no-sandbox", "--window-size=1300,3600", "--no-first-run", "--disable-gpu", "--disable-quic",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+]  # fmt: skip
 # Few rows and a tiny model: these tests are about the browser, and the notebook's figures have tests of their own.
 FEW_ROWS = {"FINETUNE_TEST_ROWS": "8", "FINETUNE_GENERATION_ROWS": "2"}
 METRICS = r"scoring, all test rows\s+8\s+\d+\.\d%"

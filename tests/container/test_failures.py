@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from container_kit import CONTAINER, IMAGE, REPO, STRANGER, USER, make_checkout
 
+NOWHERE = {"DOCKER_HOST": "unix:///nowhere.sock"}
+
 
 def assert_fails(result, code, sentence, remedy):
     assert result.returncode == code, result.stdout + result.stderr
@@ -112,10 +114,6 @@ def test_settings_that_make_no_sense(with_env):
         assert with_env(text, "start", JUPYTER_TOKEN="secret").returncode == 10
 
 
-def test_a_cache_that_cannot_be_made(script, image):
-    assert_fails(script("start", HF_CACHE="/proc/cache"), 2, "make the folder /proc/cache", "HF_CACHE=")
-
-
 def test_every_line_of_the_example_can_be_copied():
     settings = re.findall(r"^# ([A-Z_]+)=(.*)$", (REPO / ".env.example").read_text(), re.M)
     assert len(settings) == 10 and all(re.fullmatch(r"\S*", value) for _, value in settings)
@@ -134,17 +132,44 @@ def test_the_usage_is_the_truth(script):
     assert codes - {2, 3} == {int(code) for code in re.findall(r"\((\d\d)[,)]", page)}
 
 
+@pytest.mark.parametrize(
+    ("words", "settings", "code", "sentence", "remedy"),
+    [
+        ("start", {"HF_CACHE": "/proc/cache"}, 2, "make the folder /proc/cache", "HF_CACHE="),
+        ("exec true", {}, 3, "pytorch-finetune is not running", "./start_docker.sh start finetune"),
+        ("shell", {}, 3, "pytorch-finetune is not running", "./start_docker.sh start finetune"),
+        ("logs serve", {}, 3, "serve has no container", "status"),
+        ("start", NOWHERE, 11, "daemon does not answer at unix:///nowhere.sock", "systemctl start docker"),
+        ("start", {"user": STRANGER}, 12, "You may not use Docker", "usermod -aG docker"),
+        *[
+            (command, {"user": 0}, 15, "running as root", "Run it as your own user")
+            for command in ("start", "restart", "build", "run")
+        ],
+        # A registry on this machine that does not exist: refused at once.
+        ("build", {"BASE_IMAGE": "127.0.0.1:9/a:1"}, 18, "127.0.0.1:9/a:1 is not here and cannot be pulled", "network"),
+        ("start", {"MIN_FREE_GIB": "99999"}, 21, "of memory are available; at least 99999 GiB", "drop_caches"),
+        ("start serve results", {}, 26, "There is no model to serve in results", "adapter_config.json"),
+        ("start serve adapters/none", {}, 26, "in adapters/none", "train one first"),
+    ],
+)
+def test_each_obstacle_has_its_code_sentence_and_remedy(script, image, words, settings, code, sentence, remedy):
+    assert_fails(script(*words.split(), **settings), code, sentence, remedy)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "code", "sentence", "remedy"),
+    [
+        ('CMD ["bash", "-c", "echo port 8888 is haunted; exit 1"]', 20, "is not healthy", "port 8888 is haunted"),
+        ("RUN touch /tmp/gpu-is-lost", 22, "sees no GPU", "systemctl restart docker"),
+    ],
+)
+def test_what_is_wrong_inside(script, engine, kept_image, instruction, code, sentence, remedy):
+    engine.derive(instruction)
+    assert_fails(script("start"), code, sentence, remedy)
+
+
 def test_no_docker(script, bare_path):
     assert_fails(script("start", PATH=bare_path), 10, "Docker is not installed", "docs.docker.com")
-
-
-def test_daemon_down(script):
-    assert_fails(
-        script("start", DOCKER_HOST="unix:///nowhere.sock"),
-        11,
-        "daemon does not answer at unix:///nowhere.sock",
-        "systemctl start docker",
-    )
 
 
 def test_a_daemon_that_hangs(script, engine):
@@ -155,24 +180,13 @@ def test_a_daemon_that_hangs(script, engine):
         engine.process.send_signal(signal.SIGCONT)
 
 
-def test_no_permission(script):
-    assert_fails(script("start", user=STRANGER), 12, "You may not use Docker", "usermod -aG docker")
-
-
 def test_no_compose(script, workdir):
-    if (
-        subprocess.run(
-            ["docker", "compose", "version"],
-            env={"PATH": os.environ["PATH"], "DOCKER_CONFIG": "/nowhere"},
-            capture_output=True,
-        ).returncode
-        == 0
-    ):
+    elsewhere = {"PATH": os.environ["PATH"], "DOCKER_CONFIG": "/nowhere"}
+    if subprocess.run(["docker", "compose", "version"], env=elsewhere, capture_output=True).returncode == 0:
         pytest.skip("this machine has docker compose as a system plugin")
     (workdir / "no-plugins").mkdir()
-    assert_fails(
-        script("start", DOCKER_CONFIG=str(workdir / "no-plugins")), 13, "no compose plugin", "docker-compose-plugin"
-    )
+    refused = script("start", DOCKER_CONFIG=str(workdir / "no-plugins"))
+    assert_fails(refused, 13, "no compose plugin", "docker-compose-plugin")
 
 
 def test_old_compose(script, workdir):
@@ -182,37 +196,17 @@ def test_old_compose(script, workdir):
     metadata = '{"SchemaVersion":"0.1.0","Vendor":"test","Version":"v2.3.3"}'
     plugin.write_text(f"#!/bin/sh\ncase $1 in docker-cli-plugin-metadata) echo '{metadata}';; *) echo 2.3.3;; esac\n")
     plugin.chmod(0o755)
-    assert_fails(
-        script("start", DOCKER_CONFIG=str(workdir / "old-plugins")),
-        14,
-        "is 2.3.3; 2.20.0 is the oldest",
-        "--only-upgrade",
-    )
-
-
-def test_root(script):
-    for command in ("start", "restart", "build", "run"):
-        assert_fails(script(command, user=0), 15, "running as root", "Run it as your own user")
-
-
-def test_too_little_memory(script):
-    assert_fails(
-        script("start", MIN_FREE_GIB="99999"), 21, "of memory are available; at least 99999 GiB", "drop_caches"
-    )
+    refused = script("start", DOCKER_CONFIG=str(workdir / "old-plugins"))
+    assert_fails(refused, 14, "is 2.3.3; 2.20.0 is the oldest", "--only-upgrade")
 
 
 def test_port_taken_by_a_process(script, port):
     with listener(port, USER) as process:
-        assert_fails(
-            script("start"),
-            17,
-            f"Port {port} on 127.0.0.1 is taken by perl (pid {process.pid})",
-            f"JUPYTER_PORT={port + 1}",
-        )
+        taken = f"Port {port} on 127.0.0.1 is taken by perl (pid {process.pid})"
+        assert_fails(script("start"), 17, taken, f"JUPYTER_PORT={port + 1}")
     with listener(port, STRANGER):
-        assert_fails(
-            script("start"), 17, f"taken by a process of another user (sudo ss -ltnp 'sport = :{port}'", "Stop that"
-        )
+        taken = f"taken by a process of another user (sudo ss -ltnp 'sport = :{port}'"
+        assert_fails(script("start"), 17, taken, "Stop that")
 
 
 def test_port_taken_by_a_process_that_accepts_nobody(script, port):
@@ -231,26 +225,6 @@ def test_port_taken_by_a_container(script, engine, port, image):
         engine.clean()
 
 
-def test_base_image_unreachable(script):
-    # A registry on this machine that does not exist: refused at once.
-    assert_fails(
-        script("build", BASE_IMAGE="127.0.0.1:9/nowhere:1"),
-        18,
-        "127.0.0.1:9/nowhere:1 is not here and cannot be pulled",
-        "network",
-    )
-
-
-def test_unhealthy(script, engine, kept_image):
-    engine.derive('CMD ["bash", "-c", "echo port 8888 is haunted; exit 1"]')
-    assert_fails(script("start"), 20, f"{CONTAINER} is not healthy", "port 8888 is haunted")
-
-
-def test_no_gpu_in_the_container(script, engine, kept_image):
-    engine.derive("RUN touch /tmp/gpu-is-lost")
-    assert_fails(script("start"), 22, "sees no GPU", "systemctl restart docker")
-
-
 def test_docker_refuses(script, engine, image):
     engine.docker("create", "--name", CONTAINER, IMAGE)
     try:
@@ -266,19 +240,6 @@ def test_another_checkouts_container(script, workdir, image):
     assert_fails(script("restart"), 24, "running for another checkout", "stop")
     assert script("stop", root=other).returncode == 0
     shutil.rmtree(other)
-
-
-def test_nothing_to_serve(script, checkout):
-    assert_fails(
-        script("start", "serve", "results"), 26, "There is no model to serve in results", "adapter_config.json"
-    )
-    assert_fails(script("start", "serve", "adapters/none"), 26, "in adapters/none", "train one first")
-
-
-def test_not_running(script):
-    assert_fails(script("exec", "true"), 3, "pytorch-finetune is not running", "./start_docker.sh start finetune")
-    assert_fails(script("logs", "serve"), 3, "serve has no container", "status")
-    assert_fails(script("shell"), 3, "pytorch-finetune is not running", "./start_docker.sh start finetune")
 
 
 # ---- doctor -------------------------------------------------------------------------------------
@@ -332,7 +293,7 @@ def test_doctor_without_docker(script, bare_path):
 
 @pytest.mark.parametrize("user, code", [(USER, 11), (0, 15)])
 def test_doctor_without_a_daemon_has_a_number_before_each_unit(script, user, code):
-    result = script("doctor", user=user, DOCKER_HOST="unix:///nowhere.sock")
+    result = script("doctor", user=user, **NOWHERE)
     assert result.returncode == code and result.stderr == ""
     assert doctor_line(result, "daemon")[0] == "FAIL"
     figures = re.findall(r"(\S*) GiB", result.stdout)
@@ -381,11 +342,9 @@ def test_no_nvidia_runtime(script, engine, image):
     engine.restart(hook=False)
     try:
         path = os.environ["PATH"]
-        assert_fails(
-            script("start", PATH=path), 16, "Docker cannot hand the GPU to a container", "nvidia-ctk runtime configure"
-        )
-        result = script("doctor", PATH=path)
-        assert doctor_line(result, "runtime")[0] == "FAIL"
+        refused = script("start", PATH=path)
+        assert_fails(refused, 16, "Docker cannot hand the GPU to a container", "nvidia-ctk runtime configure")
+        assert doctor_line(script("doctor", PATH=path), "runtime")[0] == "FAIL"
         assert script("stop").returncode == 0
     finally:
         engine.restart(hook=True)

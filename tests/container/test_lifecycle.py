@@ -167,9 +167,8 @@ def test_a_busy_notebook_shows(script, checkout, port):
     )
     header = {"msg_id": "1", "msg_type": "execute_request", "session": "1", "username": "", "version": "5.3"}
     content = {"code": "print(1); import time; time.sleep(600)", "silent": False}
-    channel.send(
-        json.dumps({"channel": "shell", "header": header, "parent_header": {}, "metadata": {}, "content": content})
-    )
+    request = {"channel": "shell", "header": header, "parent_header": {}, "metadata": {}, "content": content}
+    channel.send(json.dumps(request))
     while json.loads(channel.recv())["header"]["msg_type"] != "stream":
         pass
     assert re.search(r"notebook +notebooks/fine_tuning_lora.ipynb is executing", script("status").stdout)
@@ -270,19 +269,16 @@ def test_serve(script, engine, checkout, port):
     engine.derive(f"RUN {server}", tag="vllm:stand-in", base=BASE)
     adapter = checkout / "adapters/lora"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(
-        '{\n "base_model_name_or_path": "Qwen/Qwen2.5-7B-Instruct",\n "r": 16\n}'
-    )
+    config = {"base_model_name_or_path": "Qwen/Qwen2.5-7B-Instruct", "r": 16}
+    (adapter / "adapter_config.json").write_text(json.dumps(config, indent=1))
     # A relative folder starts at the checkout.
     settings = {"VLLM_IMAGE": "vllm:stand-in", "SERVE_PORT": str(port + 2), "HF_CACHE": "cache/hub"}
     started = script("start", "serve", **settings)
     assert started.returncode == 0, started.stderr
     assert f"http://127.0.0.1:{port + 2}/v1" in started.stdout
-    asked = script("logs", "serve").stdout
-    assert (
-        "asked: serve Qwen/Qwen2.5-7B-Instruct --enable-lora --max-lora-rank 64"
-        " --lora-modules tuned=/workspace/adapters/lora --host 0.0.0.0 --port 8000"
-    ) in asked
+    asked = "asked: serve Qwen/Qwen2.5-7B-Instruct --enable-lora --max-lora-rank 64"
+    asked += " --lora-modules tuned=/workspace/adapters/lora --host 0.0.0.0 --port 8000"
+    assert asked in script("logs", "serve").stdout
     assert engine.inspect("{{.HostConfig.DeviceRequests}}", "pytorch-serve") != "[]"
     assert f"{checkout}/cache/hub" in engine.inspect("{{json .Mounts}}", "pytorch-serve")
     assert (checkout / "cache/hub").stat().st_uid == USER

@@ -21,49 +21,30 @@ def files(folder) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_new_folder_replaces_the_old_one_whole(target):
+def test_a_new_folder_replaces_the_old_one_whole(target, tmp_path):
+    for leftover in (".target.partial", ".target.old"):
+        shutil.copytree(target, target.with_name(leftover))  # by a killed process
     with replacing_folder(target) as beside:
+        assert files(beside) == {}
         (beside / "c").write_text("new")
         assert files(target) == {"a": "old", "sub/b": "older"}, "the old one stays until the new one is whole"
     assert files(target) == {"c": "new"}
     assert list(target.parent.iterdir()) == [target]
+    with replacing_folder(tmp_path / "x" / "y") as beside:
+        (beside / "a").write_text("new")
+    assert files(tmp_path / "x" / "y") == {"a": "new"}, "its parents are made"
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
-def test_a_failure_keeps_the_old_folder(target, error):
+def test_a_failure_keeps_the_old_folder(target, tmp_path, error):
     with pytest.raises(error), replacing_folder(target) as beside:
         (beside / "a").write_text("new")
         raise error
     assert files(target) == {"a": "old", "sub/b": "older"}
     assert list(target.parent.iterdir()) == [target]
-
-
-def test_a_failure_without_an_old_folder_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), replacing_folder(tmp_path / "target") as beside:
-        (beside / "a").write_text("new")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_parents_are_made(tmp_path):
-    with replacing_folder(tmp_path / "x" / "y") as beside:
-        (beside / "a").write_text("new")
-    assert files(tmp_path / "x" / "y") == {"a": "new"}
-
-
-def test_what_a_killed_process_left_is_cleared(target):
-    for leftover in (".target.partial", ".target.old"):
-        shutil.copytree(target, target.with_name(leftover))
-    with replacing_folder(target) as beside:
-        assert files(beside) == {}
-        (beside / "c").write_text("new")
-    assert files(target) == {"c": "new"}
-    assert list(target.parent.iterdir()) == [target]
-
-
-def test_the_digest_is_that_of_names_and_contents(target, tmp_path):
-    copy = shutil.copytree(target, tmp_path / "copy")
-    assert folder_digest(copy) == folder_digest(target)
+    with pytest.raises(error), replacing_folder(tmp_path / "none" / "before"):
+        raise error
+    assert list((tmp_path / "none").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -78,14 +59,12 @@ def test_the_digest_is_that_of_names_and_contents(target, tmp_path):
     ],
     ids=["content", "content below", "name", "place", "one less", "one more"],
 )
-def test_the_digest_changes_with_any_file(target, change):
+def test_the_digest_changes_with_any_file(target, tmp_path, change):
     before = folder_digest(target)
+    assert folder_digest(shutil.copytree(target, tmp_path / "copy")) == before
+    assert folder_bytes(target) == len("old") + len("older")
     change(target)
     assert folder_digest(target) != before
-
-
-def test_bytes_are_those_of_all_files(target):
-    assert folder_bytes(target) == len("old") + len("older")
 
 
 def test_a_second_one_waits_for_the_first_and_says_so(tmp_path, capsys):

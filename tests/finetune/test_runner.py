@@ -7,22 +7,35 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import nbformat
 import pytest
 
 from data_prep import UserError
-from finetune import keys, paths, records
+from finetune import keys, paths, records, runner
 from finetune.__main__ import main
 from finetune.compare import comparison, verdict
+from finetune.config.methods import METHODS
+from finetune.kernels import Kernels
 from finetune.runner import NOTEBOOKS, STEPS, Suite
 
 SKIPPED = {"fine_tuning_full_unsloth", "full_unsloth_finetuning_performance"}
 
-ALL = {step.name for step in STEPS} - SKIPPED
+# What runs without being asked for by name: not DoRA.
+BY_DEFAULT = [step.name for step in STEPS if step.run is None or METHODS[step.run].by_default]
+ALL = set(BY_DEFAULT) - SKIPPED
 TRAININGS = {name for name in ALL if name.startswith("fine_tuning")}
 EVALUATIONS = {name for name in ALL if name.endswith("_performance")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_kernel_server():
+    """The process that kernels are forked from imports the libraries once for the module, not once a suite."""
+    with Kernels() as kernels, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "Kernels", lambda: nullcontext(kernels))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +61,7 @@ def finished(home, overrides) -> Path:
     if not (home / "results" / "cpu" / "report.html").exists():
         outcomes = Suite("cpu", overrides).execute()
         assert {outcome.step.name: outcome.status for outcome in outcomes} == {
-            step.name: "skipped" if step.name in SKIPPED else "done" for step in STEPS
+            name: "skipped" if name in SKIPPED else "done" for name in BY_DEFAULT
         }
     return home / "results" / "cpu"
 
@@ -119,11 +132,16 @@ def test_the_report_is_written_with_every_run(finished):
     assert all(name in html for name in ("base model", "full", "LoRA", "QLoRA", "not AG News"))
 
 
-def test_a_second_run_reuses_everything(finished, overrides):
+def test_a_second_run_reuses_everything_and_says_why(finished, overrides, capsys):
     before = (finished / "report.html").stat().st_mtime_ns
-    outcomes = Suite("cpu", overrides).execute()
-    assert {outcome.status for outcome in outcomes if outcome.step.name not in SKIPPED} == {"reused"}
+    outcomes = {outcome.step.name: outcome for outcome in Suite("cpu", overrides).execute()}
     assert (finished / "report.html").stat().st_mtime_ns == before
+    commit = records.read(finished / "lora").training.environment.short_commit
+    assert {outcomes[name].status for name in ALL} == {"reused"}
+    assert all(f"made by commit {commit}" in outcomes[name].reason for name in ALL)
+    assert "Unsloth needs an NVIDIA GPU" in outcomes["fine_tuning_full_unsloth"].reason
+    assert outcomes["full_unsloth_finetuning_performance"].reason == "fine_tuning_full_unsloth was skipped"
+    assert "skipped            fine_tuning_full_unsloth: Unsloth needs" in capsys.readouterr().out
 
 
 def reused(overrides: dict) -> set[str]:
@@ -143,12 +161,13 @@ def test_a_lost_artefact_or_another_setting_is_not_reused(finished, overrides):
     artefact.with_name("elsewhere").rename(artefact)
 
 
-def test_what_is_reused_names_the_commit_that_made_it(finished, overrides):
-    outcomes = Suite("cpu", overrides).execute()
-    commit = records.read(finished / "lora").training.environment.short_commit
-    assert {f"made by commit {commit}" in outcome.reason for outcome in outcomes if outcome.status == "reused"} == {
-        True
-    }
+PARSED: dict[bytes, bytes] = {}
+
+
+def parsed_once(path: Path, code=keys.code) -> bytes:
+    """`keys.code`, for the same content once: parsing all sources three times a test takes seconds."""
+    content = path.read_bytes()
+    return PARSED.get(content) or PARSED.setdefault(content, code(path))
 
 
 @pytest.mark.parametrize(
@@ -160,8 +179,9 @@ def test_what_is_reused_names_the_commit_that_made_it(finished, overrides):
         ("finetune/cards.py", set()),
         ("finetune/machine.py", set()),
         ("finetune/train/trainer.py", TRAININGS),
-        ("finetune/train/run.py", TRAININGS),
-        ("finetune/evaluate/score.py", EVALUATIONS),
+        ("finetune/train/save.py", TRAININGS),
+        ("finetune/evaluate/run.py", EVALUATIONS),
+        ("finetune/evaluate/score.py", TRAININGS | EVALUATIONS),
         ("finetune/model/encode.py", TRAININGS | EVALUATIONS),
         ("finetune/model/load.py", TRAININGS | EVALUATIONS),
         ("finetune/model/packing.py", TRAININGS | EVALUATIONS),
@@ -173,6 +193,7 @@ def test_what_a_changed_file_computed_is_computed_again_and_nothing_else(
     finished, overrides, tmp_path, monkeypatch, module, again
 ):
     """The sources that keys are made of lie in a copy, where one of them gets another line."""
+    monkeypatch.setattr(keys, "code", parsed_once)
     for package in ("data_prep", "finetune"):
         shutil.copytree(paths.PROJECT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(paths, "PROJECT", tmp_path)
@@ -187,35 +208,41 @@ def test_what_a_changed_file_computed_is_computed_again_and_nothing_else(
 # What trainings and evaluations import besides, without a result depending on it: values of the registries are in the
 # settings, validation in a training is only shown, and the rest names, counts, writes or explains.
 SHOWN_OR_WRITTEN = {
-    "cards", "config.embedded", "config.plan", "config.profiles", "config.recipes", "files", "machine", "paths",
-    "records", "train.energy", "train.memory",
+    "cards", "config.embedded", "config.methods", "config.plan", "config.profiles", "config.recipes", "files",
+    "machine", "paths", "records", "train.energy", "train.memory",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("entry", "kind", "besides"),
-    [
-        ("train.run", "train", {"evaluate.score", "metrics", "resampling"}),
-        ("evaluate.run", "evaluate", {"wording"}),
-        ("evaluate.baselines", "evaluate", {"baseline_records", "wording"}),
-    ],
-)
-def test_every_module_that_computes_a_result_is_in_its_key(entry, kind, besides):
+# A step's entries into the engine, its kind, and what they import of it that only shows.
+ENTRIES = {
+    "train.save": ("train", {"metrics", "resampling"}),
+    "evaluate.run": ("evaluate", {"wording"}),
+    "evaluate.baselines": ("evaluate", {"baseline_records", "wording"}),
+}
+
+
+def test_every_module_that_computes_a_result_is_in_its_key():
     """Whoever adds a module that a training imports decides whether it computes."""
-    script = (
-        f"import sys, finetune.{entry}\n"
-        "print(*(name for name, module in sys.modules.items() if name.startswith('finetune.')"
-        " and not hasattr(module, '__path__')))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=paths.PROJECT, text=True, capture_output=True, check=True)
-    imported = {name.removeprefix("finetune.") for name in done.stdout.split()}
+    script = """
+import importlib, sys
+for entry in sys.argv[1:]:
+    for name in [name for name in sys.modules if name.startswith("finetune")]:
+        del sys.modules[name]
+    importlib.import_module(f"finetune.{entry}")
+    print(*(name for name, module in sys.modules.items()
+            if name.startswith("finetune.") and not hasattr(module, "__path__")))
+"""
+    command = [sys.executable, "-c", script, *ENTRIES]
+    done = subprocess.run(command, cwd=paths.PROJECT, text=True, capture_output=True, check=True)
     engine = paths.PROJECT / "finetune"
-    computing = {
-        ".".join(path.relative_to(engine).with_suffix("").parts)
-        for path in keys.sources(kind)
-        if path.is_relative_to(engine)
-    }
-    assert imported <= computing | SHOWN_OR_WRITTEN | besides
+    for (kind, shown), names in zip(ENTRIES.values(), done.stdout.splitlines(), strict=True):
+        imported = {name.removeprefix("finetune.") for name in names.split()}
+        computing = {
+            ".".join(path.relative_to(engine).with_suffix("").parts)
+            for path in keys.sources(kind)
+            if path.is_relative_to(engine)
+        }
+        assert imported and imported <= computing | SHOWN_OR_WRITTEN | shown, kind
 
 
 def test_a_run_that_refuses_an_override_is_skipped_before_anything_runs(tiny):
@@ -225,13 +252,6 @@ def test_a_run_that_refuses_an_override_is_skipped_before_anything_runs(tiny):
     assert (outcome.status, outcome.reason) == ("skipped", "load_in_4bit=True contradicts dtype=float32")
     with pytest.raises(UserError, match="load_in_4bit=True contradicts"):
         Suite("cpu", tiny | {"dtype": "float32"}, only=("qlora",))
-
-
-def test_skipped_steps_give_the_reason(finished, overrides, capsys):
-    outcomes = {outcome.step.name: outcome for outcome in Suite("cpu", overrides).execute()}
-    assert "Unsloth needs an NVIDIA GPU" in outcomes["fine_tuning_full_unsloth"].reason
-    assert outcomes["full_unsloth_finetuning_performance"].reason == "fine_tuning_full_unsloth was skipped"
-    assert "skipped            fine_tuning_full_unsloth: Unsloth needs" in capsys.readouterr().out
 
 
 def test_without_its_artefact_a_notebook_names_the_one_that_makes_it(tiny, tmp_path, monkeypatch):
@@ -270,7 +290,7 @@ def test_an_unknown_run_is_refused_before_anything_is_executed(tiny):
             ["plan", "lora", "--set", "num_train_epochs=-1"],
             "num_train_epochs='-1' is not possible: Input should be greater than 0",
         ),
-        (["plan", "dora"], "unknown run 'dora'; the runs are: base, full, full_unsloth, lora, qlora"),
+        (["plan", "svm"], "unknown run 'svm'; the runs are: base, full, full_unsloth, lora, qlora, dora"),
     ],
 )
 def test_the_command_line_refuses_in_one_sentence(arguments, message, capsys):
@@ -320,10 +340,9 @@ def test_numbers_of_trainings_are_checked(arguments, capsys):
 
 def test_seeds_and_curve_are_trained_and_compared(finished, overrides):
     """After the whole suite: one more seed, and half the rows, of one method."""
-    rare = overrides | {"generation_rows": 8}
-    outcomes = Suite("cpu", rare, only=("lora", "compare"), seeds=2).execute()
-    assert {outcome.status for outcome in outcomes} == {"reused", "done"}
-    outcomes = Suite("cpu", rare, only=("lora", "compare"), curve=(16,)).execute()
+    outcomes = Suite("cpu", overrides, only=("lora",), seeds=2).execute()
+    assert [outcome.status for outcome in outcomes] == ["reused"] * 2 + ["done"] * 2
+    outcomes = Suite("cpu", overrides, only=("lora", "compare"), curve=(16,)).execute()
     assert [outcome.status for outcome in outcomes] == ["done"] * 3
     compared = comparison.load("cpu")
     first, second = compared.records["lora"], compared.seeds["lora"][0].record
@@ -343,24 +362,22 @@ def test_the_plan_command_prints_every_parameter_and_its_origin(capsys):
     assert line.split()[1:3] == ["0.0001", "override"]
 
 
-def test_an_interrupted_suite_goes_on_where_it_was(overrides, tmp_path):
-    environment = os.environ | {"FINETUNE_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "finetune", "run", "--profile", "cpu", "--only", "base", "--only", "lora"]
+def test_an_interrupted_suite_goes_on_where_it_was(finished, overrides, capfd):
+    """The last test: LoRA is trained again with more checkpoints, and Ctrl-C comes after the first of them."""
+    command = ["run", "--profile", "cpu", "--only", "base", "--only", "lora"]
     for name, value in (overrides | {"save_steps": 1 / 16}).items():
         command += ["--set", f"{name}={value}"]
-    process = subprocess.Popen(
-        command, env=environment, cwd=paths.PROJECT, text=True, start_new_session=True, stdout=subprocess.PIPE
-    )
-    state = tmp_path / "checkpoints" / ".training" / "cpu-lora"
+    adapter, state = finished.parents[1] / "adapters" / "cpu-lora", finished.parents[1] / "checkpoints" / ".training"
+    made = adapter.stat().st_ino
+    process = subprocess.Popen([sys.executable, "-m", "finetune", *command], cwd=paths.PROJECT, start_new_session=True)
     deadline = time.monotonic() + 180
-    while not list(state.glob("checkpoint-*/whole.json")):
+    while not list(state.glob("cpu-lora/checkpoint-*/whole.json")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert not (tmp_path / "adapters" / "cpu-lora").exists()
-    second = subprocess.run(command, env=environment, cwd=paths.PROJECT, text=True, capture_output=True, check=False)
-    assert second.returncode == 0, second.stderr
-    assert "reused             base_model_performance" in second.stdout
-    assert "Resuming from checkpoint-" in text_of(executed(tmp_path / "results" / "cpu", "fine_tuning_lora"))
+    assert process.wait(timeout=60) == 130
+    assert adapter.stat().st_ino == made, "the adapter of before is as it was"
+    capfd.readouterr()
+    assert main(command) == 0
+    assert "reused             base_model_performance" in capfd.readouterr().out
+    assert "Resuming from checkpoint-" in text_of(executed(finished, "fine_tuning_lora"))

@@ -7,6 +7,7 @@ from html import unescape
 from html.parser import HTMLParser
 
 import factories
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from factories import SETTINGS, generation, predictions, right_on, write_run, write_variant
@@ -33,13 +34,24 @@ def write_report(runs=("base", "lora"), articles=None, **changes) -> str:
     return report.write_report(load("cpu"), results / "report.html", articles or {}).read_text(encoding="utf-8")
 
 
+@pytest.fixture
+def drawn() -> None:
+    """For tests that look at pictures: drawing takes three quarters of a report's time."""
+
+
+@pytest.fixture(autouse=True)
+def not_drawn(request, monkeypatch) -> None:
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(report, "data_address", lambda figure: plt.close(figure) or "data:,")
+
+
 def text_of(html: str) -> str:
     return " ".join(unescape(re.sub("<[^>]+>", " ", html)).split())
 
 
 @pytest.mark.usefixtures("home")
 class TestReport:
-    def test_it_is_self_contained(self):
+    def test_it_is_self_contained(self, drawn):
         html = write_report()
         assert not re.findall(r"""(?:src|href|action)\s*=\s*["']?(?!data:|#)[^"'>\s]""", html)
         assert "http://" not in html and "https://" not in html
@@ -143,13 +155,13 @@ class TestReport:
         assert "Only the base model was evaluated. It gets 50.0 %." in text
         assert "Empty DataFrame" not in text and "Index: []" not in text
 
-    def test_a_perfect_and_a_hopeless_run_can_be_drawn(self):
+    def test_a_perfect_and_a_hopeless_run_can_be_drawn(self, drawn):
         results = paths.results_folder("cpu")
         write_run(results, "base", right_on(0, 40))
         write_run(results, "lora", right_on(40, 40))
         assert "100.0" in text_of(report.render(load("cpu"), {}))
 
-    def test_the_same_records_give_the_same_file(self):
+    def test_the_same_records_give_the_same_file(self, drawn):
         assert write_report() == write_report()
 
     def test_a_failure_while_writing_keeps_the_earlier_report(self):

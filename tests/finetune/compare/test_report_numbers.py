@@ -9,6 +9,7 @@ from collections import Counter
 from html import unescape
 from html.parser import HTMLParser
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from factories import SETTINGS, generation, write_run, write_variant
@@ -92,6 +93,7 @@ def results(tmp_path_factory):
     """A results folder with everything: baselines, three methods, seeds, a learning curve, validation rows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FINETUNE_HOME", str(tmp_path_factory.mktemp("numbers")))
+        patch.setattr(report, "data_address", lambda figure: plt.close(figure) or "data:,")
         folder = paths.results_folder("gpu")
         write_run(folder, "base", [], rows=predictions(1.0, 1), data={"train_rows": 1000})
         for number, run in enumerate(TUNED, 1):
@@ -175,6 +177,7 @@ def read_rows(path) -> dict[str, list]:
         "answer": [row["prediction"] for row in rows],
         "chances": [[row["probabilities"].get(label, 0) for label in LABELS] for row in rows],
         "duplicate": [row["has_twin"] for row in rows],
+        "codes": np.array([[[row[of] == label for row in rows] for label in LABELS] for of in ("label", "prediction")]),
     }
 
 
@@ -200,8 +203,9 @@ def draws(count: int = 1200) -> list[np.ndarray]:
 
 
 def class_f1(rows, drawn) -> np.ndarray:
-    label, answer = np.array(rows["label"])[drawn], np.array(rows["answer"])[drawn]
-    return f1_score(label, answer, labels=LABELS, average=None, zero_division=0)
+    """2 right / (labelled + answered), which a thousand draws have in the time of ten with scikit-learn."""
+    label, answer = rows["codes"][:, :, drawn]
+    return 2 * (label & answer).sum(axis=1) / np.maximum(label.sum(axis=1) + answer.sum(axis=1), 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -221,7 +225,8 @@ def test_quality(tables, raw, name):
     resampled = 100 * np.array([class_f1(rows, drawn) for drawn in draws(500)])
     assert ends(f1_interval) == pytest.approx(np.percentile(resampled.mean(axis=1), [2.5, 97.5]), abs=WANDER)
     per_class = tables["classes"][NAMES[name]]
-    expected = 100 * class_f1(rows, np.arange(ROWS))
+    expected = 100 * f1_score(rows["label"], rows["answer"], labels=LABELS, average=None, zero_division=0)
+    assert class_f1(rows, np.arange(ROWS)) == pytest.approx(expected / 100)
     assert per_class[::2] == [f"{value:.1f}" for value in expected]
     for index, of_class in enumerate(per_class[1::2]):
         assert ends(of_class) == pytest.approx(np.percentile(resampled[:, index], [2.5, 97.5]), abs=2 * WANDER)

@@ -1,11 +1,11 @@
 """The type of products follows what is measured, and results in either type agree."""
 
-import functools
 import os
 import subprocess
 import sys
 
 import numpy as np
+import processes
 import pytest
 import torch
 
@@ -16,12 +16,6 @@ from finetune.notebooks import run_cells
 
 # What a CPU without bf16 instructions has, on one that has them.
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
-
-
-def run_script(script: str, **options) -> list[str]:
-    """The words that a Python process prints."""
-    done = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True, check=True, **options)
-    return done.stdout.split()
 
 
 @pytest.mark.parametrize(
@@ -45,19 +39,11 @@ def test_without_bf16_instructions_the_choice_is_float32():
     assert done.stdout.split() == ["float32"]
 
 
-def test_as_many_threads_as_cores_that_may_be_used():
-    script = """
-import torch
-from finetune import machine
-from finetune.model import precision
-precision.use_physical_cores()
-print(torch.get_num_threads(), machine.usable_cores())
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    one = sorted(os.sched_getaffinity(0))[:1]
+def test_as_many_threads_as_cores_that_may_be_used(tmp_path):
+    one = set(sorted(os.sched_getaffinity(0))[:1])
     for allowed, expected in ((one, 1), (os.sched_getaffinity(0), machine.usable_cores())):
-        limit = functools.partial(os.sched_setaffinity, 0, allowed)
-        assert run_script(script, env=environment, preexec_fn=limit) == [str(expected)] * 2
+        processes.start(processes.threads, allowed, home=tmp_path, log=tmp_path / "log").join()
+        assert (tmp_path / "log").read_text().split() == [str(expected)] * 2
 
 
 @pytest.mark.parametrize("run", ["full", "lora", "qlora"])

@@ -1,15 +1,12 @@
 """Training: the loss sees the answers, the result is reproducible, resumable and loadable by plain libraries."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import processes
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
@@ -33,16 +30,6 @@ from finetune.train.checks import check_supervision
 from finetune.train.save import newest_checkpoint, newest_whole_checkpoint
 
 RUNS = ["full", "lora", "qlora"]
-TRAIN_SCRIPT = """
-import json, sys
-from finetune.notebooks import run_cells
-run_cells(f"fine_tuning_{sys.argv[1]}", "plots", PROFILE="cpu", OVERRIDES=json.loads(sys.argv[2]))
-"""
-PREPARE_SCRIPT = """
-import json, sys
-from finetune import load_data, plan
-load_data(plan("lora", "cpu", json.loads(sys.argv[1])))
-"""
 
 
 def trainer_of(run: str, overrides: dict, **edits: str):
@@ -296,32 +283,24 @@ def test_weights_updated_in_the_backward_pass_end_where_they_end_after_it(tiny):
 def test_a_killed_run_resumes_to_the_uninterrupted_runs_weights(tiny, tmp_path, run, change):
     overrides = tiny | {"num_train_epochs": 2, "train_rows": 96, "save_steps": 1 / 6} | change
     homes = {name: tmp_path / name for name in ("whole", "killed")}
-    assert _train(run, overrides, homes["whole"]).wait() == 0
-    process = _train(run, overrides, homes["killed"])
+    processes.start(processes.train, run, overrides, home=homes["whole"]).join()
+    killed = processes.start(processes.train, run, overrides, home=homes["killed"])
     state = homes["killed"] / "checkpoints" / ".training" / f"cpu-{run}"
     deadline = time.monotonic() + 120
     while not newest_whole_checkpoint(state):
-        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        assert killed.is_alive() and time.monotonic() < deadline, "it ended before it could be killed"
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    killed.kill()
+    killed.join()
     assert not (homes["killed"] / "results" / "cpu" / run / "record.json").exists()
-    resumed = _train(run, overrides, homes["killed"], stdout=subprocess.PIPE)
-    output = resumed.communicate()[0]
-    assert resumed.returncode == 0 and "Resuming from checkpoint-" in output
+    log = tmp_path / "log"
+    resumed = processes.start(processes.train, run, overrides, home=homes["killed"], log=log)
+    resumed.join()
+    assert resumed.exitcode == 0 and "Resuming from checkpoint-" in log.read_text()
     assert not state.exists()
     folder = "checkpoints" if run == "full" else "adapters"
     weights = [load_file(next((home / folder / f"cpu-{run}").glob("*model.safetensors"))) for home in homes.values()]
     assert same_weights(*weights)
-
-
-def _train(run: str, overrides: dict, home: Path, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", TRAIN_SCRIPT, run, json.dumps(overrides)],
-        env=os.environ | {"FINETUNE_HOME": str(home)},
-        text=True,
-        **options,
-    )
 
 
 def test_a_validation_leaves_the_gradients_of_a_4_bit_model_as_they_were(tiny):
@@ -438,22 +417,23 @@ def test_variants_of_a_run_report_their_progress_apart(home):
     assert _training_progress("cpu").startswith("step 3/10, "), "the variant's"
 
 
-def test_two_processes_that_start_together_prepare_the_data_once(tiny, monkeypatch, capfd):
+def test_two_processes_that_start_together_prepare_the_data_once(tiny, tmp_path, monkeypatch, capfd):
     """The second starts while the first is at it; it must wait, and reuse what the first made."""
-    others = []
+    others, log = [], tmp_path / "log"
 
     def prepare_slowly(*arguments, **named):
-        other = subprocess.Popen(
-            [sys.executable, "-c", PREPARE_SCRIPT, json.dumps(tiny)], stdout=subprocess.PIPE, text=True
-        )
-        others.append((other, other.stdout.readline()))
+        others.append(processes.start(processes.prepare, tiny, home=paths.home(), log=log))
+        while not (log.exists() and "\n" in log.read_text()):
+            assert others[0].is_alive()
+            time.sleep(0.05)
         return prepare(*arguments, **named)
 
     monkeypatch.setattr("finetune.data.prepare", prepare_slowly)
     load_data(plan("lora", "cpu", tiny))
-    [(other, waiting)] = others
-    said = other.communicate(timeout=60)[0]
+    [other] = others
+    other.join()
+    waiting, said = log.read_text().split("\n", 1)
     folder = paths.dataset_folder("sample")
-    assert other.returncode == 0
-    assert waiting == f"Waiting for {folder}: another process prepares it\n"
+    assert other.exitcode == 0
+    assert waiting == f"Waiting for {folder}: another process prepares it"
     assert capfd.readouterr().out.startswith(f"Prepared {folder}: ") and said.startswith(f"Reused {folder}: ")

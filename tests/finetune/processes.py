@@ -1,0 +1,52 @@
+"""Processes that tests may kill, forked from one that has imported the libraries once: 12 s on two cores."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+_FORKED = multiprocessing.get_context("forkserver")
+_FORKED.set_forkserver_preload(["finetune.train.trainer", "finetune.train.save", "finetune.compare.plots"])
+
+
+def start(function: Callable, *arguments: object, home: Path, log: Path = Path(os.devnull)) -> multiprocessing.Process:
+    """Call a function of a module that can be imported, with FINETUNE_HOME set; what it prints goes to `log`."""
+    process = _FORKED.Process(target=_call, args=(function, arguments, str(home), log), daemon=True)
+    process.start()
+    return process
+
+
+def _call(function: Callable, arguments: tuple, home: str, log: Path) -> None:
+    os.environ["FINETUNE_HOME"] = home
+    with log.open("w", buffering=1) as file, contextlib.redirect_stdout(file):
+        function(*arguments)
+
+
+def train(run: str, overrides: dict[str, object]) -> None:
+    """Train as a notebook of the profile cpu does."""
+    from finetune.notebooks import run_cells
+
+    run_cells(f"fine_tuning_{run}", "plots", PROFILE="cpu", OVERRIDES=overrides)
+
+
+def prepare(overrides: dict[str, object]) -> None:
+    """Prepare the data of a LoRA run."""
+    from finetune import load_data, plan
+
+    load_data(plan("lora", "cpu", overrides))
+
+
+def threads(allowed: set[int]) -> None:
+    """Print how many threads compute, and how many cores may be used, where only these are allowed."""
+    import torch
+
+    from finetune import machine
+    from finetune.model import precision
+
+    os.environ.pop("OMP_NUM_THREADS", None)
+    os.sched_setaffinity(0, allowed)
+    precision.use_physical_cores()
+    print(torch.get_num_threads(), machine.usable_cores())
