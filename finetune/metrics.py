@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -43,6 +44,66 @@ class Metrics(BaseModel):
     confusion: list[list[int]]
     macro_f1_low: float | None = None
     macro_f1_high: float | None = None
+
+    @property
+    def counts(self) -> np.ndarray:
+        """`confusion` with the invalid answers in a last column: shape (classes, classes + 1)."""
+        known = np.array(self.confusion, float).reshape(len(self.classes), -1)
+        rows = np.array([of.rows for of in self.classes.values()])
+        return np.column_stack([known, rows - known.sum(axis=1)])
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure that tables show beside accuracy.
+
+    Attributes:
+        title: Its name in tables.
+        function: From confusion matrices, shape (..., classes, classes + 1), to figures of shape (...).
+        percent: Whether tables show it in percent.
+    """
+
+    title: str
+    function: Callable[[np.ndarray], np.ndarray]
+    percent: bool = True
+
+    def estimate(self, scoring: Metrics) -> tuple[float, float, float]:
+        """The figure, and its 95 % interval by the bootstrap over test rows."""
+        value = float(self.function(scoring.counts))
+        return value, *resampling.interval(self.function(resampling.resampled(scoring.counts)))
+
+    def shown(self, value: float) -> str:
+        return f"{100 * value:.1f}" if self.percent else f"{value:.3f}"
+
+
+def matthews(counts: np.ndarray) -> np.ndarray:
+    """Matthews' correlation of several classes (Gorodkin 2004, doi:10.1016/j.compbiolchem.2004.09.006); 0 where all
+    rows have one label, or one answer."""
+    right, total = np.trace(counts, axis1=-2, axis2=-1), counts.sum(axis=(-2, -1))
+    true, predicted = counts.sum(axis=-1), counts.sum(axis=-2)
+    # An invalid answer is one more class, which no row has.
+    together = right * total - (true * predicted[..., :-1]).sum(axis=-1)
+    apart = np.sqrt((total**2 - (true**2).sum(axis=-1)) * (total**2 - (predicted**2).sum(axis=-1)))
+    return np.divide(together, apart, out=np.zeros_like(together), where=apart > 0)
+
+
+METRICS = {
+    "macro_f1": Metric("macro-F1", lambda counts: resampling.f1(counts).mean(axis=-1)),
+    "matthews": Metric("Matthews", matthews, percent=False),
+}
+
+
+def figures(scoring: Metrics, against: Metrics | None = None) -> dict[str, str]:
+    """The cells of a table's line for all METRICS: the figure, its interval, and the difference to another run."""
+    cells = {}
+    for metric in METRICS.values():
+        value, low, high = metric.estimate(scoring)
+        cells[f"{metric.title}{' %' if metric.percent else ''}"] = metric.shown(value)
+        cells[f"{metric.title} interval"] = f"{metric.shown(low)} to {metric.shown(high)}"
+        if against is not None:
+            difference = value - float(metric.function(against.counts))
+            cells[f"{metric.title} against base"] = f"{'+' if difference >= 0 else ''}{metric.shown(difference)}"
+    return cells
 
 
 def compute(labels: Sequence[str], predictions: Sequence[str | None], classes: Sequence[str]) -> Metrics:

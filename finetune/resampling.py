@@ -37,6 +37,24 @@ def confusions(labels: Sequence[str], *predictions: Sequence[str], classes: Sequ
     return results
 
 
+def resampled(counts: np.ndarray) -> np.ndarray:
+    """The resamples of one method's confusion matrix, which holds all that the bootstrap needs of its rows.
+
+    Args:
+        counts: Shape (classes, classes + 1).
+
+    Returns:
+        Counts of shape (RESAMPLES, classes, classes + 1), the same as `confusions` gives for the rows.
+    """
+    generator = np.random.default_rng(0)
+    result = np.zeros((RESAMPLES, *counts.shape))
+    for label, row in enumerate(counts.astype(int)):
+        there = np.flatnonzero(row)
+        if there.size:
+            result[:, label, there] = generator.multinomial(row.sum(), row[there] / row.sum(), size=RESAMPLES)
+    return result
+
+
 def accuracy(counts: np.ndarray) -> np.ndarray:
     """Accuracy of confusion matrices of shape (..., classes, classes + 1)."""
     return np.trace(counts, axis1=-2, axis2=-1) / counts.sum(axis=(-2, -1))

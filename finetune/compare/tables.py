@@ -11,7 +11,7 @@ from dataclasses import fields
 
 import pandas as pd
 
-from finetune import records
+from finetune import metrics, records
 from finetune.baseline_records import Baseline
 from finetune.compare import mistakes
 from finetune.compare.calibration import COVERAGES, Calibration, Scores
@@ -48,8 +48,8 @@ def summary(comparison: Comparison) -> pd.DataFrame:
 
 
 def quality(comparison: Comparison) -> pd.DataFrame:
-    """Accuracy and macro-F1 of the first seed in percent, differences to the base in points, and accuracy on the rows
-    whose article is not in the training rows too."""
+    """Accuracy and all METRICS of the first seed with their differences to the base, and accuracy on the rows whose
+    article is not in the training rows too."""
     base, lines = comparison.scoring["base"], {}
     for name, of in comparison.scoring.items():
         alone = comparison.without_twins[name]
@@ -57,9 +57,7 @@ def quality(comparison: Comparison) -> pd.DataFrame:
             "accuracy %": percent(of.accuracy),
             "95 % interval": percent_interval(of.accuracy_low, of.accuracy_high),
             "against base": one_decimal(100 * (of.accuracy - base.accuracy), "+"),
-            "macro-F1 %": percent(of.macro_f1),
-            "macro-F1 interval": percent_interval(of.macro_f1_low, of.macro_f1_high),
-            "macro-F1 against base": one_decimal(100 * (of.macro_f1 - base.macro_f1), "+"),
+            **metrics.figures(of, base),
             "rows without a duplicate": f"{alone.rows:,}" if alone else "0",
             "accuracy on these %": percent(alone.accuracy) if alone else "-",
             "its interval": percent_interval(alone.accuracy_low, alone.accuracy_high) if alone else "-",

@@ -39,7 +39,7 @@ def table(*found: Baseline) -> pd.DataFrame:
             NAMES[baseline.name]: {
                 "accuracy": f"{baseline.scoring.accuracy:.1%}",
                 "95 % interval": f"{baseline.scoring.accuracy_low:.1%} to {baseline.scoring.accuracy_high:.1%}",
-                "macro-F1": f"{baseline.scoring.macro_f1:.1%}",
+                **metrics.figures(baseline.scoring),
             }
             for baseline in found
         }

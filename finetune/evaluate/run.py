@@ -60,7 +60,7 @@ def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunR
 
 
 def summary(record: records.RunRecord) -> pd.DataFrame:
-    """Accuracy with its interval, macro-F1 and log loss by scoring; the same rows by generation where it ran."""
+    """Accuracy with its interval and all METRICS by scoring; the same rows by generation where it ran."""
     result = record.evaluation
     rows = {
         "scoring, all test rows": result.scoring,
@@ -73,8 +73,7 @@ def summary(record: records.RunRecord) -> pd.DataFrame:
                 "rows": value.rows,
                 "accuracy": f"{value.accuracy:.1%}",
                 "95 % interval": f"{value.accuracy_low:.1%} to {value.accuracy_high:.1%}",
-                "macro-F1": f"{value.macro_f1:.1%}",
-                "its interval": f"{value.macro_f1_low:.1%} to {value.macro_f1_high:.1%}",
+                **metrics.figures(value),
             }
             for name, value in rows.items()
             if value

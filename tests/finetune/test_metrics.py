@@ -6,7 +6,7 @@ from math import comb, log
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, f1_score, precision_score
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precision_score
 from statsmodels.stats.proportion import proportion_confint
 
 from data_prep.task import AG_NEWS
@@ -112,3 +112,24 @@ def test_a_figure_that_predictions_do_not_give_is_named(what):
     assert metrics.first_difference(found.model_copy(update={what: 0.7}), labels, answers) == what
     moved = [[5, 0, 0, 0], [0, 5, 0, 0], [0, 0, 0, 0], [0, 5, 0, 0]]
     assert metrics.first_difference(found.model_copy(update={"confusion": moved}), labels, answers) == "confusion"
+
+
+@pytest.mark.parametrize("invalid", [0, 7])
+def test_every_metric_is_that_of_scikit_learn_and_its_interval_that_of_the_rows(invalid):
+    generator = np.random.default_rng(3)
+    labels = [AG_NEWS.labels[row % 4] for row in range(200)]
+    predicted = [label if generator.random() < 0.7 else str(generator.choice(AG_NEWS.labels)) for label in labels]
+    predicted[:invalid] = [None] * invalid
+    scoring = metrics.compute(labels, predicted, AG_NEWS.labels)
+    answers = [answer or "" for answer in predicted]
+    expected = {"macro_f1": scoring.macro_f1, "matthews": matthews_corrcoef(labels, answers)}
+    assert expected.keys() == metrics.METRICS.keys()
+    for name, metric in metrics.METRICS.items():
+        value, low, high = metric.estimate(scoring)
+        assert value == pytest.approx(expected[name]) and low < value < high
+    assert metrics.METRICS["macro_f1"].estimate(scoring)[1:] == (scoring.macro_f1_low, scoring.macro_f1_high)
+
+
+def test_one_answer_for_all_rows_has_no_correlation():
+    scoring = metrics.compute(["World", "Sports"] * 5, ["World"] * 10, AG_NEWS.labels)
+    assert metrics.METRICS["matthews"].estimate(scoring) == (0, 0, 0)
