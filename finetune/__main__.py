@@ -26,6 +26,7 @@ from typing import Any
 from data_prep import UserError
 from finetune import paths, wording
 from finetune.config.plan import DEFAULT, Settings, applicable, fewer_rows, parse_assignments, plan
+from finetune.config.profiles import PROFILES
 
 # What `curve --only` knows besides the suite's runs.
 SVM = "svm"
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m finetune", description="Full fine-tuning, LoRA or QLoRA?")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--profile", default="auto", help="auto (by hardware), spark, gpu or cpu")
+    common.add_argument("--profile", default="auto", help=f"auto (by hardware), {wording.listed(list(PROFILES))}")
     common.add_argument(
         "--set", dest="assignments", action="append", default=[], metavar="NAME=VALUE", help="override a parameter"
     )

@@ -23,7 +23,7 @@ COMPUTES: dict[str, tuple[str, ...]] = {
         "metrics",
         "resampling",
     ),
-    "compare": ("compare", "metrics", "resampling", "wording"),
+    "compare": ("compare", "config/methods", "metrics", "resampling", "wording"),
 }
 
 
