@@ -94,12 +94,8 @@ def few_shot(settings: HasExperiment, data: PreparedData, model, tokenizer) -> B
     """The untuned model with examples from the training rows before every article."""
     shots = evenly(data.train, settings.experiment.few_shot_examples, settings.experiment.data_seed)
     prompts = encode.encode_prompts(tokenizer, [few_shot_prompt(shots, row) for row in data.test])
-    sequences = [
-        prompt + encode.answer_tokens(tokenizer, data.task.answer_for(row.label))
-        for prompt, row in zip(prompts, data.test, strict=True)
-    ]
-    checks.check_model(model.config, tokenizer, data.task, sequences)
-    backbone, reason = checks.choose_backbone(model, sequences)
+    checks.check_model(model.config, tokenizer, data.task, prompts)
+    backbone, reason = checks.choose_backbone(model, prompts)
     print(f"rows: {reason}")
     scorer = score.LabelScorer(backbone, tokenizer, data.task, settings.experiment.per_device_eval_batch_size)
     probabilities = scorer.score(prompts, progress="scoring with examples")
