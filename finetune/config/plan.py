@@ -75,9 +75,9 @@ class Experiment:
     """Type of matrix products in training and evaluation; `auto`: bfloat16 on a GPU, the faster of both on a CPU."""
     evaluation_kernels: Literal["fused", "plain"] = "fused"
     """Kernels of the evaluation on a GPU: Liger's for norms, rotary embeddings and activations, or PyTorch's."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of a training: the initialisation and the order of the rows."""
-    data_seed: Annotated[int, Field(ge=0)] = 42
+    data_seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of the split and of the row selection, which all trainings of a comparison share."""
     variant: Annotated[str, Field(pattern="^[a-z0-9-]*$")] = ""
     """Set by `run --seeds` and `curve`: a folder in the run's own (seed-43, rows-250); empty for the run itself."""

@@ -22,7 +22,7 @@ from finetune import baseline_records, metrics, paths, records
 from finetune.baseline_records import Baseline, Name
 from finetune.data import HasExperiment, PreparedData, evenly
 from finetune.evaluate import score
-from finetune.model import encode, packing
+from finetune.model import checks, encode
 from finetune.records import Prediction
 from finetune.wording import NAMES
 
@@ -94,9 +94,10 @@ def few_shot(settings: HasExperiment, data: PreparedData, model, tokenizer) -> B
     """The untuned model with examples from the training rows before every article."""
     shots = evenly(data.train, settings.experiment.few_shot_examples, settings.experiment.data_seed)
     prompts = encode.encode_prompts(tokenizer, [few_shot_prompt(shots, row) for row in data.test])
-    scorer = score.LabelScorer(
-        packing.Backbone(model), tokenizer, data.task, settings.experiment.per_device_eval_batch_size
-    )
+    checks.check_model(model.config, tokenizer, data.task, prompts)
+    backbone, reason = checks.choose_backbone(model, prompts)
+    print(f"rows: {reason}")
+    scorer = score.LabelScorer(backbone, tokenizer, data.task, settings.experiment.per_device_eval_batch_size)
     probabilities = scorer.score(prompts, progress="scoring with examples")
     predicted = score.predicted_labels(probabilities, data.task.labels)
     description = f"the untuned model with {len(shots)} training rows and their answers in the prompt"

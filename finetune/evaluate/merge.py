@@ -13,7 +13,7 @@ from finetune.evaluate import score
 from finetune.evaluate.find import Found
 from finetune.evaluate.run import MAX_LENGTH
 from finetune.files import folder_bytes, folder_digest, replacing_folder
-from finetune.model import encode, load, packing
+from finetune.model import checks, encode, load
 
 BF16 = "the base model's bf16 weights"
 DEQUANTISED = "the base model's weights in 4-bit NormalFloat, dequantised to bf16: what the adapter was trained on"
@@ -41,10 +41,12 @@ def merge(found: Found, data: PreparedData) -> records.Merged:
         tokenizer.save_pretrained(beside)
         (beside / "README.md").write_text(cards.model_card(record, data, merged_into=base), encoding="utf-8")
     model.to(products)
-    prompts = [row.prompt for row in encode.encode(tokenizer, data.test, MAX_LENGTH)]
+    encoded = encode.encode(tokenizer, data.test, MAX_LENGTH)
+    backbone, reason = checks.choose_backbone(model, [row.prompt + row.answer for row in encoded])
+    print(f"rows: {reason}")
     batch = found.experiment.per_device_eval_batch_size
-    scorer = score.LabelScorer(packing.Backbone(model), tokenizer, data.task, batch)
-    probabilities = scorer.score(prompts, progress="scoring")
+    scorer = score.LabelScorer(backbone, tokenizer, data.task, batch)
+    probabilities = scorer.score([row.prompt for row in encoded], progress="scoring")
     predicted = score.predicted_labels(probabilities, data.task.labels)
     known = np.array([[row.probabilities[label] for label in data.task.labels] for row in before])
     result = records.Merged(

@@ -12,7 +12,7 @@ from finetune.config.plan import Experiment
 from finetune.data import PreparedData
 from finetune.evaluate import score
 from finetune.evaluate.find import Found, values_of
-from finetune.model import encode, load, packing
+from finetune.model import checks, encode, load, packing, padded
 from finetune.model.precision import Precision
 from finetune.wording import percent_interval
 
@@ -30,7 +30,7 @@ def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunR
         data: The prepared data; its test rows are judged, and its validation rows scored for what is fitted on them.
 
     Raises:
-        UserError: The model was trained on other data.
+        UserError: The model was trained on other data, cannot read it, or gives other logits than its own.
     """
     if found.record and found.record.data.fingerprint != data.reference.fingerprint:
         raise UserError(
@@ -40,8 +40,14 @@ def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunR
     precision = load.choose_precision(found.experiment, found.trained.get("dtype"))
     print(f"precision: {precision}")
     load.evaluating(model)
+    encoded = encode.encode(tokenizer, [*data.test, *data.validation], MAX_LENGTH)
+    sequences = [row.prompt + row.answer for row in encoded]
+    checks.check_model(model.config, tokenizer, data.task, sequences, new_tokens=score.MIN_ANSWER_TOKENS)
+    backbone, reason = checks.choose_backbone(model, sequences)
+    print(f"rows: {reason}")
     machine.reset_peak_memory()
-    result = _evaluate_model(model, precision, tokenizer, found, data)
+    prompts = [row.prompt for row in encoded]
+    result = _evaluate_model(backbone, prompts, precision, tokenizer, found, data)
     values = values_of(found)
     record = records.RunRecord(
         run=found.run,
@@ -114,15 +120,23 @@ def _read_predictions(record: records.RunRecord) -> list[records.Prediction]:
     return records.read_predictions(record, paths.run_folder(record.profile, record.run, record.variant))
 
 
-def _evaluate_model(model, precision: Precision, tokenizer, found: Found, data: PreparedData) -> records.Evaluation:
+def _evaluate_model(
+    backbone: packing.Backbone | padded.Padded,
+    prompts: list[list[int]],
+    precision: Precision,
+    tokenizer,
+    found: Found,
+    data: PreparedData,
+) -> records.Evaluation:
+    """Score the test and the validation rows, whose prompts follow one another, and generate for the first ones."""
     experiment, examples, folder, task = found.experiment, data.test, found.folder, data.task
-    prompts = _prompts(tokenizer, examples)
-    scorer = score.LabelScorer(packing.Backbone(model), tokenizer, task, experiment.per_device_eval_batch_size)
+    prompts, validation_prompts = prompts[: len(examples)], prompts[len(examples) :]
+    scorer = score.LabelScorer(backbone, tokenizer, task, experiment.per_device_eval_batch_size)
     probabilities, seconds = score.timed(scorer.score, prompts, progress="scoring")
     labels = [example.label for example in examples]
     predicted = score.predicted_labels(probabilities, task.labels)
-    generation, answers = _generate(model, tokenizer, experiment, task, prompts, labels, predicted)
-    validation = scorer.score(_prompts(tokenizer, data.validation), progress="scoring validation rows")
+    generation, answers = _generate(backbone, tokenizer, experiment, task, prompts, labels, predicted)
+    validation = scorer.score(validation_prompts, progress="scoring validation rows")
     digest = records.write_predictions(_predictions(task, examples, probabilities, answers), folder)
     alone = [row for row, example in enumerate(examples) if not example.has_duplicate]
     return records.Evaluation(
@@ -147,12 +161,8 @@ def _evaluate_model(model, precision: Precision, tokenizer, found: Found, data: 
     )
 
 
-def _prompts(tokenizer, examples: list[Example]) -> list[list[int]]:
-    return [row.prompt for row in encode.encode(tokenizer, examples, MAX_LENGTH)]
-
-
 def _generate(
-    model,
+    backbone: packing.Backbone | padded.Padded,
     tokenizer,
     experiment: Experiment,
     task: Task,
@@ -167,12 +177,13 @@ def _generate(
         return None, []
     answers, seconds = score.timed(
         score.generate,
-        model,
+        backbone.model,
         tokenizer,
         task,
         prompts[:rows],
         experiment.per_device_eval_batch_size,
         progress="generating",
+        may_pad=isinstance(backbone, packing.Backbone),
     )
     parsed = [task.parse_answer(answer) for answer in answers]
     generation = records.Generation(

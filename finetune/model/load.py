@@ -173,11 +173,11 @@ def packed_attention(dtype: torch.dtype) -> tuple[str, str]:
     return "padded", f"articles of similar length together, in fp32: FlashAttention needs {lacking}"
 
 
-def backbone_of(model) -> packing.Backbone:
-    """A model as packed rows and validation use it."""
+def backbone_kind(model) -> type[packing.Backbone]:
+    """How a model reads packed rows."""
     # Unsloth trains all weights through transformers' own layers, and adapters through its own.
     fast = unsloth.has_loaded(model) and getattr(model, "peft_config", None) is not None
-    return unsloth.UnslothBackbone(model) if fast else packing.Backbone(model)
+    return unsloth.UnslothBackbone if fast else packing.Backbone
 
 
 # Models that have Liger's kernels.

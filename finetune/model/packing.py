@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from finetune.model.head import only_at
+
 NAME = "segments"
 Kernel = Literal["flash", "padded"]
 # Keys of a group of padded segments, at most: on a CPU 16,384 of them take 25 MB a layer of SmolLM2-135M.
@@ -165,13 +167,34 @@ def within(row: Row) -> Iterator[None]:
         _row = before
 
 
+# Where a check collects how far FlashAttention is from the exact attention, a number per layer.
+_flash_errors: list[float] | None = None
+
+
+@contextlib.contextmanager
+def comparing_flash() -> Iterator[list[float]]:
+    """Compute each layer's attention by FlashAttention too, where that runs, and yield its relative errors."""
+    global _flash_errors
+    _flash_errors = []
+    try:
+        yield _flash_errors
+    finally:
+        _flash_errors = None
+
+
 class Backbone:
-    """A causal language model as training and scoring use it: hidden states of a row, and the head for few of them.
+    """A causal language model as training and scoring use it: the logits at few places of a row.
 
     Args:
         model: A model of transformers, or one wrapped by peft. Its attention becomes this module's, which outside of
             a row is transformers' sdpa.
+
+    Raises:
+        ValueError: transformers cannot replace the model's attention.
     """
+
+    # Unsloth's layers multiply in bf16 alone.
+    runs_in_fp32 = True
 
     def __init__(self, model):
         self.model = model
@@ -181,31 +204,36 @@ class Backbone:
         self.embeds_on_device = model.get_input_embeddings().weight.device == self.device
         _register()
         model.set_attn_implementation(NAME)
+        # transformers only warns.
+        if model.config._attn_implementation != NAME:
+            raise ValueError("its attention cannot be replaced")
 
-    def __call__(self, row: Row, embeddings: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states of a row on the model's device, shape (T, width).
+    def __call__(
+        self, row: Row, places: torch.Tensor, embeddings: torch.Tensor | None = None, in_fp32: bool = False
+    ) -> torch.Tensor:
+        """Logits at places of a row on the model's device, by the model's own path, shape (N, vocabulary).
 
         Args:
             row: The row.
-            embeddings: Its input embeddings if they are known, shape (1, T, width).
+            places: Whose logits, shape (N).
+            embeddings: The row's input embeddings if they are known, shape (1, T, width).
+            in_fp32: Give logits in fp32, not rounded to the model's type.
         """
         tokens = {"input_ids": row.input_ids} if embeddings is None else {"inputs_embeds": embeddings}
-        with within(row):
-            output = self.decoder(**tokens, position_ids=row.position_ids, use_cache=False, **self._keywords(row))
-        return output.last_hidden_state[0]
+        with within(row), only_at(self.head, places, in_fp32):
+            return self._logits(row, **tokens)[0]
 
     def embed(self, row: Row) -> torch.Tensor:
         """Input embeddings of a row on the model's device, shape (1, T, width)."""
         return self.model.get_input_embeddings()(row.input_ids).to(self.device)
 
-    def alone(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Hidden states of one sequence, computed as the model does without this module, shape (T, width)."""
-        ids = torch.tensor([tokens], device=self.device)
-        return self.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
-
-    def _keywords(self, row: Row) -> dict[str, torch.Tensor]:
+    def _logits(self, row: Row, **tokens: torch.Tensor) -> torch.Tensor:
         # transformers takes a mask of four dimensions as it is; without one it would build (T, T) of them.
-        return {"attention_mask": row.input_ids.new_zeros(1, 1, 1, 1)}
+        mask = row.input_ids.new_zeros(1, 1, 1, 1)
+        output = self.model(
+            **tokens, position_ids=row.position_ids, attention_mask=mask, use_cache=False, return_dict=True
+        )
+        return output.logits
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: Row, scale: float | None) -> torch.Tensor:
@@ -222,7 +250,12 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: Row
         Shape (1, T, heads, width).
     """
     run = _flash if kernel_for(query) == "flash" else _padded
-    return run(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), row, scale)[None]
+    parts = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    output = run(*parts, row, scale)
+    if _flash_errors is not None and kernel_for(query.bfloat16()) == "flash":
+        exact = _padded(*parts, row, scale).float()
+        _flash_errors.append(((_flash(*parts, row, scale).float() - exact).norm() / exact.norm()).item())
+    return output[None]
 
 
 def kernel_for(query: torch.Tensor) -> Kernel:

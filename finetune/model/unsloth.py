@@ -118,8 +118,13 @@ class UnslothBackbone(packing.Backbone):
     """Unsloth's layers take no mask of four dimensions, and cut rows that are longer than max_seq_length, unless they
     are told that a row is packed."""
 
-    def _keywords(self, row: packing.Row) -> dict[str, torch.Tensor]:
-        return {"packed_seq_lengths": _one_document(row.input_ids.shape[1])}
+    runs_in_fp32 = False
+
+    def _logits(self, row: packing.Row, **tokens: torch.Tensor) -> torch.Tensor:
+        # Not through its CausalLM: that rounds fp32 logits to bf16.
+        documents = _one_document(row.input_ids.shape[1])
+        output = self.decoder(**tokens, position_ids=row.position_ids, use_cache=False, packed_seq_lengths=documents)
+        return self.head(output.last_hidden_state)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from finetune import machine
 from finetune.config.plan import Settings
 from finetune.config.recipes import Recipe
 from finetune.data import PreparedData
-from finetune.model import encode, load
+from finetune.model import checks, encode, load
 from finetune.train import memory
 
 
@@ -48,14 +48,17 @@ def resolve(settings: Settings, data: PreparedData) -> Resolved:
     """Decide what the plan leaves open, and print it.
 
     Raises:
-        UserError: The model cannot be found, or a row does not fit into `max_length`.
+        UserError: The model cannot be found, does not suit method, task or rows; or a row does not fit into
+            `max_length`.
     """
     recipe, engine = settings.recipe, settings.engine
     torch.backends.cudnn.benchmark = recipe.cudnn_benchmark
     precision = load.choose_precision(settings.experiment, recipe.dtype)
     tokenizer = load.load_tokenizer(settings.experiment.model)
-    lengths = list(map(len, encode.encode(tokenizer, data.train, recipe.max_length)))
-    checkpointing = memory.choose_checkpointing(settings, load.configuration(settings.experiment.model), lengths)
+    configuration = load.configuration(settings.experiment.model)
+    sequences = [row.prompt + row.answer for row in encode.encode(tokenizer, data.train, recipe.max_length)]
+    checks.check_model(configuration, tokenizer, data.task, sequences, recipe)
+    checkpointing = memory.choose_checkpointing(settings, configuration, list(map(len, sequences)))
     dtype = precision.name if recipe.dtype == "auto" else recipe.dtype
     # Checkpointing asks for random states as it goes, which no graph can record.
     graphs = recipe.cuda_graphs and machine.has_cuda() and checkpointing.mode == "off"

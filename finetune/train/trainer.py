@@ -21,6 +21,7 @@ from data_prep import Example, Task
 from finetune import machine, metrics
 from finetune.evaluate import score
 from finetune.model import encode, load, packing
+from finetune.model.checks import choose_backbone
 from finetune.model.encode import IGNORED
 from finetune.train import checks, memory
 from finetune.train.callbacks import Clock, EvaluateAtTheEnd, StopOnNonFiniteLoss
@@ -133,7 +134,7 @@ class PackedSFTTrainer(SFTTrainer):
         named: What SFTTrainer takes besides, such as `optimizers`.
 
     Raises:
-        UserError: A row does not fit into `max_length`, no token carries loss, packed articles see each other, or
+        UserError: A row does not fit into `max_length`, no token carries loss, our logits are not the model's, or
             gradients and optimiser cannot fit into the memory.
     """
 
@@ -156,13 +157,16 @@ class PackedSFTTrainer(SFTTrainer):
         self.packed, self.article_loss, self.cuda_graphs = args.packing, article_loss, cuda_graphs
         self.update_in_backward, self.added_callbacks, self.added = update_in_backward, list(callbacks), named
         self.clock = Clock()
-        self.backbone = load.backbone_of(model)
         adapted = getattr(model, "peft_config", None)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.checks = {"memory": memory.require_room(args, self._trained, update_in_backward)}
 
         encoded = encode.encode(processing_class, train_dataset, args.max_length)
         watched = encode.encode(processing_class, eval_dataset, args.max_length)
+        sequences = [row.prompt + row.answer for row in (*encoded, *watched)]
+        self.backbone, self.checks["rows"] = choose_backbone(model, sequences)
+        # Nothing of packed rows alone: padded batches have another layout each time.
+        self.cuda_graphs = cuda_graphs = cuda_graphs and isinstance(self.backbone, packing.Backbone)
         self.encoded_tokens = sum(map(len, encoded))
         supervised = args.completion_only_loss is not False
         if self.packed:
@@ -188,6 +192,8 @@ class PackedSFTTrainer(SFTTrainer):
             args.max_grad_norm = 0.0
         # Where several GPUs are visible the trainer would split each batch (DataParallel), and no row can be split.
         args._n_gpu = min(1, args.n_gpu)
+        config = model.config.get_text_config()
+        asks_router = vars(config).get("output_router_logits")
         super().__init__(
             model=model,
             args=args,
@@ -197,6 +203,9 @@ class PackedSFTTrainer(SFTTrainer):
             callbacks=[self.clock, EvaluateAtTheEnd(), StopOnNonFiniteLoss(), *callbacks],
             **named,
         )
+        if self.packed and asks_router is not None:
+            # TRL turns it on for its auxiliary loss, which cannot be formed from a packed row.
+            config.output_router_logits = asks_router
         if adapted:
             # TRL rounds a 4-bit base's adapter to bf16 (1.14, SFTTrainer.__init__), in which small updates are lost,
             # and from which a resumed training departs: peft loads adapters in fp32.
@@ -211,14 +220,13 @@ class PackedSFTTrainer(SFTTrainer):
         # adds it to the head's, which is the same matrix: 0.6 of the 4.0 s of a step of SmolLM2-135M on two cores.
         table = model.get_input_embeddings().weight
         self._adds_rows = table is self.backbone.head.weight and table.requires_grad and table.device.type == "cpu"
-        self._adds_rows &= self.packed and not update_in_backward
+        self._adds_rows &= self.packed and isinstance(self.backbone, packing.Backbone) and not update_in_backward
         if self.packed:
             self._passes = GraphedPasses(self._loss, self._trained) if cuda_graphs else None
             # The trainer calls it at each step; see floating_point_ops.
             model.zero_grad = self._forget_gradients
             # The loss divides by the whole update's supervised tokens itself.
             self.model_accepts_loss_kwargs = True
-            self.checks["isolation"] = checks.check_isolation(self.backbone, self.autocast(), encoded)
         for name, check in self.checks.items():
             print(f"{name}: {check}")
 
@@ -304,8 +312,7 @@ class PackedSFTTrainer(SFTTrainer):
     def _loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
         row = batch["row"]
         with self.autocast():
-            hidden = self.backbone(row, batch.get("embeddings"))
-            logits = self.backbone.head(hidden.index_select(0, batch["predicts"]))
+            logits = self.backbone(row, batch["predicts"], batch.get("embeddings"))
         smoothing = self.args.label_smoothing_factor
         losses = functional.cross_entropy(logits.float(), batch["targets"], reduction="none", label_smoothing=smoothing)
         return (losses * batch["weights"]).sum() / batch["tokens"]

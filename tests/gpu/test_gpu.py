@@ -70,7 +70,7 @@ def result_of(home: str, gpu: str, *arguments: str) -> dict:
 
 @pytest.mark.parametrize(("engine", "run"), CASES)
 def test_packed_articles_are_apart(engine, run):
-    assert examined(engine, run)["choices"]["isolation"].startswith("packed articles are apart")
+    assert examined(engine, run)["choices"]["rows"].startswith("packed rows: ")
     assert examined(engine, run)["choices"]["attention"].startswith("flash")
 
 

@@ -32,23 +32,32 @@ def test_a_row_counts_positions_and_keys_from_the_beginning_of_each_sequence():
     assert forest.last(first) == 4
 
 
-def test_hidden_states_are_those_of_separate_sequences(backbone):
+def alone(backbone: Backbone, tokens: list[int]) -> torch.Tensor:
+    """Logits of one sequence, by transformers."""
+    return backbone.model(input_ids=torch.tensor([tokens])).logits[0]
+
+
+def everywhere(backbone: Backbone, row: packing.Row, *embeddings: torch.Tensor) -> torch.Tensor:
+    return backbone(row, torch.arange(row.input_ids.numel()), *embeddings)
+
+
+def test_logits_are_those_of_separate_sequences(backbone):
     shared, rests = [3, 4, 5], [[6, 7, 8, 9], [10], [11, 12]]
     forest = Forest()
     root = forest.add(shared)
     stems = [forest.add(rest, root) for rest in rests]
     branch = forest.add([20, 21], stems[2])
     with torch.no_grad():
-        states = backbone(forest.row())
+        states = everywhere(backbone, forest.row())
         for stem, rest in zip(stems, rests, strict=True):
             torch.testing.assert_close(
                 states[forest.last(stem) + 1 - len(rest) : forest.last(stem) + 1],
-                backbone.alone(shared + rest)[len(shared) :],
+                alone(backbone, shared + rest)[len(shared) :],
                 atol=1e-5,
                 rtol=1e-4,
             )
         torch.testing.assert_close(
-            states[forest.last(branch)], backbone.alone(shared + rests[2] + [20, 21])[-1], atol=1e-5, rtol=1e-4
+            states[forest.last(branch)], alone(backbone, shared + rests[2] + [20, 21])[-1], atol=1e-5, rtol=1e-4
         )
 
 
@@ -72,7 +81,7 @@ EXAMPLES = [
 
 def gradients(backbone: Backbone, batch) -> tuple[float, torch.Tensor]:
     backbone.model.zero_grad()
-    logits = backbone.head(backbone(batch["row"]).index_select(0, batch["predicts"]))
+    logits = backbone(batch["row"], batch["predicts"])
     loss = torch.nn.functional.cross_entropy(logits, batch["targets"], reduction="sum")
     loss.backward()
     return loss.item(), torch.cat([parameter.grad.flatten() for parameter in backbone.model.parameters()])
@@ -110,7 +119,7 @@ def test_loss_on_all_tokens_is_that_of_the_articles_one_by_one(backbone):
 @pytest.mark.parametrize("shapes", [None, FixedShapes(multiple=16, longest=9, supervised=9)])
 def test_an_articles_own_tokens_weigh_what_they_are_given(backbone, shapes):
     batch = RowCollator(3, shapes, article_weight=0.25)(EXAMPLES)
-    logits = backbone.head(backbone(batch["row"]).index_select(0, batch["predicts"]))
+    logits = backbone(batch["row"], batch["predicts"])
     losses = torch.nn.functional.cross_entropy(logits, batch["targets"], reduction="none")
     articles = [{**one, "labels": [IGNORED] * 4 + one["input_ids"][4:-2] + [IGNORED] * 2} for one in EXAMPLES]
     expected = by_hand(backbone, EXAMPLES)[0] + 0.25 * by_hand(backbone, articles)[0]
@@ -121,7 +130,7 @@ def test_an_articles_own_tokens_weigh_what_they_are_given(backbone, shapes):
 def test_embeddings_may_be_computed_beforehand(backbone):
     row = RowCollator(3)(EXAMPLES)["row"]
     with torch.no_grad():
-        torch.testing.assert_close(backbone(row, backbone.embed(row)), backbone(row))
+        torch.testing.assert_close(everywhere(backbone, row, backbone.embed(row)), everywhere(backbone, row))
 
 
 def test_a_row_computes_what_is_shared_once():
