@@ -52,7 +52,7 @@ def _table(part: type, defaults: Mapping[str, Any]) -> pd.DataFrame:
         line = {"parameter": f"`{field.name}`", "default": _cell(default)}
         for name, profile in PROFILES.items():
             values = {
-                run: profile.values_for(METHODS[run].like or run).get(field.name, value)
+                run: profile.values_for(METHODS[run].like or run, "sample").get(field.name, value)
                 for run, value in default.items()
             }
             line[name] = "" if values == default else _cell(values)

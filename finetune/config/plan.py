@@ -184,12 +184,10 @@ def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = 
         raise UserError(f"unknown run '{run}'; the runs are: {', '.join(METHODS)}")
     method = METHODS[run]
     profile, reason = choose_profile(profile)
-    layers = [
-        (f"profile {profile}", PROFILES[profile].values_for(method.like or run)),
-        ("environment", _from_environment()),
-        ("override", dict(overrides or {})),
-    ]
-    values, origins = _merge(layers)
+    asked = [("environment", _from_environment()), ("override", dict(overrides or {}))]
+    chosen, name = PROFILES[profile], method.like or run
+    source = _merge([("profile", chosen.values_for(name)), *asked])[0].get("source", Experiment.source)
+    values, origins = _merge([(f"profile {profile}", chosen.values_for(name, source)), *asked])
     experiment = _build(Experiment, values, None)
     prompts = find_task(experiment.task).prompts
     if experiment.prompt not in prompts:

@@ -13,14 +13,16 @@ from finetune import machine
 
 @dataclass(frozen=True)
 class Profile:
-    """Values for every run, and more for single methods."""
+    """Values for every run, and more for single methods and for the built-in sample."""
 
     purpose: str
     shared: Mapping[str, Any]
     by_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sample: Mapping[str, Any] = field(default_factory=dict)
 
-    def values_for(self, method: str) -> dict[str, Any]:
-        return dict(self.shared) | dict(self.by_method.get(method, {}))
+    def values_for(self, method: str, source: str | None = None) -> dict[str, Any]:
+        """The values of a method, on rows of a source where that is known."""
+        return {**self.shared, **self.by_method.get(method, {}), **(self.sample if source == "sample" else {})}
 
 
 PROFILES = {
@@ -64,8 +66,6 @@ PROFILES = {
     "cpu": Profile(
         "The embedded SmolLM2-135M on the built-in sample, on a laptop without a GPU",
         shared={
-            # Of 288: two thirds of the steps, at the adapters' higher learning rate (results/LOG.md).
-            "train_rows": 192,
             "per_device_train_batch_size": 8,
             "gradient_accumulation_steps": 1,
             "gradient_checkpointing": "off",
@@ -85,6 +85,8 @@ PROFILES = {
             "lora": {"learning_rate": 0.002},
             "qlora": {"learning_rate": 0.002},
         },
+        # Of 288: two thirds of the steps, at the adapters' higher learning rate (results/LOG.md).
+        sample={"train_rows": 192},
     ),
 }
 

@@ -11,9 +11,8 @@ from importlib import metadata
 import factories
 import pytest
 
-from data_prep import DataError, UserError
+from data_prep import DataError
 from finetune import paths, records
-from finetune.config.plan import plan
 from finetune.records import LogPoint, Prediction
 
 
@@ -60,13 +59,6 @@ class TestRoundTrip:
         record = factories.record("lora")
         records.write(record, folder)
         assert records.read(folder) == record
-
-    def test_new_record_takes_everything_from_the_settings(self):
-        settings = plan("lora", "cpu", {"model": "some/model", "seed": 7, "learning_rate": 1e-3})
-        record = records.new_record(settings, factories.data_reference(40))
-        assert (record.run, record.profile, record.model, record.seed) == ("lora", "cpu", "some/model", 7)
-        assert record.settings["learning_rate"] == 1e-3
-        assert record.settings_digest == settings.digest
 
 
 class TestValidationRows:
@@ -238,44 +230,3 @@ class TestEnvironment:
         assert records.environment().command == "Run All in Jupyter"
         monkeypatch.setenv("FINETUNE_COMMAND", "make demo")
         assert records.environment().command == "make demo"
-
-
-class TestRequireArtefact:
-    DATA = factories.data_reference(40)
-
-    @pytest.fixture
-    def trained(self, home):
-        """A LoRA run whose record and artefact lie where they should."""
-        settings = plan("lora", "cpu")
-        artefact = paths.artefact_folder("cpu", "lora", is_adapter=True)
-        artefact.mkdir(parents=True)
-        place = str(artefact.relative_to(home))
-        training = factories.training("lora", artefact=place, settings_digest=settings.training_digest)
-        records.write(records.new_record(settings, self.DATA, training=training), paths.run_folder("cpu", "lora"))
-        return training, artefact
-
-    def require(self, data=DATA, **overrides):
-        return records.require_artefact(plan("lora", "cpu", overrides), data, "the_notebook")
-
-    def test_it_is_found(self, trained):
-        assert self.require() == trained
-
-    def test_it_may_be_evaluated_otherwise_than_planned(self, trained):
-        assert self.require(test_rows=20, generation_rows=0, per_device_eval_batch_size=1) == trained
-
-    def test_without_a_training_the_notebook_is_named(self, home):
-        with pytest.raises(UserError, match="no lora model of profile cpu yet: run the_notebook first"):
-            self.require()
-
-    def test_other_settings_are_named(self, trained):
-        with pytest.raises(UserError, match=r"with other settings \(learning_rate, seed\).*run the_notebook again"):
-            self.require(learning_rate=1e-5, seed=1, test_rows=20)
-
-    def test_other_data_is_named(self, trained):
-        with pytest.raises(UserError, match=r"other data \(fingerprint 0123456789ab, now ffffffffffff\)"):
-            self.require(data=factories.data_reference(40, fingerprint="ffffffffffff"))
-
-    def test_a_lost_artefact_is_named(self, trained):
-        trained[1].rmdir()
-        with pytest.raises(UserError, match="adapters/cpu-lora is gone: run the_notebook again"):
-            self.require()

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 
 from data_prep import UserError
-from finetune import keys, paths, records, runner
+from finetune import keys, paths, plan, records, runner
 from finetune.__main__ import main
 from finetune.compare import comparison, verdict
 from finetune.config.methods import METHODS
@@ -120,11 +120,6 @@ def test_the_training_notebooks_draw_curves_and_the_comparison_pictures(finished
     for name, pictures in {"fine_tuning_lora": 1, "lora_finetuning_performance": 1, "compare_methods": 7}.items():
         outputs = [output for cell in executed(finished, name).cells for output in cell.get("outputs", [])]
         assert sum("image/png" in output.get("data", {}) for output in outputs) == pictures, name
-
-
-def test_the_lora_notebooks_show_their_one_difference(finished):
-    for name in ("fine_tuning_lora", "fine_tuning_qlora"):
-        assert "{'load_in_4bit': (False, True)}" in text_of(executed(finished, name))
 
 
 def test_the_report_is_written_with_every_run(finished):
@@ -358,8 +353,12 @@ def test_seeds_and_curve_are_trained_and_compared(finished, overrides):
 
 def test_the_plan_command_prints_every_parameter_and_its_origin(capsys):
     assert main(["plan", "lora", "--profile", "cpu", "--set", "learning_rate=1e-4"]) == 0
-    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("learning_rate")]
-    assert line.split()[1:3] == ["0.0001", "override"]
+    lines = capsys.readouterr().out.splitlines()
+    [row] = [number for number, line in enumerate(lines) if line.split()[:1] == ["learning_rate"]]
+    assert lines[row].split() == ["learning_rate", "0.0001", "override"] and max(map(len, lines)) <= 80
+    assert all(f" {name} " in " ".join(lines) for name in plan("lora", "cpu").values)
+    # What was chosen comes first.
+    assert row < next(number for number, line in enumerate(lines) if line.split()[-1:] in (["default"], ["recipe"]))
 
 
 def test_an_interrupted_suite_goes_on_where_it_was(finished, overrides, capfd):

@@ -11,16 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_prep import TASKS, Columns, Prompt, Task, UserError
 from data_prep.sources import open_source
 from data_prep.task import AG_NEWS
-from finetune import cards
+from finetune import paths
 from finetune.compare import mistakes, report, tables
 from finetune.compare.comparison import load
 from finetune.config.plan import plan
-from finetune.data import prepare_data
-from finetune.evaluate import baselines
-from finetune.evaluate.run import evaluate
+from finetune.data import load_data
 from finetune.evaluate.score import LabelScorer
 from finetune.model import encode
 from finetune.model.packing import Backbone
+from finetune.notebooks import run_cells
 
 # Two begin alike, one is not ASCII, and the order is not the alphabet's.
 LABELS = ("Other issue", "Billing", "Other", "Störung", "Password reset", "Delivery")
@@ -56,7 +55,7 @@ def settings(home, tiny_model, tmp_path, monkeypatch):
 
 def test_six_classes_go_from_the_files_to_the_report(settings, tiny_model):
     # Prepare: the description's columns, labels, prompt and answers; AG News' repairs are not for this task.
-    data = prepare_data(settings)
+    data = load_data(settings)
     assert data.title == "Support tickets" and data.reference.task == "tickets"
     assert data.manifest.rows["train"] == dict.fromkeys(LABELS, 10) and not data.manifest.normalised
     assert (data.manifest.duplicates.test_exact_in_train, data.manifest.duplicates.train_contradicting) == (1, 2)
@@ -75,8 +74,9 @@ def test_six_classes_go_from_the_files_to_the_report(settings, tiny_model):
     np.testing.assert_allclose(scored[0], one_by_one(model, tokenizer, encoded[0].prompt), atol=1e-5)
 
     # Metrics, in the order of the labels, with baselines beside.
-    record = evaluate(settings, data)
-    baselines.evaluate(settings, data, ["majority", "svm"])
+    names = {"task": "tickets", "source": "csv", "data_path": settings.experiment.data_path, "prompt": "plain"}
+    names |= {"model": str(tiny_model), "generation_rows": 6}
+    record = run_cells("base_model_performance", "class_table", PROFILE="cpu", OVERRIDES=names)["record"]
     assert tuple(record.evaluation.scoring.classes) == LABELS
     assert np.array(record.evaluation.scoring.confusion).sum(axis=1).tolist() == [4] * 6
     assert record.evaluation.without_twins.rows == 23
@@ -108,8 +108,9 @@ def one_by_one(model, tokenizer, prompt: list[int]) -> np.ndarray:
 
 def test_the_card_of_a_model_says_what_its_labels_are(settings):
     values = {"task": "tickets", "source": "csv", "data_path": settings.experiment.data_path, "prompt": "plain"}
-    planned = plan("lora", "cpu", values | {"model": settings.experiment.model})
-    card = cards.model_card(planned, prepare_data(planned), "a-model")
+    values |= {"model": settings.experiment.model, "train_rows": 24}
+    record = run_cells("fine_tuning_lora", "plots", PROFILE="cpu", OVERRIDES=values)["record"]
+    card = (paths.home() / record.training.artefact / "README.md").read_text()
     assert "Classifies a text as Other issue, Billing, Other, Störung, Password reset or Delivery" in card
     assert '`{"queue":"Other issue"}`' in card and "What is this ticket about?" in card
     assert "AG News" not in card

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from factories import SETTINGS, generation, write_run, write_variant
 from scipy import stats
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, matthews_corrcoef
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 from test_baselines import write_baseline
@@ -212,8 +212,9 @@ def class_f1(rows, drawn) -> np.ndarray:
 def test_quality(tables, raw, name):
     rows = raw[name]
     alone = right(rows)[~np.array(rows["duplicate"])]
-    accuracy, interval, points, f1, f1_interval, f1_points, *others = tables["quality"][NAMES[name]]
-    rows_alone, accuracy_alone, interval_alone = others
+    accuracy, interval, points, f1, f1_interval, f1_points, correlation, *others = tables["quality"][NAMES[name]]
+    _, _, rows_alone, accuracy_alone, interval_alone = others
+    assert correlation == f"{matthews_corrcoef(rows['label'], rows['answer']):.3f}"
     base = raw["base"]
     assert points == f"{100 * (right(rows).mean() - right(base).mean()):+.1f}"
     macro = [f1_score(of["label"], of["answer"], labels=LABELS, average="macro") for of in (rows, base)]

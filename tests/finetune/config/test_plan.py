@@ -265,6 +265,11 @@ class TestEngine:
         assert plan(run, profile).engine == ("transformers" if run in ("base", "full", "dora") else "unsloth")
 
 
+def test_what_a_profile_says_of_the_sample_is_not_for_other_rows():
+    sample, own = plan("lora", "cpu"), plan("lora", "cpu", {"source": "csv", "data_path": "rows"})
+    assert (sample.experiment.train_rows, own.experiment.train_rows) == (192, None)
+
+
 class TestDigest:
     def test_every_parameter_has_another_value_here(self):
         assert OTHER_VALUES.keys() | {"task", *recipes.DEFINING} == EXPERIMENT_NAMES | RECIPE_NAMES
