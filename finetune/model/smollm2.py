@@ -7,11 +7,13 @@ template, so that everything after it loads like any model of the hub.
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 from data_prep import UserError
 from finetune import paths
@@ -65,19 +67,24 @@ def _download(scratch: Path) -> Path:
 
 def _convert(gguf: Path, target: Path) -> None:
     """Write the GGUF file as a safetensors folder."""
+    import gguf as library
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(f"Converting it to {target} (once)", flush=True)
     location = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**location)
+    # transformers 5.17 reads the file four times, and maps all names for each of 397 modules. Once each takes 20 s of
+    # an AMD EPYC, not 40.
+    once = {name: functools.cache(getattr(library, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    with mock.patch.multiple(library, **once):
+        tokenizer = AutoTokenizer.from_pretrained(**location)
+        loaded = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.bfloat16)
     # The GGUF reader takes <|im_start|> for the end of a turn. And pad must differ from eos: Unsloth refuses a
     # tokenizer where they are one ("Could not find a valid pad token"), and a padded eos would never be learnt.
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.pad_token = "<|endoftext|>"
     # True in the GGUF reader's result; on byte-level BPE it would strip spaces before punctuation.
     tokenizer.clean_up_tokenization_spaces = False
-    loaded = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.bfloat16)
     # A model read from GGUF still counts as quantised, and refuses save_pretrained although its weights are plain:
     # the same weights in a fresh model of the same configuration do not.
     del loaded.config.quantization_config
