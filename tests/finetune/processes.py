@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,3 +52,13 @@ def threads(allowed: set[int]) -> None:
     os.sched_setaffinity(0, allowed)
     precision.use_physical_cores()
     print(torch.get_num_threads(), machine.usable_cores())
+
+
+def imports(*entries: str) -> None:
+    """Print, for each of these modules of the engine, what it imports of the engine, in a line."""
+    for entry in entries:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "finetune"]:
+            del sys.modules[name]
+        importlib.import_module(f"finetune.{entry}")
+        found = {name: module for name, module in sys.modules.items() if name.startswith("finetune.")}
+        print(*(name for name, module in found.items() if not hasattr(module, "__path__")))

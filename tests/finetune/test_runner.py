@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import nbformat
+import processes
 import pytest
 
 from data_prep import UserError
@@ -18,6 +19,7 @@ from finetune import keys, paths, plan, records, runner
 from finetune.__main__ import main
 from finetune.compare import comparison, verdict
 from finetune.config.methods import METHODS
+from finetune.config.plan import plan
 from finetune.kernels import Kernels
 from finetune.runner import NOTEBOOKS, STEPS, Suite
 
@@ -216,21 +218,11 @@ ENTRIES = {
 }
 
 
-def test_every_module_that_computes_a_result_is_in_its_key():
+def test_every_module_that_computes_a_result_is_in_its_key(tmp_path):
     """Whoever adds a module that a training imports decides whether it computes."""
-    script = """
-import importlib, sys
-for entry in sys.argv[1:]:
-    for name in [name for name in sys.modules if name.startswith("finetune")]:
-        del sys.modules[name]
-    importlib.import_module(f"finetune.{entry}")
-    print(*(name for name, module in sys.modules.items()
-            if name.startswith("finetune.") and not hasattr(module, "__path__")))
-"""
-    command = [sys.executable, "-c", script, *ENTRIES]
-    done = subprocess.run(command, cwd=paths.PROJECT, text=True, capture_output=True, check=True)
+    processes.start(processes.imports, *ENTRIES, home=tmp_path, log=tmp_path / "log").join()
     engine = paths.PROJECT / "finetune"
-    for (kind, shown), names in zip(ENTRIES.values(), done.stdout.splitlines(), strict=True):
+    for (kind, shown), names in zip(ENTRIES.values(), (tmp_path / "log").read_text().splitlines(), strict=True):
         imported = {name.removeprefix("finetune.") for name in names.split()}
         computing = {
             ".".join(path.relative_to(engine).with_suffix("").parts)
