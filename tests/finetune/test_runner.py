@@ -15,7 +15,7 @@ import processes
 import pytest
 
 from data_prep import UserError
-from finetune import keys, paths, plan, records, runner
+from finetune import keys, paths, records, runner
 from finetune.__main__ import main
 from finetune.compare import comparison, verdict
 from finetune.config.methods import METHODS
