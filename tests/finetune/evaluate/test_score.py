@@ -2,6 +2,7 @@
 
 import math
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from data_prep.sources import sample
 from data_prep.task import AG_NEWS
 from finetune.evaluate import score
 from finetune.evaluate.score import LabelScorer
-from finetune.model import encode
+from finetune.model import checks, encode
 from finetune.model.packing import Backbone
 
 
@@ -96,3 +97,47 @@ def test_a_tree_with_shared_first_tokens_is_scored_exactly(model, tokenizer):
 def test_generated_answers_do_not_depend_on_the_batch_size(model, tokenizer, prompts, batch_size):
     reference = score.generate(model, tokenizer, AG_NEWS, prompts, batch_size=6)
     assert score.generate(model, tokenizer, AG_NEWS, prompts, batch_size) == reference
+
+
+@pytest.mark.parametrize("name", ["capped", "divided", "multiplied", "experts", "window", "state space", "convolution"])
+def test_probabilities_of_other_families_are_their_own_at_any_batch_size(tokenizer, prompts, name):
+    model, plain = (families.tiny_family(name, tokenizer) for _ in range(2))
+    expected = [one_by_one(plain, tokenizer, prompt) for prompt in prompts[:6]]
+    backbone, _ = checks.choose_backbone(model, prompts[:6])
+    for batch_size in (1, 6):
+        scored = LabelScorer(backbone, tokenizer, AG_NEWS, batch_size).score(prompts[:6])
+        np.testing.assert_allclose(scored, expected, atol=1e-4)
+    assert np.ptp(expected, axis=0).max() > 1e-3, "a model that ignores the article would pass anything"
+
+
+def test_scores_of_a_bf16_model_are_not_rounded_to_bf16(tiny_model, tokenizer, prompts):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).eval()
+    hidden = [model.get_decoder()(torch.tensor([prompt])).last_hidden_state[0, -1].float() for prompt in prompts]
+    with torch.no_grad():
+        expected = (torch.stack(hidden) @ model.lm_head.weight[[300, 301]].float().T).softmax(-1)
+    scorer = LabelScorer(Backbone(model), tokenizer, AG_NEWS, 8)
+    # Of one token each, so that their log-odds are a difference of two logits.
+    scorer.set_answers([[300], [301]])
+    scored = scorer.score(prompts)
+    # The hidden states are in bf16, and packed rows add up in another order.
+    np.testing.assert_allclose(scored, expected, atol=0.05)
+    steps = np.log(scored[:, 0] / scored[:, 1]) * 128
+    # Logits of 1 and more are multiples of 1/128 in bf16.
+    assert np.mean(np.abs(steps - np.round(steps)) > 1e-3) > 0.9
+
+
+@pytest.mark.parametrize("is_list", [True, False])
+def test_an_answer_ends_at_any_token_of_the_models_own_list(model, tokenizer, prompts, is_list, monkeypatch):
+    ids = torch.tensor([prompts[0]])
+    own = model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)[0, ids.shape[1] :]
+    end = own[1].item()
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [7, end] if is_list else end)
+    [cut] = score.generate(model, tokenizer, AG_NEWS, prompts[:1], batch_size=1)
+    assert own[0] != end and cut == tokenizer.decode(own[:1])
+
+
+@pytest.mark.parametrize("name", ["state space", "convolution"])
+def test_answers_of_models_that_read_padding_do_not_depend_on_the_batch(tokenizer, prompts, name):
+    model = families.tiny_family(name, tokenizer)
+    alone = score.generate(model, tokenizer, AG_NEWS, prompts[:6], 1, may_pad=False)
+    assert score.generate(model, tokenizer, AG_NEWS, prompts[:6], 6, may_pad=False) == alone

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import families
 import numpy as np
 import processes
 import pytest
@@ -392,6 +393,26 @@ def test_packed_and_padded_batches_have_the_same_loss_and_gradients(tiny, run):
     (loss, gradient), (other_loss, other) = results
     assert loss == pytest.approx(other_loss, rel=1e-2)
     assert torch.nn.functional.cosine_similarity(gradient, other, dim=0) > 0.999
+
+
+@pytest.mark.parametrize(("name", "rows_are"), [("convolution", "padded batches"), ("experts", "packed rows")])
+def test_a_model_trains_on_the_loss_that_plain_transformers_gives(tiny, tiny_model, tmp_path, name, rows_are):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    plain = families.tiny_family(name, tokenizer)
+    for part in (plain, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    trainer = trainer_of("full", tiny | {"model": str(tmp_path / "model"), "compute_dtype": "float32"})
+    assert trainer.checks["rows"].startswith(rows_are)
+    rows = [trainer.train_dataset[row] for row in range(4)]
+    count = sum(label != encode.IGNORED for row in rows for label in row["labels"])
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, trainer.data_collator(rows), num_items_in_batch=count)
+        expected = [
+            plain(**{key: torch.tensor([value]) for key, value in row.items()}, num_items_in_batch=count).loss
+            for row in rows
+        ]
+    assert loss.item() == pytest.approx(sum(expected).item(), rel=1e-4)
+    assert np.isfinite(trainer.train().training_loss)
 
 
 @pytest.mark.parametrize(
