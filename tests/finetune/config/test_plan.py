@@ -208,6 +208,8 @@ class TestRefusals:
             ("generation_rows", -1, "greater than or equal to 0"),
             ("seed", "lucky", "integer"),
             ("seed", -1, "greater than or equal to 0"),
+            ("seed", 2**32, "less than 4294967296"),
+            ("data_seed", 2**32, "less than 4294967296"),
             ("variant", "../elsewhere", "match pattern"),
             ("model", "", "at least 1 character"),
             ("per_device_train_batch_size", None, "integer"),
