@@ -269,7 +269,7 @@ class TestEngine:
 
 def test_what_a_profile_says_of_the_sample_is_not_for_other_rows():
     sample, own = plan("lora", "cpu"), plan("lora", "cpu", {"source": "csv", "data_path": "rows"})
-    assert (sample.experiment.train_rows, own.experiment.train_rows) == (192, None)
+    assert (sample.experiment.train_rows, own.experiment.train_rows) == (160, None)
 
 
 class TestDigest:
