@@ -14,11 +14,15 @@ import pandas as pd
 from data_prep import Example, Manifest, Task, UserError, find_task, prepare, read_examples
 from data_prep.files import SPLITS, Split
 from data_prep.sources import open_source
-from finetune import paths
+from finetune import metrics, paths
 from finetune.config.plan import Experiment
 from finetune.files import locked
 from finetune.model import encode, load
 from finetune.records import DataReference
+
+# Of the test rows, those that one of two methods alone gets right: a tuned model and a linear SVM differ on 7 % of AG
+# News' rows, two tuned models on 2 to 3 % (results/reference/gpu).
+DISCORDANT = 0.05
 
 
 class HasExperiment(Protocol):
@@ -93,16 +97,22 @@ def load_data(settings: HasExperiment) -> PreparedData:
             clean=experiment.normalise,
             count_tokens=count_tokens,
         )
+    select = partial(_select, folder, seed=experiment.data_seed)
     print(f"{'Reused' if reused else 'Prepared'} {folder}: fingerprint {manifest.fingerprint}, {_sizes(manifest)}")
     print(f"Duplicates: {manifest.duplicates}")
-    select = partial(_select, folder, seed=experiment.data_seed)
+    test = select("test", experiment.test_rows)
+    points = metrics.detectable_difference(len(test), DISCORDANT)
+    print(
+        f"{len(test):,} test rows can show a difference of {points:.1f} points between two methods (80 % power, if "
+        f"{DISCORDANT:.0%} of the rows tell them apart)"
+    )
     return PreparedData(
         folder,
         task,
         manifest,
         train=select("train", experiment.train_rows),
         validation=select("validation", None),
-        test=select("test", experiment.test_rows),
+        test=test,
     )
 
 

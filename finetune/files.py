@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -62,3 +64,8 @@ def folder_digest(folder: Path) -> str:
         (str(path.relative_to(folder)), file_digest(path)) for path in sorted(folder.rglob("*")) if path.is_file()
     ]
     return hashlib.sha256(repr(digests).encode()).hexdigest()[:12]
+
+
+def short_digest(values: Any) -> str:
+    """12 hexadecimal digits that change when anything in `values` does."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]

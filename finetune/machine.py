@@ -17,7 +17,7 @@ import psutil
 import pynvml
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 PACKAGES = (
     "torch",
@@ -54,22 +54,6 @@ def gpu_name() -> str | None:
     import torch
 
     return torch.cuda.get_device_name() if has_cuda() else None
-
-
-def visible_gpus() -> tuple[str, ...]:
-    """The GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it.
-
-    PyTorch asks NVML for their number, and makes no CUDA context, which would hold memory on a GPU.
-    """
-    import torch
-
-    if not has_cuda():
-        return ()
-    count = torch.cuda.device_count()
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = map(str, range(count)) if chosen is None else map(str.strip, chosen.split(","))
-    # A name that is no GPU ends the list.
-    return tuple(names)[:count]
 
 
 def usable_cores() -> int:
@@ -185,10 +169,3 @@ def _cpu_name() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def table() -> pd.DataFrame:
-    """Machine and package versions, for people."""
-    import pandas as pd
-
-    return pd.DataFrame({"": {**snapshot(), **package_versions()}}).dropna()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -215,11 +214,6 @@ class Merged(Part):
             f"{self.scoring.accuracy:.2%} against {self.adapter_accuracy:.2%} with the adapter apart, "
             f"{self.agreement:.2%} of the rows labelled alike, probabilities within {self.largest_difference:.3f}"
         )
-
-
-def digest(values: Any) -> str:
-    """12 hexadecimal digits that change when anything in `values` does."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def environment() -> Environment:

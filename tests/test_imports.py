@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "records": COMMON | {"metrics"},
     "baseline_records": COMMON | {"config", "metrics", "records"},
     "model": COMMON | {"config"},
-    "data": COMMON | {"config", "model", "records"},
+    "data": COMMON | {"config", "metrics", "model", "records"},
     "cards": COMMON | {"config", "data", "records"},
     "evaluate": COMMON | {"baseline_records", "cards", "config", "data", "metrics", "model", "records", "wording"},
     "train": COMMON | {"cards", "config", "data", "evaluate", "metrics", "model", "records"},

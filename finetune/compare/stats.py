@@ -1,4 +1,4 @@
-"""Two methods on the same test rows: differences with intervals, paired tests, and what a test set can show.
+"""Two methods on the same test rows: differences with intervals, and paired tests.
 
 Over several seeds. Other seeds would give other models, and other articles would be asked: both are samples. A mean
 over n seeds and N rows (crossed random effects) has the variance
@@ -23,12 +23,10 @@ import numpy as np
 from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 from finetune import resampling
-from finetune.metrics import mcnemar
+from finetune.metrics import POWER, SIGNIFICANT, mcnemar
 from finetune.wording import NAMES, format_p, interval_of, one_decimal
 
 CONFIDENCE = 0.95
-SIGNIFICANT = 0.05
-POWER = 0.8
 ROUNDING = 1e-12
 
 
@@ -277,22 +275,3 @@ def no_worse(
     z = ndtri(1 - level) + ndtri(POWER)
     room = (max(mean + margin, 0) / z) ** 2 - of_seeds
     return p_value, of_rows / room if room > 0 else np.inf
-
-
-def detectable_difference(rows: int, discordant: float = 0.03) -> float:
-    """The true difference of two accuracies that a test set can show: found four times in five, at a level of 5 %.
-
-    Solves Connor's formula for McNemar's test (1987, Biometrics 43:207-211): n d² = (1.96 √ψ + 0.84 √(ψ - d²))².
-
-    Args:
-        rows: Test rows.
-        discordant: ψ, the share of rows that one method alone gets right. Tuned models differ on 2 to 3 % of AG News'
-            test rows, a tuned model and the linear SVM on 7 % (results/reference/gpu).
-
-    Returns:
-        In points; at most 100 ψ, and so many where these rows can show nothing.
-    """
-    z, power = ndtri(1 - SIGNIFICANT / 2), ndtri(POWER)
-    half = z * np.sqrt(discordant * rows)
-    root = np.sqrt(half**2 - (rows + power**2) * discordant * (z**2 - power**2))
-    return 100 * min(float((half + root) / (rows + power**2)), discordant)

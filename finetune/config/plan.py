@@ -6,8 +6,6 @@ parameter or value is refused with the list of what exists.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -24,6 +22,7 @@ from finetune.config import embedded
 from finetune.config.methods import METHODS
 from finetune.config.profiles import PROFILES, choose_profile
 from finetune.config.recipes import STRICT, Count, Recipe, check
+from finetune.files import short_digest
 
 if TYPE_CHECKING:
     # It takes most of the time of `import finetune`; a plan needs it for its table alone.
@@ -122,11 +121,6 @@ class Settings:
         return self._digest_of({name: value for name, value in self.values.items() if name not in EVALUATION_ONLY})
 
     @property
-    def model_name(self) -> str:
-        """The model's name for people."""
-        return self.experiment.model_name
-
-    @property
     def run_folder(self) -> Path:
         return paths.run_folder(self.profile, self.run, self.experiment.variant)
 
@@ -139,8 +133,7 @@ class Settings:
         return paths.artefact_folder(self.profile, self.run, self.recipe.adapter, self.experiment.variant)
 
     def _digest_of(self, values: dict[str, Any]) -> str:
-        content = json.dumps([self.run, self.engine, values], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:12]
+        return short_digest([self.run, self.engine, values])
 
     def table(self) -> pd.DataFrame:
         """Parameter, value, origin and meaning, one row a parameter: what was asked for first, defaults last."""

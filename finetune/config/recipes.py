@@ -6,7 +6,7 @@ replace any of them, and the table that every notebook prints says which one did
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -121,12 +121,6 @@ LORA = Recipe(adapter=True)
 QLORA = replace(LORA, load_in_4bit=True)
 # Unsloth has no kernels for the magnitudes.
 DORA = replace(LORA, use_dora=True, engine="transformers")
-
-
-def difference(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two recipes differ, with both values."""
-    pairs = {field.name: (getattr(first, field.name), getattr(second, field.name)) for field in fields(Recipe)}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def check(recipe: Recipe, run: str, its_own: Recipe) -> None:

@@ -12,6 +12,7 @@ from finetune.config.plan import Experiment
 from finetune.data import PreparedData
 from finetune.evaluate import score
 from finetune.evaluate.find import Found, values_of
+from finetune.files import short_digest
 from finetune.model import checks, encode, load, packing, padded
 from finetune.model.precision import Precision
 from finetune.wording import percent_interval
@@ -56,7 +57,7 @@ def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunR
         model=found.record.model if found.record else found.experiment.model_name,
         seed=values["seed"],
         settings=values,
-        settings_digest=records.digest(values),
+        settings_digest=short_digest(values),
         data=found.record.data if found.record else data.reference,
         training=found.training,
         evaluation=result,

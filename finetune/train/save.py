@@ -17,7 +17,7 @@ from finetune import cards, paths, records
 from finetune.config.plan import Settings
 from finetune.config.recipes import ADAPTER_ONLY, Recipe
 from finetune.data import PreparedData
-from finetune.files import folder_bytes, folder_digest, replacing_folder
+from finetune.files import folder_bytes, folder_digest, replacing_folder, short_digest
 from finetune.model import load, unsloth
 from finetune.model.hub import model_path
 from finetune.records import RunRecord
@@ -127,7 +127,7 @@ def newest_checkpoint(trainer: PackedSFTTrainer) -> str | None:
     folder = Path(trainer.args.output_dir)
     mark = folder / "settings.json"
     rows = hashlib.sha256(json.dumps(trainer.train_dataset.to_list()).encode()).hexdigest()
-    digest = records.digest([trainer.backbone.model.config.to_dict(), rows, observed(trainer)])
+    digest = short_digest([trainer.backbone.model.config.to_dict(), rows, observed(trainer)])
     if folder.is_dir() and (not mark.is_file() or json.loads(mark.read_text())["digest"] != digest):
         if any(folder.glob("checkpoint-*")):
             print(f"Discarding the checkpoints in {folder}: they are of another training")
@@ -170,10 +170,10 @@ def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer
         run=settings.run,
         profile=settings.profile,
         engine=ran["engine"],
-        model=settings.model_name if values["model"] == settings.experiment.model else base,
+        model=settings.experiment.model_name if values["model"] == settings.experiment.model else base,
         seed=ran["seed"],
         settings=values,
-        settings_digest=records.digest(values),
+        settings_digest=short_digest(values),
         data=data.reference.model_copy(update={"train_rows": len(trainer.train_dataset)}),
     )
 

@@ -133,3 +133,24 @@ def test_every_metric_is_that_of_scikit_learn_and_its_interval_that_of_the_rows(
 def test_one_answer_for_all_rows_has_no_correlation():
     scoring = metrics.compute(["World", "Sports"] * 5, ["World"] * 10, AG_NEWS.labels)
     assert metrics.METRICS["matthews"].estimate(scoring) == (0, 0, 0)
+
+
+class TestDetectableDifference:
+    @pytest.mark.parametrize(("rows", "discordant"), [(7600, 0.03), (1000, 0.1), (128, 0.3)])
+    def test_it_is_found_four_times_in_five(self, rows, discordant):
+        """By drawing rows and McNemar's test without correction, which the formula is of."""
+        share = metrics.detectable_difference(rows, discordant) / 100
+        chances = [(discordant + share) / 2, (discordant - share) / 2, 1 - discordant]
+        drawn = np.random.default_rng(3).multinomial(rows, chances, size=4000)
+        found = abs(drawn[:, 0] - drawn[:, 1]) / np.sqrt(np.maximum(drawn[:, 0] + drawn[:, 1], 1)) > 1.959964
+        assert found.mean() == pytest.approx(0.8, abs=0.03)
+
+    def test_more_rows_show_less(self):
+        assert (
+            metrics.detectable_difference(7600)
+            < metrics.detectable_difference(1000)
+            < metrics.detectable_difference(100)
+        )
+
+    def test_few_rows_can_show_no_more_than_all_that_differ(self):
+        assert metrics.detectable_difference(20) == 3

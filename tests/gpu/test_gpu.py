@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from finetune import machine
 from finetune.model import smollm2
 
 pytestmark = [
@@ -38,7 +37,9 @@ CASES = [
 @cache
 def examinations() -> dict[tuple[str, str], Future]:
     """All cases, side by side and shared out to the GPUs: they wait for Python more than for a GPU."""
-    pool, gpus = ThreadPoolExecutor(len(CASES)), machine.visible_gpus()
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = chosen.split(",") if chosen else [str(number) for number in range(torch.cuda.device_count())]
+    pool = ThreadPoolExecutor(len(CASES))
     return {case: pool.submit(examine, *case, gpus[number % len(gpus)]) for number, case in enumerate(CASES)}
 
 

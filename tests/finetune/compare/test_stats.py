@@ -196,20 +196,3 @@ class TestNoWorse:
         """Three seeds that differ by 10 points: no number of rows shows a margin of 1."""
         first = np.array([np.arange(400) < count for count in (300, 340, 380)])
         assert stats.no_worse(LABELS, first, np.tile(np.arange(400) < 340, (3, 1)), 0.01)[1] == np.inf
-
-
-class TestDetectableDifference:
-    @pytest.mark.parametrize(("rows", "discordant"), [(7600, 0.03), (1000, 0.1), (128, 0.3)])
-    def test_it_is_found_four_times_in_five(self, rows, discordant):
-        """By drawing rows and McNemar's test without correction, which the formula is of."""
-        share = stats.detectable_difference(rows, discordant) / 100
-        chances = [(discordant + share) / 2, (discordant - share) / 2, 1 - discordant]
-        drawn = np.random.default_rng(3).multinomial(rows, chances, size=4000)
-        found = abs(drawn[:, 0] - drawn[:, 1]) / np.sqrt(np.maximum(drawn[:, 0] + drawn[:, 1], 1)) > 1.959964
-        assert found.mean() == pytest.approx(0.8, abs=0.03)
-
-    def test_more_rows_show_less(self):
-        assert stats.detectable_difference(7600) < stats.detectable_difference(1000) < stats.detectable_difference(100)
-
-    def test_few_rows_can_show_no_more_than_all_that_differ(self):
-        assert stats.detectable_difference(20) == 3

@@ -1,7 +1,7 @@
 """What will run: precedence, origins, refusals, and what a digest depends on."""
 
 import os
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, asdict, fields
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from finetune.config import recipes
 from finetune.config.methods import METHODS
 from finetune.config.plan import Experiment, UnavailableHere, applicable, parse_assignments, plan
 from finetune.config.profiles import PROFILES
-from finetune.config.recipes import FULL, LORA, QLORA, Recipe, difference
+from finetune.config.recipes import FULL, LORA, QLORA, Recipe
 
 EXPERIMENT_NAMES = {field.name for field in fields(Experiment)}
 RECIPE_NAMES = {field.name for field in fields(Recipe)}
@@ -297,6 +297,12 @@ class TestDigest:
         assert plan("lora", "cpu", as_text).digest == before.digest
         monkeypatch.setenv("FINETUNE_PER_DEVICE_TRAIN_BATCH_SIZE", as_text["per_device_train_batch_size"])
         assert plan("lora", "cpu").digest == before.digest
+
+
+def difference(first: Recipe, second: Recipe) -> dict[str, tuple]:
+    """The fields in which two recipes differ, with both values."""
+    one, other = asdict(first), asdict(second)
+    return {name: (one[name], other[name]) for name in one if one[name] != other[name]}
 
 
 class TestRecipes:
