@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import shlex
 import sys
 import time
 from typing import Any
@@ -92,7 +90,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="cpu")
     options = parser.parse_args(arguments)
-    os.environ["FINETUNE_COMMAND"] = shlex.join(["python", "-m", "benchmarks.demo", *sys.argv[1:]])
     try:
         table, full = steps(options.profile)
     except UserError as error:
@@ -101,7 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
     best = peak(full.evaluation.dtype)
     table["share_of_peak"] = table.flop / (table.seconds * best)
     content: dict[str, Any] = {
-        "environment": records.environment().model_dump(),
+        # Of the demo, which ran before.
+        "environment": full.evaluation.environment.model_dump(),
         "data": full.data.model_dump(),
         "dtype": full.evaluation.dtype,
         "peak_gflops": round(best / 1e9, 1),

@@ -1,5 +1,6 @@
 """What README and docs say is so: commands, files, dependencies, figures."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -148,3 +149,13 @@ def test_the_adapter_in_the_readme_is_ours():
 def test_relative_links_exist(name):
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", PAGES[name])
     assert [target for target in targets if not (PROJECT / name).parent.joinpath(target).exists()] == []
+
+
+def test_the_promised_time_of_the_demo_is_the_record_s():
+    record = json.loads((PROJECT / "results/reference/demo/amd-epyc.json").read_text())
+    assert record["seconds"] == pytest.approx(sum(part["seconds"] for part in record["steps"]), abs=0.1)
+    assert (
+        f"That took {record['seconds'] / 60:.0f} minutes on two\ncores of an {record['environment']['hardware']['cpu']}"
+        in README
+    )
+    assert (record["dtype"], record["environment"]["hardware"]["cores"]) == ("float32", 2)
