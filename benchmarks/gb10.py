@@ -16,6 +16,7 @@ from benchmarks.roofline import (
     machine_of,
     recomputes,
     share_of,
+    sizes,
     work_of,
     work_of_row,
 )
@@ -155,11 +156,13 @@ def hours(record: SpeedRecord, sources: list[pd.Series], recipe: Recipe, article
 def needed_bytes(recipe: Recipe, tokens: float) -> float:
     """Memory of a training whose micro-batches have so many tokens."""
     engine = "transformers" if recipe.engine == "transformers" else "unsloth"
-    activations = memory.activation_bytes(CONFIGURATION, tokens, engine)
+    activations = memory.activation_bytes(SHAPE, tokens, engine)
     if recomputes(recipe):
         # Each layer's input, and all of one layer.
-        activations = activations / SHAPE.layers + 2 * tokens * SHAPE.hidden * SHAPE.layers
-    return memory.model_bytes(recipe, CONFIGURATION) + activations
+        activations = (
+            activations / CONFIGURATION.num_hidden_layers + 2 * tokens * SHAPE.hidden * CONFIGURATION.num_hidden_layers
+        )
+    return memory.model_bytes(recipe, sizes(recipe)) + activations
 
 
 def settled(recipe: Recipe, tokens: float) -> Recipe:

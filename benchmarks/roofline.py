@@ -10,21 +10,22 @@ loss. So a share of the peak is lower here than in the ladder, which counts all 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from types import SimpleNamespace
+import functools
+from dataclasses import dataclass, replace
 
 import pandas as pd
+from transformers import Qwen2Config
 
 from benchmarks.ladder import QWEN_7B
 from benchmarks.records import SpeedRecord
 from data_prep import UserError
-from finetune.config.recipes import Recipe
+from finetune.config.recipes import FULL, Recipe
 from finetune.train import memory
 
-CONFIGURATION = SimpleNamespace(**QWEN_7B)
-SHAPE = memory.shape_of(CONFIGURATION)
+CONFIGURATION = Qwen2Config(**QWEN_7B)
+SHAPE = memory.sizes_of(FULL, CONFIGURATION)
 # Parameters of the head; the input embeddings have as many.
-HEAD = SHAPE.vocabulary * SHAPE.hidden
+HEAD = CONFIGURATION.vocab_size * CONFIGURATION.hidden_size
 # With the embedded tokenizer, {"category":"World"} and its eos are 6 tokens, as are two more labels; Sci/Tech has 8.
 ANSWER_TOKENS = 6.5
 # Scoring reads the logits before each label's first token, which all four share, and before its others (1 + 1 + 1 + 3).
@@ -71,6 +72,17 @@ class Work:
         return products + self.apart / machine.bandwidth
 
 
+def sizes(recipe: Recipe) -> memory.Sizes:
+    """The sizes of the 7B shape in a training by this recipe."""
+    modules = recipe.target_modules
+    return _sizes(recipe.adapter, recipe.r, modules if isinstance(modules, str) else tuple(modules))
+
+
+@functools.cache
+def _sizes(adapter: bool, r: int, target_modules: str | tuple[str, ...]) -> memory.Sizes:
+    return memory.sizes_of(replace(FULL, adapter=adapter, r=r, target_modules=target_modules), CONFIGURATION)
+
+
 def recomputes(recipe: Recipe) -> bool:
     """Whether the backward pass computes the activations again."""
     return recipe.gradient_checkpointing in ("plain", "unsloth")
@@ -84,7 +96,7 @@ def work_of(recipe: Recipe, articles: float, tokens: float) -> Work:
         articles: Articles in the micro-batch.
         tokens: Tokens computed for all of them.
     """
-    layers, weights = SHAPE.in_layers, SHAPE.parameters
+    layers, weights = SHAPE.quantized, SHAPE.parameters
     supervised = tokens if not recipe.completion_only_loss else ANSWER_TOKENS * articles
     # Forwards, backwards to the inputs, and forwards again where activations are recomputed.
     passes = 3 if recomputes(recipe) else 2
@@ -94,11 +106,11 @@ def work_of(recipe: Recipe, articles: float, tokens: float) -> Work:
     # Each pass reads the bf16 weights, and a trained weight's gradient is written. Activations are written, read on,
     # and read again in the backward pass.
     streamed = 2 * (layers * passes + HEAD * 2 + weights * trained)
-    streamed += (2 * passes - 1) * memory.activation_bytes(CONFIGURATION, tokens, "unsloth")
+    streamed += (2 * passes - 1) * memory.activation_bytes(SHAPE, tokens, "unsloth")
 
     # An update reads the gradients three times (norm, clipping, optimiser) and writes them once. It reads and writes
     # weights and moments.
-    updated = SHAPE.adapter_parameters(recipe) if recipe.adapter else weights
+    updated = sizes(recipe).adapter or weights
     each = 4 if recipe.adapter else memory.BYTES[recipe.dtype]
     moments = memory.MOMENTS * memory.MOMENT_BYTES.get(recipe.optim, each)
     apart = updated * (4 * each + 2 * (each + moments)) / recipe.gradient_accumulation_steps

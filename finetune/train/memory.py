@@ -51,11 +51,12 @@ def choose_checkpointing(settings: Settings, configuration, lengths: Sequence[in
     if recipe.gradient_checkpointing != "auto":
         return Checkpointing(recipe.gradient_checkpointing, f"set by {settings.origins['gradient_checkpointing']}")
     longest = sum(sorted(lengths)[-recipe.per_device_train_batch_size :])
-    held = model_bytes(recipe, configuration)
-    activations = activation_bytes(configuration, longest, settings.engine)
-    activations += logit_bytes(
-        configuration, longest if _predicts_articles(recipe) else ANSWER * recipe.per_device_train_batch_size
-    )
+    sizes = sizes_of(recipe, configuration)
+    held = model_bytes(recipe, sizes)
+    predicts_articles = not recipe.completion_only_loss or recipe.article_loss > 0
+    positions = longest if predicts_articles else ANSWER * recipe.per_device_train_batch_size
+    activations = activation_bytes(sizes, longest, settings.engine)
+    activations += logit_bytes(configuration.get_text_config().vocab_size, positions)
     available = machine.available_memory_bytes()
     fits = (held + activations) * (1 + RESERVE) < available
     return Checkpointing(
@@ -66,82 +67,94 @@ def choose_checkpointing(settings: Settings, configuration, lengths: Sequence[in
     )
 
 
-def model_bytes(recipe: Recipe, configuration) -> int:
-    """Weights, gradients and optimiser of a training, from the model's configuration alone."""
-    shape = shape_of(configuration)
-    adapter = shape.adapter_parameters(recipe) if recipe.adapter else 0
-    trainable = adapter or shape.parameters
+@dataclass(frozen=True)
+class Sizes:
+    """What a model's modules say of its memory.
+
+    Attributes:
+        parameters: All of them.
+        quantized: Those of the linear layers, which `load_in_4bit` holds in 4 bits.
+        adapter: Parameters of an adapter, 0 without one.
+        hidden: Width of a token between the layers.
+        kept: Numbers that the forward pass of one token leaves for the backward pass.
+    """
+
+    parameters: int
+    quantized: int
+    adapter: int
+    hidden: int
+    kept: int
+
+
+def sizes_of(recipe: Recipe, configuration) -> Sizes:
+    """Counted on the meta device, which allocates nothing: any architecture that transformers builds.
+
+    A layer leaves the output of each projection, the inputs of both norms and the attention's output (3 hidden), and
+    the MLP's product before its last projection. A mixture of experts leaves so much for each expert of a token.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    text = configuration.get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(configuration)
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        # GPT-2's Conv1D is a linear layer, its weight transposed.
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not model.get_output_embeddings()
+    }
+    everywhere = recipe.adapter and recipe.target_modules == "all-linear"
+    adapted = [
+        module
+        for name, module in linear.items()
+        if recipe.adapter and (everywhere or name.rpartition(".")[2] in recipe.target_modules)
+    ]
+    kept = 3 * text.hidden_size * text.num_hidden_layers
+    for module in linear.values():
+        inputs, outputs = reversed(module.weight.shape) if isinstance(module, torch.nn.Linear) else module.weight.shape
+        kept += outputs + (inputs if inputs != text.hidden_size else 0)
+    for name, parameter in model.named_parameters():
+        # The experts of a layer are one tensor: experts x outputs x inputs. Where a configuration does not say how
+        # many of them a token sees, we assume all.
+        if ".experts." in name and parameter.dim() == 3:
+            kept += getattr(text, "num_experts_per_tok", len(parameter)) * sum(parameter.shape[1:])
+    return Sizes(
+        parameters=model.num_parameters(),
+        quantized=sum(module.weight.numel() for module in linear.values()),
+        adapter=recipe.r * sum(sum(module.weight.shape) for module in adapted) if adapted else 0,
+        hidden=text.hidden_size,
+        kept=kept,
+    )
+
+
+def model_bytes(recipe: Recipe, sizes: Sizes) -> int:
+    """Weights, gradients and optimiser of a training."""
+    trainable = sizes.adapter or sizes.parameters
     if recipe.load_in_4bit:
         # Half a byte and the block constants (Dettmers et al. 2023: 0.127 bit a parameter with double quantisation).
-        weights = shape.in_layers * (4.127 / 8) + (shape.parameters - shape.in_layers) * 2
+        weights = sizes.quantized * (4.127 / 8) + (sizes.parameters - sizes.quantized) * 2
     else:
         # Of fp32 weights, autocast holds copies in bf16 until the backward pass is over.
-        weights = shape.parameters * (BYTES[recipe.dtype] + (2 if recipe.dtype == "float32" else 0))
+        weights = sizes.parameters * (BYTES[recipe.dtype] + (2 if recipe.dtype == "float32" else 0))
     weight = 4 if recipe.adapter else BYTES[recipe.dtype]
     still = still_needed_bytes(recipe.optim, weight, trainable, recipe.update_in_backward)
-    return round(weights + adapter * 4 + still)
+    return round(weights + sizes.adapter * 4 + still)
 
 
-def activation_bytes(configuration, tokens: int, engine: str) -> int:
-    """What the forward pass of `tokens` leaves for the backward pass, without checkpointing.
+def activation_bytes(sizes: Sizes, tokens: int, engine: str) -> int:
+    """What the forward pass of `tokens` leaves for the backward pass in bf16, without checkpointing.
 
-    Per token and layer, in bf16: the inputs of both norms and of the three groups of projections and the attention's
-    output (6 hidden), keys and values, and three of the MLP's width. Measured for a 7B model on an H100: 4.0 MB a
-    token with Unsloth (this formula: 4.5) and 5.8 with PEFT, whose adapters keep copies in fp32.
+    Measured for a 7B model on an H100: 4.0 MB a token with Unsloth (this formula: 4.5) and 5.8 with PEFT, whose
+    adapters keep copies in fp32.
     """
-    shape = shape_of(configuration)
-    elements = shape.layers * (6 * shape.hidden + 2 * shape.keys + 3 * shape.intermediate)
-    return round(tokens * elements * 2 * (1.0 if engine == "unsloth" else 1.4))
+    return round(tokens * sizes.kept * 2 * (1.0 if engine == "unsloth" else 1.4))
 
 
-def logit_bytes(configuration, positions: int) -> int:
+def logit_bytes(vocabulary: int, positions: int) -> int:
     """What the loss at `positions` tokens holds: logits in bf16 and fp32, and their gradients in fp32."""
-    return positions * configuration.vocab_size * (2 + 4 + 4)
-
-
-def _predicts_articles(recipe: Recipe) -> bool:
-    return not recipe.completion_only_loss or recipe.article_loss > 0
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A Llama-like model's sizes."""
-
-    hidden: int
-    intermediate: int
-    keys: int
-    layers: int
-    vocabulary: int
-    tied: bool
-
-    @property
-    def in_layers(self) -> int:
-        """Parameters of all projections."""
-        return self.layers * (2 * self.hidden * (self.hidden + self.keys) + 3 * self.hidden * self.intermediate)
-
-    @property
-    def parameters(self) -> int:
-        return self.in_layers + self.vocabulary * self.hidden * (1 if self.tied else 2)
-
-    def adapter_parameters(self, recipe: Recipe) -> int:
-        """Two thin matrices beside each targeted projection: rank x (inputs + outputs)."""
-        sides = {"q_proj": 2 * self.hidden, "k_proj": self.hidden + self.keys}
-        sides |= {"v_proj": sides["k_proj"], "o_proj": sides["q_proj"]}
-        sides |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), self.hidden + self.intermediate)
-        names = sides if recipe.target_modules == "all-linear" else recipe.target_modules
-        return self.layers * recipe.r * sum(sides[name] for name in names)
-
-
-def shape_of(configuration) -> Shape:
-    """The sizes of a Llama-like model, from its configuration."""
-    return Shape(
-        hidden=configuration.hidden_size,
-        intermediate=configuration.intermediate_size,
-        keys=configuration.hidden_size // configuration.num_attention_heads * configuration.num_key_value_heads,
-        layers=configuration.num_hidden_layers,
-        vocabulary=configuration.vocab_size,
-        tied=configuration.tie_word_embeddings,
-    )
+    return positions * vocabulary * (2 + 4 + 4)
 
 
 def still_needed_bytes(optim: str, weight: int, trainable_parameters: int, update_in_backward: bool = False) -> int:

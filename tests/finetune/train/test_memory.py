@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import Qwen2Config
+from families import FAMILIES, tiny_family
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, Qwen2Config, Qwen3MoeConfig
 from trl import SFTConfig
 
 from data_prep import UserError
@@ -32,6 +34,30 @@ def test_bytes_a_weight(recipe, trainable, gigabytes):
     weight = 4 if recipe.adapter else memory.BYTES[recipe.dtype]
     needed = memory.still_needed_bytes(recipe.optim, weight, trainable, recipe.update_in_backward)
     assert needed / 1e9 == pytest.approx(gigabytes, rel=0.01)
+
+
+# PEFT puts no adapter on a state space's layers, and turns Mixtral's experts into targets of its own.
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"state space", "experts of mixtral"}))
+def test_the_meta_device_counts_what_a_loaded_model_and_peft_have(tiny_model, family):
+    model = tiny_family(family, AutoTokenizer.from_pretrained(tiny_model))
+    recipe = replace(LORA, target_modules="all-linear")
+    sizes = memory.sizes_of(recipe, model.config)
+    assert sizes.parameters == sum(parameter.numel() for parameter in model.parameters())
+    adapted = get_peft_model(model, LoraConfig(r=recipe.r, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert sizes.adapter == sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def test_all_experts_are_held_and_eight_of_them_computed():
+    """Qwen3-30B-A3B: 30.5 billion parameters by its model card."""
+    configuration = Qwen3MoeConfig(
+        vocab_size=151_936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
+        head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+    )  # fmt: skip
+    sizes = memory.sizes_of(FULL, configuration)
+    assert sizes.parameters / 1e9 == pytest.approx(30.5, abs=0.05)
+    # Queries, keys, values and output; 8 experts' two matrices; a router.
+    each = 3 * 2048 + (4096 + 2 * 512 + 2048 + 4096) + 8 * ((1536 + 2048) + (2048 + 768))
+    assert sizes.kept == pytest.approx(48 * each, rel=0.02)
 
 
 def test_a_training_that_cannot_fit_is_refused_with_the_figures():
