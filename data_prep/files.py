@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,9 +109,19 @@ def file_digest(path: Path) -> str:
         raise DataError(path, "no such file") from error
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk: a power cut loses what is not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file beside `path` that takes its place when the block ends well, and vanishes when it does not.
+    The content is on the disk before the name is.
 
     Raises:
         UserError: The disk is full.
@@ -120,7 +131,10 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     try:
         with beside.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         beside.replace(path)
+        sync(path.parent)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -12,22 +12,25 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from data_prep.files import file_digest
+from data_prep.files import file_digest, sync
 
 
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` that takes its place when the block ends well, and vanishes when it does not."""
+    """A new folder beside `target` that takes its place when the block ends well, and vanishes when it does not. Its
+    files are on the disk before it has its name."""
     beside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         yield beside
+        sync_folder(beside)
         retired = target.with_name(f".{target.name}.old")
         shutil.rmtree(retired, ignore_errors=True)
         if target.exists():
             target.rename(retired)
         beside.rename(target)
+        sync(target.parent)
         shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -58,12 +61,21 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder with all that is in it is on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file in a folder, by its path within."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): file_digest(path) for path in paths}
+
+
 def folder_digest(folder: Path) -> str:
     """12 hexadecimal digits that change when any file's name or content does."""
-    digests = [
-        (str(path.relative_to(folder)), file_digest(path)) for path in sorted(folder.rglob("*")) if path.is_file()
-    ]
-    return hashlib.sha256(repr(digests).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr([*file_digests(folder).items()]).encode()).hexdigest()[:12]
 
 
 def short_digest(values: Any) -> str:

@@ -1,9 +1,11 @@
-"""What watches a training: its clock, its last evaluation, and the end of one whose loss is no number."""
+"""What watches a training: its clock, its last evaluation, signals, and the end of one whose loss is no number."""
 
 from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -12,9 +14,10 @@ from transformers import TrainerCallback
 from data_prep import UserError
 from data_prep.files import write_json
 from finetune import machine
+from finetune.files import file_digests, sync_folder
 from finetune.train import energy
 
-# Written last into a checkpoint: one without it was cut short.
+# Written last into a checkpoint, with the digest of each of its files: one without it was cut short.
 WHOLE = "whole.json"
 PROGRESS = "progress.json"
 SECONDS_BETWEEN_REPORTS = 1
@@ -22,9 +25,14 @@ SECONDS_BETWEEN_REPORTS = 1
 
 class Clock(TrainerCallback):
     """Counts seconds, energy and peak memory of training, without those of validation, across interruptions; reports
-    progress in the trainer's output folder."""
+    progress in the trainer's output folder, and marks checkpoints that are whole.
+
+    Attributes:
+        training: Digest of what decides the training's weights; its checkpoints carry it.
+    """
 
     def __init__(self):
+        self.training: str | None = None
         self.seconds = 0.0
         self.energy = energy.EnergyMeter()
         self.peak_memory: tuple[int, str] | None = None
@@ -75,9 +83,9 @@ class Clock(TrainerCallback):
         self.pause()
         self.go_on()
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_json(
-            checkpoint / WHOLE, {"step": state.global_step, "seconds": self.seconds, "joules": self.energy.joules}
-        )
+        sync_folder(checkpoint)
+        mark = {"training": self.training, "seconds": self.seconds, "joules": self.energy.joules}
+        write_json(checkpoint / WHOLE, mark | {"files": file_digests(checkpoint)})
 
     def on_train_end(self, args, state, control, **_) -> None:
         self.pause()
@@ -102,3 +110,46 @@ class StopOnNonFiniteLoss(TrainerCallback):
             raise UserError(
                 f"the loss became {loss} at step {state.global_step}; lower learning_rate, or set dtype=float32"
             )
+
+
+class SaveOnSignal(TrainerCallback):
+    """Saves a checkpoint after the step during which SIGINT, SIGTERM or SIGHUP came, and ends the training; a second
+    signal ends it at once. A context manager around the training.
+
+    Attributes:
+        received: The signal's name, once it has come.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self):
+        self.received: str | None = None
+
+    def __enter__(self) -> None:
+        self.received = None
+        # Only the main thread may set handlers; a signal in a training of another thread ends the process as before.
+        here = threading.current_thread() is threading.main_thread()
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS} if here else {}
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+        print(f"{self.received}: we save a checkpoint after this step. Interrupt again to stop at once.", flush=True)
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        # A last step ends the training anyway, and its artefact is saved.
+        if self.received and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **_) -> None:
+        if self.received and state.global_step < state.max_steps:
+            raise UserError(
+                f"{self.received} ended the training after step {state.global_step} of {state.max_steps}. A checkpoint "
+                "is saved: run this notebook or command again to go on"
+            )
+        self.received = None

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from data_prep.files import write_json
+from data_prep import UserError
 from finetune import cards, paths, records
 from finetune.config.plan import Settings
 from finetune.config.recipes import ADAPTER_ONLY, Recipe
 from finetune.data import PreparedData
-from finetune.files import folder_bytes, folder_digest, replacing_folder, short_digest
+from finetune.files import file_digests, folder_bytes, folder_digest, replacing_folder, short_digest
 from finetune.model import load, unsloth
 from finetune.model.hub import model_path
 from finetune.records import RunRecord
@@ -119,30 +119,40 @@ def observed(trainer: PackedSFTTrainer) -> dict[str, Any]:
 
 
 def newest_checkpoint(trainer: PackedSFTTrainer) -> str | None:
-    """The checkpoint to resume from: the newest whole one of the same training; those of another are removed.
+    """The checkpoint to resume from: the newest whole one of the same training. All that are newer, or of another
+    training, are removed.
 
     Returns:
         Its folder, for `trainer.train(resume_from_checkpoint=...)`; None to begin anew.
     """
     folder = Path(trainer.args.output_dir)
-    mark = folder / "settings.json"
     rows = hashlib.sha256(json.dumps(trainer.train_dataset.to_list()).encode()).hexdigest()
-    digest = short_digest([trainer.backbone.model.config.to_dict(), rows, observed(trainer)])
-    if folder.is_dir() and (not mark.is_file() or json.loads(mark.read_text())["digest"] != digest):
-        if any(folder.glob("checkpoint-*")):
-            print(f"Discarding the checkpoints in {folder}: they are of another training")
-        shutil.rmtree(folder)
-    write_json(mark, {"digest": digest})
-    newest = newest_whole_checkpoint(folder)
-    if newest:
-        print(f"Resuming from {newest.name}: an earlier run of this training was interrupted there")
-    return str(newest) if newest else None
+    trainer.clock.training = short_digest([trainer.backbone.model.config.to_dict(), rows, observed(trainer)])
+    numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for checkpoint in numbered:
+        fault = checkpoint_fault(checkpoint, trainer.clock.training)
+        if fault is None:
+            print(f"Resuming from {checkpoint.name}: an earlier run of this training was interrupted there")
+            return str(checkpoint)
+        print(f"Discarding {checkpoint}: {fault}")
+        shutil.rmtree(checkpoint)
+    return None
 
 
-def newest_whole_checkpoint(state: Path) -> Path | None:
-    """The newest checkpoint in a folder; one that was cut short while it was written does not count."""
-    whole = [path.parent for path in state.glob(f"checkpoint-*/{WHOLE}")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+def checkpoint_fault(checkpoint: Path, training: str) -> str | None:
+    """Why a checkpoint cannot be resumed from; None if it can be."""
+    try:
+        mark = json.loads((checkpoint / WHOLE).read_bytes())
+        of, files = mark["training"], mark["files"]
+    except FileNotFoundError:
+        return "it was cut short while it was written"
+    except (ValueError, KeyError, TypeError):
+        return f"{WHOLE} is damaged"
+    if of != training:
+        return "it is of another training"
+    found = file_digests(checkpoint)
+    damaged = [name for name, digest in files.items() if found.get(name) != digest]
+    return f"{', '.join(damaged)} {'is' if len(damaged) == 1 else 'are'} damaged or missing" if damaged else None
 
 
 def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer: PackedSFTTrainer) -> RunRecord:
@@ -155,7 +165,12 @@ def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer
         data: What the trainer was given.
         resolved: Says why the machine's choices were made.
         trainer: After `train()`.
+
+    Raises:
+        UserError: The training was interrupted.
     """
+    if trainer.signals.received:
+        raise UserError("the training was interrupted before its end: run the cell that trains again, then save")
     model = trainer.accelerator.unwrap_model(trainer.model)
     ran = observed(trainer)
     parameters, trainable = load.parameter_count(model), sum(load.trainable_counts(model).values())

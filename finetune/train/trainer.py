@@ -24,7 +24,7 @@ from finetune.model import encode, load, packing
 from finetune.model.checks import choose_backbone
 from finetune.model.encode import IGNORED
 from finetune.train import checks, memory
-from finetune.train.callbacks import Clock, EvaluateAtTheEnd, StopOnNonFiniteLoss
+from finetune.train.callbacks import Clock, EvaluateAtTheEnd, SaveOnSignal, StopOnNonFiniteLoss
 from finetune.train.graphs import GraphedPasses
 from finetune.train.updates import update_in_backward
 
@@ -156,7 +156,7 @@ class PackedSFTTrainer(SFTTrainer):
         # What save_run reads of what ran.
         self.packed, self.article_loss, self.cuda_graphs = args.packing, article_loss, cuda_graphs
         self.update_in_backward, self.added_callbacks, self.added = update_in_backward, list(callbacks), named
-        self.clock = Clock()
+        self.clock, self.signals, self._is_silent = Clock(), SaveOnSignal(), False
         adapted = getattr(model, "peft_config", None)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.checks = {"memory": memory.require_room(args, self._trained, update_in_backward)}
@@ -200,7 +200,7 @@ class PackedSFTTrainer(SFTTrainer):
             processing_class=processing_class,
             train_dataset=Dataset.from_list([row.row(supervised) for row in encoded]),
             eval_dataset=Dataset.from_list([row.row() for row in watched]),
-            callbacks=[self.clock, EvaluateAtTheEnd(), StopOnNonFiniteLoss(), *callbacks],
+            callbacks=[self.clock, EvaluateAtTheEnd(), StopOnNonFiniteLoss(), *callbacks, self.signals],
             **named,
         )
         if self.packed and asks_router is not None:
@@ -230,6 +230,17 @@ class PackedSFTTrainer(SFTTrainer):
         for name, check in self.checks.items():
             print(f"{name}: {check}")
 
+    def train(self, resume_from_checkpoint: str | None = None, **named):
+        """TRL's, except that an interrupted training saves a checkpoint first.
+
+        Raises:
+            UserError: SIGINT, SIGTERM or SIGHUP came; the sentence says where the training goes on.
+        """
+        # Where the training goes on is no point of the uninterrupted one's history.
+        self._is_silent = self.args.eval_on_start and resume_from_checkpoint is not None
+        with self.signals:
+            return super().train(resume_from_checkpoint, **named)
+
     def preview(self) -> pd.DataFrame:
         """The tokens of the first rows that carry loss, decoded from the batch that the model gets."""
         return self.supervision.table()
@@ -252,8 +263,10 @@ class PackedSFTTrainer(SFTTrainer):
             f"{metric_key_prefix}_accuracy": accuracy,
             f"{metric_key_prefix}_log_loss": metrics.log_loss(labels, probabilities, self._labels),
         }
-        self.log(found | {"training_seconds": self.clock.seconds})
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, dict(found))
+        if not self._is_silent:
+            self.log(found | {"training_seconds": self.clock.seconds})
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, dict(found))
+        self._is_silent = False
         self.clock.go_on()
         return found
 

@@ -354,15 +354,21 @@ def test_the_plan_command_prints_every_parameter_and_its_origin(capsys):
 
 
 def test_an_interrupted_suite_goes_on_where_it_was(finished, overrides, capfd):
-    """The last test: LoRA is trained again with more checkpoints, and Ctrl-C comes after the first of them."""
+    """The last test: LoRA is trained again with another rate, and Ctrl-C comes after its first steps."""
     command = ["run", "--profile", "cpu", "--only", "base", "--only", "lora"]
-    for name, value in (overrides | {"save_steps": 1 / 16}).items():
+    for name, value in (overrides | {"learning_rate": 2e-3}).items():
         command += ["--set", f"{name}={value}"]
     adapter, state = finished.parents[1] / "adapters" / "cpu-lora", finished.parents[1] / "checkpoints" / ".training"
     made = adapter.stat().st_ino
-    process = subprocess.Popen([sys.executable, "-m", "finetune", *command], cwd=paths.PROJECT, start_new_session=True)
+    # Where the tests run in the background, a shell has SIGINT ignored, and children inherit that.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finetune", *command],
+        cwd=paths.PROJECT,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 180
-    while not list(state.glob("cpu-lora/checkpoint-*/whole.json")):
+    while not (state / "cpu-lora" / "progress.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)

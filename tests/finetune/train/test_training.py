@@ -1,6 +1,9 @@
 """Training: the loss sees the answers, the result is reproducible, resumable and loadable by plain libraries."""
 
 import json
+import os
+import pickle
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +31,7 @@ from finetune.notebooks import run_cells
 from finetune.runner import _training_progress
 from finetune.train.callbacks import Clock
 from finetune.train.checks import check_supervision
-from finetune.train.save import newest_checkpoint, newest_whole_checkpoint
+from finetune.train.save import checkpoint_fault, newest_checkpoint
 
 RUNS = ["full", "lora", "qlora"]
 
@@ -250,14 +253,45 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny):
         trained("full", tiny | {"learning_rate": 1e30, "max_grad_norm": 1e30, "num_train_epochs": 4})
 
 
-def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path):
-    for step, whole in ((2, True), (10, True), (12, False)):
-        checkpoint = tmp_path / f"checkpoint-{step}"
-        checkpoint.mkdir()
-        (checkpoint / "trainer_state.json").write_text("{}")
-        if whole:
-            (checkpoint / "whole.json").write_text('{"step": 0, "seconds": 0}')
-    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-10"
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tiny, capsys):
+    trainer = trainer_of("lora", tiny | {"save_steps": 0.25})
+    assert newest_checkpoint(trainer) is None
+    trainer.train()
+    older, newest = sorted(Path(trainer.args.output_dir).glob("checkpoint-*"))
+    training, found = trainer.clock.training, 0
+    for path in [path for path in newest.rglob("*") if path.is_file()]:
+        content = path.read_bytes()
+        flipped = bytes([*content[:-1], content[-1] ^ 1])
+        for damaged in (b"", content[: len(content) // 2], bytes(len(content)), flipped, None):
+            path.write_bytes(damaged) if damaged is not None else path.unlink()
+            found += path.name in checkpoint_fault(newest, training) or damaged is None
+            path.write_bytes(content)
+    assert found == 5 * len(list(newest.iterdir())) > 40
+    assert checkpoint_fault(newest, training) is None
+    (newest / "optimizer.pt").unlink()
+    assert newest_checkpoint(trainer) == str(older)
+    assert f"Discarding {newest}: optimizer.pt is damaged or missing" in capsys.readouterr().out
+    assert not newest.exists()
+
+
+def test_a_checkpoint_runs_no_code(tiny, tmp_path):
+    """Whoever can write a checkpoint can write its digests too: states are read as tensors alone."""
+    trainer = trainer_of("lora", tiny | {"save_steps": 0.5})
+    newest_checkpoint(trainer)
+    trainer.train()
+    checkpoint = Path(trainer.args.output_dir) / "checkpoint-2"
+
+    class Hostile:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        kept = (checkpoint / name).read_bytes()
+        torch.save(Hostile(), checkpoint / name)
+        with pytest.raises(pickle.UnpicklingError):
+            trainer_of("lora", tiny | {"save_steps": 0.5}).train(str(checkpoint))
+        (checkpoint / name).write_bytes(kept)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_weights_updated_in_the_backward_pass_end_where_they_end_after_it(tiny):
@@ -279,20 +313,29 @@ def test_weights_updated_in_the_backward_pass_end_where_they_end_after_it(tiny):
 
 
 @pytest.mark.parametrize(
-    ("run", "change"), [("full", {}), ("lora", {}), ("qlora", {}), ("full", {"update_in_backward": True})]
+    ("run", "number", "change"),
+    [
+        ("full", signal.SIGKILL, {}),
+        ("lora", signal.SIGTERM, {}),
+        ("qlora", signal.SIGKILL, {}),
+        ("full", signal.SIGHUP, {"update_in_backward": True}),
+    ],
 )
-def test_a_killed_run_resumes_to_the_uninterrupted_runs_weights(tiny, tmp_path, run, change):
-    overrides = tiny | {"num_train_epochs": 2, "train_rows": 96, "save_steps": 1 / 6} | change
+def test_an_ended_run_resumes_to_the_uninterrupted_runs_weights(tiny, tmp_path, run, number, change):
+    """Killed, it goes on from its last checkpoint. At another signal it saves one, though its recipe asks for none."""
+    kills = number == signal.SIGKILL
+    overrides = tiny | {"num_train_epochs": 2, "train_rows": 96, "save_steps": 1 / 6 if kills else 0} | change
     homes = {name: tmp_path / name for name in ("whole", "killed")}
     processes.start(processes.train, run, overrides, home=homes["whole"]).join()
     killed = processes.start(processes.train, run, overrides, home=homes["killed"])
     state = homes["killed"] / "checkpoints" / ".training" / f"cpu-{run}"
     deadline = time.monotonic() + 120
-    while not newest_whole_checkpoint(state):
+    while not list(state.glob("checkpoint-*/whole.json" if kills else "progress.json")):
         assert killed.is_alive() and time.monotonic() < deadline, "it ended before it could be killed"
         time.sleep(0.01)
-    killed.kill()
+    os.kill(killed.pid, number)
     killed.join()
+    assert killed.exitcode == (-number if kills else 1)
     assert not (homes["killed"] / "results" / "cpu" / run / "record.json").exists()
     log = tmp_path / "log"
     resumed = processes.start(processes.train, run, overrides, home=homes["killed"], log=log)
