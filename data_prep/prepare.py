@@ -68,7 +68,7 @@ def prepare(
     request = {
         "task": task.name,
         "source": provenance,
-        "prompt": task.prompts[prompt].id,
+        "prompt": task.find_prompt(prompt).id,
         "normalised": clean and task.clean is not None,
         "seed": seed,
     }

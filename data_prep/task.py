@@ -105,10 +105,20 @@ class Task:
         # Compared by equality, so that a category that is a list is no error.
         return next((label for label in self.labels if pairs == ((self.answer_key, label),)), None)
 
+    def find_prompt(self, name: str) -> Prompt:
+        """The prompt of this name.
+
+        Raises:
+            UserError: There is none; the message lists those that there are.
+        """
+        if name not in self.prompts:
+            raise UserError(f"unknown prompt '{name}'; task {self.name} has: {', '.join(self.prompts)}")
+        return self.prompts[name]
+
     def messages(self, prompt: str, text: str, label: str) -> list[Message]:
         """System, user and assistant message of one row, under the prompt of this name."""
         return [
-            {"role": "system", "content": self.prompts[prompt].system},
+            {"role": "system", "content": self.find_prompt(prompt).system},
             {"role": "user", "content": f"{self.request}\n\n{text}"},
             {"role": "assistant", "content": self.answer_for(label)},
         ]

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from data_prep import Example, Manifest, Task, UserError, find_task, prepare, read_examples
-from data_prep.files import SPLITS, Split
+from data_prep.files import SPLITS, Message, Split
 from data_prep.sources import open_source
 from finetune import metrics, paths
 from finetune.config.plan import Experiment
@@ -64,6 +64,11 @@ class PreparedData:
             test_rows=len(self.test),
             task=self.task.name,
         )
+
+    @property
+    def form(self) -> list[Message]:
+        """The prompt with the columns' names for a text."""
+        return self.task.form(self.manifest.prompt)[:-1]
 
     def table(self) -> pd.DataFrame:
         """Rows per split and class: all that were prepared, and those in use."""

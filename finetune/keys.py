@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 from finetune import paths
+from finetune.model import smollm2
 
 # The modules whose code a step's result comes from, besides data_prep and the notebook. Values from the registries
 # (profiles, recipes) are in the settings. Not here: what records, shows or explains. A folder stands for all its
@@ -34,6 +36,17 @@ def sources(kind: str) -> list[Path]:
     for name in COMPUTES[kind]:
         found += sorted((engine / name).rglob("*.py")) or [engine / f"{name}.py"]
     return found + (sorted(engine.rglob("*.html")) if kind == "compare" else [])
+
+
+def template(model: str) -> Iterator[bytes]:
+    """The files that a model's chat template is in, where they are on this machine."""
+    # Not at the top: a plan needs none of it.
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = smollm2.folder() if model == "embedded" else Path(model)
+    cached = Path(HF_HUB_CACHE, f"models--{model.replace('/', '--')}", "snapshots")
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        yield from (path.read_bytes() for path in (folder / name, *sorted(cached.glob(f"*/{name}"))) if path.is_file())
 
 
 def code(path: Path) -> bytes:

@@ -78,7 +78,8 @@ class LogPoint(Part):
 class Training(Part):
     """Cost of a training. Seconds and energy exclude validation and model loading; tokens exclude padding.
 
-    `energy_joules` is the GPU's own count, and None where it has none.
+    `energy_joules` is the GPU's own count, and None where it has none. `rendered_prompt` is the prompt with the
+    columns' names for a text, as the model's template wrote it; older records have none.
     """
 
     environment: Environment
@@ -101,6 +102,7 @@ class Training(Part):
     artefact_digest: str
     history: list[LogPoint]
     energy_joules: float | None = None
+    rendered_prompt: str = ""
 
 
 class Generation(Part):

@@ -182,9 +182,7 @@ def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = 
     source = _merge([("profile", chosen.values_for(name)), *asked])[0].get("source", Experiment.source)
     values, origins = _merge([(f"profile {profile}", chosen.values_for(name, source)), *asked])
     experiment = _build(Experiment, values, None)
-    prompts = find_task(experiment.task).prompts
-    if experiment.prompt not in prompts:
-        raise UserError(f"unknown prompt '{experiment.prompt}'; task {experiment.task} has: {', '.join(prompts)}")
+    find_task(experiment.task).find_prompt(experiment.prompt)
     recipe = _build(Recipe, values, method.recipe) if method.recipe else None
     if recipe:
         if recipe.lora_alpha is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from finetune import baseline_records, metrics, paths, records
 from finetune.baseline_records import Baseline, Name
 from finetune.data import HasExperiment, PreparedData, evenly
 from finetune.evaluate import score
+from finetune.evaluate.run import MAX_LENGTH
 from finetune.model import checks, encode
 from finetune.records import Prediction
 from finetune.wording import NAMES
@@ -29,6 +31,8 @@ from finetune.wording import NAMES
 # Of 20 settings (words, or pairs of words too; from one row or two; C from 0.1 to 2) the best on 2,000 validation rows
 # of AG News, with 14,390 training rows: 89.4 %; the others got from 87.3 to 89.4.
 NGRAMS, LEAST_ROWS, C = (1, 2), 2, 0.5
+# Of an article that is an example in the prompt. With an article of 84,000 letters a row took gigabytes.
+SHOT_TOKENS = 256
 SVM_DESCRIPTION = f"TF-IDF of words and pairs of words, linear SVM, C = {C}"
 
 
@@ -92,8 +96,17 @@ def _classifier(name: Name, description: str, classifier, settings: HasExperimen
 
 def few_shot(settings: HasExperiment, data: PreparedData, model, tokenizer) -> Baseline:
     """The untuned model with examples from the training rows before every article."""
-    shots = evenly(data.train, settings.experiment.few_shot_examples, settings.experiment.data_seed)
-    prompts = encode.encode_prompts(tokenizer, [few_shot_prompt(shots, row) for row in data.test])
+    chosen = evenly(data.train, settings.experiment.few_shot_examples, settings.experiment.data_seed)
+    shots = [encode.shortened(tokenizer, shot, SHOT_TOKENS) for shot in chosen]
+    if cut := sum(short != shot for short, shot in zip(shots, chosen, strict=True)):
+        print(f"examples: {cut} of {len(shots)} are cut to their first {SHOT_TOKENS} tokens")
+    rows = [replace(row, messages=[*few_shot_prompt(shots, row), row.messages[-1]]) for row in data.test]
+    # An article is cut where it is without examples.
+    alone, behind = encode.encode_prompts(tokenizer, [rows[0].prompt[:1] + rows[0].prompt[-1:], rows[0].prompt])
+    longest = MAX_LENGTH + len(behind) - len(alone)
+    encoded = encode.encode(tokenizer, rows, longest)
+    print(f"articles: {encode.cuts(encoded, longest)}")
+    prompts = [row.prompt for row in encoded]
     checks.check_model(model.config, tokenizer, data.task, prompts)
     backbone, reason = checks.choose_backbone(model, prompts)
     print(f"rows: {reason}")

@@ -11,7 +11,7 @@ from finetune import cards, metrics, paths, records
 from finetune.data import PreparedData
 from finetune.evaluate import score
 from finetune.evaluate.find import Found
-from finetune.evaluate.run import MAX_LENGTH
+from finetune.evaluate.run import MAX_LENGTH, check_prompt
 from finetune.files import folder_bytes, folder_digest, replacing_folder
 from finetune.model import checks, encode, load
 
@@ -30,6 +30,7 @@ def merge(found: Found, data: PreparedData) -> records.Merged:
     record, base = found.record, DEQUANTISED if found.load_in_4bit else BF16
     before = records.read_predictions(record, found.folder)
     tokenizer = load.load_tokenizer(found.artefact)
+    check_prompt(found, tokenizer, data)
     dtype = load.choose_precision(found.experiment, found.trained["dtype"]).name
     model = load.dequantized_with(found.artefact, found.experiment.model, dtype, found.load_in_4bit)
     products = model.dtype
@@ -42,6 +43,7 @@ def merge(found: Found, data: PreparedData) -> records.Merged:
         (beside / "README.md").write_text(cards.model_card(record, data, merged_into=base), encoding="utf-8")
     model.to(products)
     encoded = encode.encode(tokenizer, data.test, MAX_LENGTH)
+    print(f"articles: {encode.cuts(encoded, MAX_LENGTH)}")
     backbone, reason = checks.choose_backbone(model, [row.prompt + row.answer for row in encoded])
     print(f"rows: {reason}")
     batch = found.experiment.per_device_eval_batch_size

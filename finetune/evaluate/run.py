@@ -15,6 +15,7 @@ from finetune.evaluate.find import Found, values_of
 from finetune.files import short_digest
 from finetune.model import checks, encode, load, packing, padded
 from finetune.model.precision import Precision
+from finetune.model.template import Template
 from finetune.wording import percent_interval
 
 # A prompt must fit, whatever it was trained with; no article of AG News comes near this.
@@ -41,7 +42,9 @@ def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunR
     precision = load.choose_precision(found.experiment, found.trained.get("dtype"))
     print(f"precision: {precision}")
     load.evaluating(model)
+    check_prompt(found, tokenizer, data)
     encoded = encode.encode(tokenizer, [*data.test, *data.validation], MAX_LENGTH)
+    print(f"articles: {encode.cuts(encoded, MAX_LENGTH)}")
     sequences = [row.prompt + row.answer for row in encoded]
     checks.check_model(model.config, tokenizer, data.task, sequences, new_tokens=score.MIN_ANSWER_TOKENS)
     backbone, reason = checks.choose_backbone(model, sequences)
@@ -64,6 +67,24 @@ def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunR
     )
     records.write(record, found.folder)
     return record
+
+
+def check_prompt(found: Found, tokenizer, data: PreparedData) -> None:
+    """Say how the tokenizer's template writes the prompt.
+
+    Raises:
+        UserError: The template loses a part of it, or the model was trained with another one.
+    """
+    template = Template(tokenizer)
+    print(f"prompt: {template.note}")
+    now, then = template.shown(data.form), found.training.rendered_prompt if found.training else ""
+    if then and then != now:
+        place = len(encode.common_prefix([now, then]))
+        raise UserError(
+            f"the {found.run} model was trained with another prompt: it read {then[place : place + 40]!r} where the "
+            f"template of {tokenizer.name_or_path} now writes {now[place : place + 40]!r}; run "
+            f"{METHODS[found.run].notebook}.ipynb again"
+        )
 
 
 def summary(record: records.RunRecord) -> pd.DataFrame:

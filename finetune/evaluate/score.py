@@ -39,7 +39,7 @@ class LabelScorer:
     def __init__(self, backbone: Backbone | Padded, tokenizer, task: Task, batch_size: int):
         self.backbone = backbone
         self.batch_size = batch_size
-        # The closing brace ends an answer; whether eos follows is generation's matter.
+        # The closing brace ends an answer; whether its turn ends is generation's matter.
         self.set_answers([answer_tokens(tokenizer, task.answer_for(label))[:-1] for label in task.labels])
 
     def set_answers(self, answers: Sequence[list[int]]) -> None:
@@ -113,7 +113,8 @@ def generate(
     """The model's own answers, decoded greedily, as text without special tokens.
 
     Args:
-        model: The model. An answer ends at any of the tokens that its generation_config lists, or at the tokenizer's.
+        model: The model. An answer ends at the template's end of a turn, or at any token that its generation_config or
+            tokenizer names.
         tokenizer: Its tokenizer.
         task: Gives the labels and the answers' form.
         prompts: Token ids, each ending where the answer begins.
@@ -123,9 +124,10 @@ def generate(
             layers may read it.
     """
     ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends or [])}
+    valid = [answer_tokens(tokenizer, task.answer_for(label)) for label in task.labels]
+    ends = {tokenizer.eos_token_id, valid[0][-1], *([ends] if isinstance(ends, int) else ends or [])}
     # An answer that goes on beyond the longest valid one is invalid anyway.
-    longest = max(len(answer_tokens(tokenizer, task.answer_for(label))) for label in task.labels)
+    longest = max(map(len, valid))
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     answers = [""] * len(prompts)
     bar = tqdm(total=len(prompts), desc=progress, unit="article", disable=progress is None)

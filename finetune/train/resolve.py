@@ -14,6 +14,7 @@ from finetune.config.plan import Settings
 from finetune.config.recipes import Recipe
 from finetune.data import PreparedData
 from finetune.model import checks, encode, load
+from finetune.model.template import Template
 from finetune.train import memory
 
 
@@ -65,6 +66,7 @@ def resolve(settings: Settings, data: PreparedData) -> Resolved:
     liger = recipe.use_liger_kernel and engine == "transformers" and machine.has_cuda()
     attention = load.packed_attention(precision.dtype) if recipe.packing else ("sdpa", "packing is off: padded batches")
     reasons = {
+        "prompt": Template(tokenizer).note,
         "device": machine.gpu_name() or f"CPU, {machine.usable_cores()} threads",
         "engine": f"{engine}: {settings.engine_reason}",
         "attention": ": ".join(attention),

@@ -20,6 +20,7 @@ from finetune.data import PreparedData
 from finetune.files import file_digests, folder_bytes, folder_digest, replacing_folder, short_digest
 from finetune.model import load, unsloth
 from finetune.model.hub import model_path
+from finetune.model.template import Template
 from finetune.records import RunRecord
 from finetune.train.callbacks import WHOLE
 from finetune.train.resolve import Resolved
@@ -205,6 +206,7 @@ def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer
     training = records.Training(
         environment=records.environment(),
         settings_digest=record.settings_digest,
+        rendered_prompt=Template(trainer.processing_class).shown(data.form),
         seconds=clock.seconds,
         steps=trainer.state.global_step,
         articles=articles,

@@ -163,6 +163,7 @@ class PackedSFTTrainer(SFTTrainer):
 
         encoded = encode.encode(processing_class, train_dataset, args.max_length)
         watched = encode.encode(processing_class, eval_dataset, args.max_length)
+        self.checks["articles"] = encode.cuts([*encoded, *watched], args.max_length)
         sequences = [row.prompt + row.answer for row in (*encoded, *watched)]
         self.backbone, self.checks["rows"] = choose_backbone(model, sequences)
         # Nothing of packed rows alone: padded batches have another layout each time.

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +196,22 @@ class TestReuse:
         assert second != first
         assert load_manifest(folder) == second
         assert len(list(read_examples(folder, "train"))) == second.total("train")
+
+    def test_the_fingerprint_covers_task_and_prompt(self, make_source, tmp_path, monkeypatch):
+        """A row's request, system text and answer count as much as its text."""
+        lean = AG_NEWS.prompts["lean"]
+        other = [
+            replace(AG_NEWS, request="What is it about?"),
+            replace(AG_NEWS, answer_key="topic"),
+            replace(AG_NEWS, prompts={"lean": replace(lean, system="World or not?")}),
+        ]
+        source = make_source()
+        found = []
+        for number, task in enumerate([AG_NEWS, *other]):
+            manifest, _ = prepare(replace(source, task=task), tmp_path / str(number), prompt="lean", validation_rows=12)
+            found.append(manifest.fingerprint)
+        manifest, _ = prepare(source, tmp_path / "verbose", prompt="verbose", validation_rows=12)
+        assert len({*found, manifest.fingerprint}) == 5
 
     def test_tokens_that_were_counted_serve_who_does_not_ask_for_them(self, make_source, folder):
         prepare(make_source(), folder, prompt="lean", validation_rows=12, count_tokens=word_counts)

@@ -116,6 +116,12 @@ def test_an_unknown_task_is_refused_with_those_that_there_are():
         find_task("tickets")
 
 
+def test_an_unknown_prompt_is_refused_with_those_that_there_are():
+    for asks in (AG_NEWS.find_prompt, lambda name: AG_NEWS.messages(name, "Oil rises", "World")):
+        with pytest.raises(UserError, match="unknown prompt 'leen'; task ag_news has: lean, verbose"):
+            asks("leen")
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

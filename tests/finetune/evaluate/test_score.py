@@ -1,7 +1,9 @@
 """Scoring is exact and does not depend on the batch; generation is checked strictly."""
 
 import math
+from types import SimpleNamespace
 
+import chats
 import families
 import numpy as np
 import pytest
@@ -134,6 +136,18 @@ def test_an_answer_ends_at_any_token_of_the_models_own_list(model, tokenizer, pr
     monkeypatch.setattr(model.generation_config, "eos_token_id", [7, end] if is_list else end)
     [cut] = score.generate(model, tokenizer, AG_NEWS, prompts[:1], batch_size=1)
     assert own[0] != end and cut == tokenizer.decode(own[:1])
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn():
+    """Gemma's turns end with another token than its tokenizer's eos."""
+    tokenizer = chats.tokenizer("Gemma 2")
+    written = tokenizer('{"category":"World"}<end_of_turn>\nmore', add_special_tokens=False, return_tensors="pt")
+    model = SimpleNamespace(
+        device="cpu",
+        generation_config=SimpleNamespace(eos_token_id=None),
+        generate=lambda input_ids, **_: torch.cat([input_ids, written["input_ids"]], dim=1),
+    )
+    assert score.generate(model, tokenizer, AG_NEWS, [[5, 6, 7]], batch_size=1)[0].strip() == '{"category":"World"}'
 
 
 @pytest.mark.parametrize("name", ["state space", "convolution"])

@@ -5,6 +5,7 @@ import itertools
 import families
 import pytest
 import torch
+from chats import CHATML
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
 from data_prep import UserError
@@ -150,6 +151,7 @@ def test_a_label_that_the_tokenizer_cannot_write_is_refused():
     backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[UNK]")
+    tokenizer.chat_template = CHATML
     with pytest.raises(UserError, match="cannot write the label 'Business'"):
         checks.check_model(LlamaConfig(vocab_size=100), tokenizer, AG_NEWS, ROWS)
 

@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_prep import Example, UserError
+from data_prep.sources import open_source
 from data_prep.task import AG_NEWS
 from finetune.model import encode, load
 
@@ -45,6 +46,41 @@ def test_a_long_article_loses_its_end_and_keeps_its_answer(tokenizer, max_length
     assert "word0 word1" in text and "word299" not in text
     assert text.endswith("<|im_start|>assistant\n")
     assert encoded.answer == encode.answer_tokens(tokenizer, '{"category":"Business"}')
+
+
+LONG = {
+    "an address": "https://example.org/" + "path/" * 500,
+    "Chinese": "油价在周一上涨，" * 100,
+    "tabs": "Oil\trises\n" * 300,
+    "blanks alone": "Oil" + " " * 3000 + "rises",
+    "control tokens": "<|im_end|>" * 200,
+}
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_an_article_without_blanks_is_cut_by_tokens(tokenizer, text):
+    one = example(text, "Business")
+    [whole] = encode.count_tokens(tokenizer, [one.messages])
+    [encoded, short] = encode.encode(tokenizer, [one, example("Short.")], 200)
+    assert 195 < len(encoded) <= 200 and abs(encoded.lost - (whole - len(encoded))) < 4
+    kept = tokenizer.decode(encoded.prompt)
+    before, article = f"{AG_NEWS.request}\n\n", f"Title {text}"
+    inside = kept.partition(before)[2].removesuffix("<|im_end|>\n<|im_start|>assistant\n")
+    assert len(inside) > 40 and article.startswith(inside)
+    assert encoded.answer == tokenizer('{"category":"Business"}<|im_end|>')["input_ids"]
+    said = f"1 of 2 do not fit into 200 tokens and lose their end: {encoded.lost:,} tokens, {encoded.lost:,} of the "
+    assert encode.cuts([encoded, short], 200).startswith(said)
+    assert encode.cuts([short], 200) == "all 1 fit into 200 tokens"
+
+
+def test_ordinary_articles_have_the_tokens_of_transformers_alone(tokenizer, ag_news):
+    rows = list(open_source("csv", AG_NEWS, str(ag_news)).rows("test"))[:400]
+    examples = [Example("test-0", row.text, row.label, AG_NEWS.messages("lean", row.text, row.label)) for row in rows]
+    for one, encoded in zip(examples, encode.encode(tokenizer, examples, 1024), strict=True):
+        assert encoded.prompt == tokenizer.apply_chat_template(
+            one.prompt, add_generation_prompt=True, return_dict=False
+        )
+        assert encoded.answer == tokenizer(one.messages[-1]["content"] + "<|im_end|>")["input_ids"]
 
 
 def test_a_length_that_cannot_hold_the_prompt_is_refused(tokenizer):
