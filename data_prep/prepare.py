@@ -162,7 +162,7 @@ def _existing(folder: Path, provenance: dict) -> Manifest | None:
 
 
 def _short(source: dict) -> str:
-    digest = next(iter(source.get("sha256", {}).values()), "")[:8]
+    digest = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:8]
     return " ".join(filter(None, [source["kind"], source.get("dataset"), digest]))
 
 
