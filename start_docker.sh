@@ -108,14 +108,13 @@ check_user() {
 }
 
 check_settings() {
-  local name
+  local name line
   for name in JUPYTER_PORT TENSORBOARD_PORT SERVE_PORT MIN_FREE_GIB; do
-    [[ ${!name} =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail 2 "$name is '${!name}', which is no number." ".env.example shows how it is written."
+    [[ ${!name} =~ ^[0-9]+$ || $name == MIN_FREE_GIB && ${!name} =~ ^[0-9]+\.[0-9]+$ ]] ||
+      fail 2 "$name is '${!name}', which is no valid number." ".env.example shows how it is written."
   done
-  # To Jupyter, an empty token means: let everyone in.
-  [[ -n ${JUPYTER_TOKEN:-} ]] || ! grep -q '^JUPYTER_TOKEN=' <<<"$written" ||
-    fail 2 "JUPYTER_TOKEN in .env is empty, and Jupyter never starts without a token here." \
-      "Delete the line, and start writes a new token; or give it a value of your own."
+  line=$(grep -nvE '^([A-Za-z_][A-Za-z0-9_]*=.*|#.*)?$' <<<"$written" | head -n 1) || true
+  [[ -z $line ]] || fail 2 "Line ${line%%:*} of .env is no setting: ${line#*:}" "Write NAME=VALUE; .env.example shows how."
   say "from the environment, $env_file and defaults"
 }
 
@@ -281,7 +280,8 @@ check_checkout() {
 
 start_finetune() {
   check_checkout
-  # The token never appears in an argument list, where `ps` would show it to every user of the machine.
+  # The token never appears in an argument list, where `ps` would show it to every user of the machine. The new line
+  # comes after an empty one of the user's, and is read next time.
   if [[ -z ${JUPYTER_TOKEN:-} ]]; then
     JUPYTER_TOKEN=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')
     touch "$env_file" && chmod 600 "$env_file"

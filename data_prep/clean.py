@@ -18,8 +18,22 @@ import re
 _LOST_AMPERSAND = re.compile(r"(?<![&\w])(?<!&amp;)(#\d{2,4}|quot|amp|lt|gt|nbsp);")
 # "it #39;s", "companies #39; profits": the feed put a space before an apostrophe that belongs to the word.
 _DETACHED_APOSTROPHE = re.compile(r"(?<=\w) &#39;(?=(?:s|t|re|ve|ll|d|m)\b)|(?<=s) &#39;(?=\s|$)")
-# Only what looks like a tag: "profit < 5 percent" and "<3" stay.
-_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
+# A whole entity: "&copy" in an address, without its semicolon, is text.
+_ENTITY = re.compile(r"&#?\w+;")
+# HTML's own elements and attributes: "<RIMM.O>", "<desk@news.example>" and "a <b and c> d" are text.
+_ELEMENTS = (
+    "a|b|big|blockquote|br|center|cite|code|div|em|font|h[1-6]|hr|i|img|li|nobr|ol|p|pre|s|small|span|strong|sub|sup"
+    "|table|tbody|td|th|thead|tr|tt|u|ul"
+)
+_ATTRIBUTES = (
+    "align|alt|bgcolor|border|cell(?:pad|spac)ing|class|clear|color|colspan|data-[a-z-]+|dir|face|height|href|[hv]space"
+    "|id|lang|name|on[a-z]+|rel|rowspan|size|src|style|target|title|type|valign|width"
+)
+_TAG = re.compile(
+    rf"""<(/?)({_ELEMENTS})((?:[\s\\]+(?:{_ATTRIBUTES})\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+))*)[\s\\]*/?>""",
+    re.IGNORECASE,
+)
+_VOID = {"br", "hr"}
 
 
 def repair_feed(text: str) -> str:
@@ -28,7 +42,21 @@ def repair_feed(text: str) -> str:
         text = _LOST_AMPERSAND.sub(r"&\1;", text)
         text = _DETACHED_APOSTROPHE.sub("&#39;", text)
         # Twice, because some feeds escaped what was escaped already ("&amp;lt;b&amp;gt;").
-        text = html.unescape(html.unescape(text))
+        for _ in range(2):
+            text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
     if "<" in text:
-        text = _TAG.sub(" ", text)
+        text = _without_tags(text)
     return " ".join(text.replace("\\", " ").split())
+
+
+def _without_tags(text: str) -> str:
+    """A tag is markup if it has an attribute, or its other half is in the text too: of "a<b>c" nothing goes."""
+    tags = list(_TAG.finditer(text))
+    halves = {(tag[1], tag[2].lower()) for tag in tags}
+
+    def replaced(tag: re.Match) -> str:
+        closing, name = tag[1], tag[2].lower()
+        is_markup = name in _VOID or tag[3] or ("" if closing else "/", name) in halves
+        return " " if is_markup else tag[0]
+
+    return _TAG.sub(replaced, text)

@@ -66,10 +66,13 @@ class Duplicates(BaseModel):
     test_exact_in_train: int
     test_near_in_train: int
     train_contradicting: int
+    # Exactly or nearly, and not in train too.
+    test_in_validation: int = 0
 
     def __str__(self) -> str:
         return (
-            f"{self.test_exact_in_train:,} test rows repeat a training row, {self.test_near_in_train:,} nearly; "
+            f"{self.test_exact_in_train:,} test rows repeat a training row, {self.test_near_in_train:,} nearly, and "
+            f"{self.test_in_validation:,} more a validation row; "
             f"{self.train_contradicting:,} training rows are there again under another label"
         )
 
@@ -79,7 +82,8 @@ class Manifest(BaseModel):
 
     `fingerprint` has 12 hexadecimal digits that change when any row, label or prompt changes. `rows` maps split to
     label to count; `files` maps split to the SHA-256 of its JSONL file; `tokens` maps prompt to statistics of the whole
-    example in tokens, or is None where no tokenizer was at hand.
+    example in tokens, or is None where no tokenizer was at hand. `recognised` says how the source is written, and
+    `version` which version of this package read it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -95,6 +99,8 @@ class Manifest(BaseModel):
     files: dict[Split, str]
     duplicates: Duplicates
     tokens: dict[str, Any] | None
+    recognised: list[str] = []
+    version: int = 1
 
     def total(self, split: Split) -> int:
         return sum(self.rows[split].values())

@@ -35,6 +35,9 @@ TokenCounter = Callable[[Sequence[list[Message]]], list[int]]
 # tokens, where counting all 120,000 rows under two prompts would take as long as everything else.
 TOKEN_SAMPLE = 2000
 
+# One more when the same source gives other rows than before: data of an older version is prepared again.
+VERSION = 2
+
 
 def prepare(
     source: Source,
@@ -71,6 +74,7 @@ def prepare(
         "prompt": task.find_prompt(prompt).id,
         "normalised": clean and task.clean is not None,
         "seed": seed,
+        "version": VERSION,
     }
     existing = _existing(folder, provenance)
     cut = None if "validation" in source.splits() else validation_rows
@@ -100,17 +104,23 @@ def prepare(
 
         for number, row in enumerate(_cleaned(source, "train", clean)):
             is_cut = in_validation is not None and in_validation[number]
-            if not is_cut:
+            if is_cut:
+                duplicates.see_validation(row.text)
+            else:
                 duplicates.see(row.text, indices[row.label])
             write("validation" if is_cut else "train", f"train-{number}", row)
         if in_validation is None:
             for number, row in enumerate(_cleaned(source, "validation", clean)):
+                duplicates.see_validation(row.text)
                 write("validation", f"validation-{number}", row)
         for number, row in enumerate(_cleaned(source, "test", clean)):
             write("test", f"test-{number}", row, duplicates.has_duplicate(number))
         for split, label in ((split, label) for split in SPLITS for label in task.labels):
             if not counts[split][label]:
-                raise DataError(folder, f"the {split} split has no row of the class {label}; the source is incomplete")
+                there = ", ".join(f"{name} {count}" for name, count in counts[split].items())
+                raise DataError(
+                    source.place(split), f"no row of the class {label} ({there}); every split needs every class"
+                )
 
     digests = {split: identities[split].hexdigest() for split in SPLITS}
     source_rows = sum(counts["train"].values()) if in_validation is None else len(in_validation)
@@ -123,7 +133,9 @@ def prepare(
             test_exact_in_train=len(duplicates.exact),
             test_near_in_train=len(duplicates.near - duplicates.exact),
             train_contradicting=duplicates.contradicting(),
+            test_in_validation=len(duplicates.in_validation),
         ),
+        recognised=source.recognised(),
         tokens=_token_statistics(source, source_rows, clean, count_tokens) if count_tokens else None,
     )
     write_json(folder / MANIFEST, manifest.model_dump())
@@ -150,7 +162,7 @@ def _existing(folder: Path, provenance: dict) -> Manifest | None:
 
 
 def _short(source: dict) -> str:
-    digest = source.get("sha256", {}).get("train.csv", "")[:8]
+    digest = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:8]
     return " ".join(filter(None, [source["kind"], source.get("dataset"), digest]))
 
 
@@ -177,13 +189,36 @@ def _validation_mask(source: Source, validation_rows: int, seed: int) -> np.ndar
             f"validation_rows={validation_rows} cannot be cut from {len(labels)} training rows; "
             f"choose between {len(indices)} and {len(labels) // 2}"
         )
+    counts = np.bincount(labels, minlength=len(indices))
+    cut = _shares(counts, validation_rows)
+    if rare := [index for index in indices.values() if counts[index] and not 0 < cut[index] < counts[index]]:
+        label, there = source.task.labels[rare[0]], counts[rare[0]]
+        enough = [
+            rows
+            for rows in range(len(indices), len(labels) // 2 + 1)
+            if all(0 < share < count for share, count in zip(_shares(counts, rows), counts, strict=True))
+        ]
+        remedy = (
+            f"choose validation_rows={min(enough, key=lambda rows: abs(rows - validation_rows))}"
+            if enough
+            else "add rows of this class"
+        )
+        raise UserError(
+            f"{source.place('train')}: the class {label} has {there} of {len(labels)} rows, of which "
+            f"validation_rows={validation_rows} puts {cut[rare[0]]} into validation and leaves "
+            f"{there - cut[rare[0]]} for training, and both need one; {remedy}, or give a validation split"
+        )
     generator = np.random.default_rng(seed)
     mask = np.zeros(len(labels), dtype=bool)
-    # Cumulative rounding: the classes' shares add up to exactly `validation_rows`.
-    ends = np.rint(np.cumsum(np.bincount(labels, minlength=len(indices))) * validation_rows / len(labels)).astype(int)
-    for index, count in enumerate(np.diff(ends, prepend=0)):
+    for index, count in enumerate(cut):
         mask[generator.choice(np.flatnonzero(labels == index), count, replace=False)] = True
     return mask
+
+
+def _shares(counts: np.ndarray, rows: int) -> np.ndarray:
+    """`rows` divided among the classes by their counts; cumulative rounding makes the sum exact."""
+    ends = np.rint(np.cumsum(counts) * rows / counts.sum()).astype(int)
+    return np.diff(ends, prepend=0)
 
 
 def _cleaned(source: Source, split: Split, clean: bool, step: int = 1) -> Iterator[Row]:
@@ -192,7 +227,7 @@ def _cleaned(source: Source, split: Split, clean: bool, step: int = 1) -> Iterat
     for number, row in enumerate(islice(source.rows(split), 0, None, step)):
         cleaned = Row(tuple(map(repair, row.texts)), row.label) if repair else row
         if not cleaned.text:
-            raise DataError(f"{source.name} {split} row {number * step + 1}", "empty text: nothing but markup")
+            raise DataError(f"{source.place(split)}, row {number * step + 1}", "empty text: nothing but markup")
         yield cleaned
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data_prep.clean import repair_feed
 from data_prep.errors import UserError
@@ -59,6 +60,7 @@ class Task:
         clean: Repairs the artefacts of a text column; None leaves the texts as they are.
         sample: Folder of a built-in sample in the CSV form; None where there is none.
         published_rows: How many rows the whole data set has; empty where that is not known.
+        published_test: The SHA-256 of its `test.csv`. CSV files with another one are the user's own data.
 
     Raises:
         UserError: There are fewer than two labels, one is there twice, or a column's values are other labels.
@@ -78,6 +80,7 @@ class Task:
     clean: Callable[[str], str] | None = None
     sample: Path | None = None
     published_rows: Mapping[Split, int] = field(default_factory=dict)
+    published_test: str = ""
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
@@ -86,9 +89,15 @@ class Task:
             if set(columns.values.values()) != set(self.labels):
                 raise UserError(f"task {self.name}: the values of column '{columns.label}' must stand for the labels")
 
-    def title_of(self, source: str) -> str:
-        """What to call the data of a source: the sample's results are never called the data set's."""
-        return f"the built-in sample (not {self.title})" if source == "sample" else self.title
+    def title_of(self, source: Mapping[str, Any]) -> str:
+        """What to call the data of a source, by its manifest's entry: other data is never called the data set."""
+        if source["kind"] == "sample":
+            return f"the built-in sample (not {self.title})"
+        digest = source.get("sha256", {}).get("test.csv", "")
+        is_published = (
+            source.get("dataset") == self.hub_dataset if source["kind"] == "hub" else digest == self.published_test
+        )
+        return self.title if is_published or not self.published_rows else "your own data"
 
     def answer_for(self, label: str) -> str:
         """The assistant's message for a label: compact JSON, e.g. `{"category":"World"}`."""
@@ -192,6 +201,7 @@ Rules:
     clean=repair_feed,
     sample=Path(__file__).parent / "sample",
     published_rows={"train": 120_000, "test": 7_600},
+    published_test="521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699",
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in (AG_NEWS,)}

@@ -153,7 +153,9 @@ def _fit_svms(options: argparse.Namespace, rows: tuple[int, ...]) -> None:
         if not options.fresh and baselines.svm_is_fitted(resolved, data):
             print(f"reused: the linear SVM on {count:,} rows")
         else:
-            print(f"the linear SVM on {count:,} rows: {baselines.fit_svm(resolved, data).scoring.accuracy:.1%} right")
+            fitted = baselines.fit_svm(resolved, data)
+            alone = baselines.without_duplicates(fitted)
+            print(f"the linear SVM on {count:,} rows: {fitted.scoring.accuracy:.1%} right; without duplicates {alone}")
 
 
 def _plan_of_base(options: argparse.Namespace, variant: Mapping[str, Any] | None = None) -> Settings:

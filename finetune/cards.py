@@ -87,7 +87,9 @@ def model_card(record: RunRecord, data: PreparedData, merged_into: str = "") -> 
         method=METHODS[record.run].spoken,
         labels=", ".join(data.task.labels[:-1]) + f" or {data.task.labels[-1]}",
         answer=data.task.answer_for(data.task.labels[0]),
-        licence=f"{textwrap.fill(data.task.licence, 120)}\n\n" if data.task.licence else "",
+        licence=f"{textwrap.fill(data.task.licence, 120)}\n\n"
+        if data.task.licence and data.title == data.task.title
+        else "",
         data=data.title,
         fingerprint=record.data.fingerprint,
         rows=record.data.train_rows,

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from data_prep import Example, Manifest, Task, UserError, find_task, prepare, read_examples
+from data_prep.duplicates import MANY
 from data_prep.files import SPLITS, Message, Split
 from data_prep.sources import open_source
 from finetune import metrics, paths
@@ -49,7 +50,7 @@ class PreparedData:
     @property
     def title(self) -> str:
         """What to call the data: the sample's results are never called the data set's."""
-        return self.task.title_of(self.manifest.source["kind"])
+        return self.task.title_of(self.manifest.source)
 
     @property
     def reference(self) -> DataReference:
@@ -104,7 +105,17 @@ def load_data(settings: HasExperiment) -> PreparedData:
         )
     select = partial(_select, folder, seed=experiment.data_seed)
     print(f"{'Reused' if reused else 'Prepared'} {folder}: fingerprint {manifest.fingerprint}, {_sizes(manifest)}")
+    if manifest.recognised:
+        print(f"Recognised: {'; '.join(manifest.recognised)}")
     print(f"Duplicates: {manifest.duplicates}")
+    found, rows = manifest.duplicates, manifest.total("test")
+    repeated = found.test_exact_in_train + found.test_near_in_train
+    if repeated + found.test_in_validation >= MANY * rows:
+        print(
+            f"WARNING: {repeated:,} of {rows:,} test rows repeat training rows, exactly or nearly, and "
+            f"{found.test_in_validation:,} more validation rows. Accuracy on them shows memory: read the accuracy "
+            "without them, or mend the test rows."
+        )
     test = select("test", experiment.test_rows)
     points = metrics.detectable_difference(len(test), DISCORDANT)
     print(

@@ -190,6 +190,11 @@ class Comparison:
         return found
 
     @cached_property
+    def repeated(self) -> int:
+        """How many test rows have their article in a training row, exactly or nearly."""
+        return sum(row.has_twin for row in self.predictions["base"])
+
+    @cached_property
     def without_twins(self) -> dict[str, Metrics | None]:
         """The same on the rows whose article is in no training row; None where there is no such row."""
         alone = [number for number, row in enumerate(self.predictions["base"]) if not row.has_twin]

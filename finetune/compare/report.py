@@ -22,7 +22,7 @@ from finetune.compare.ablation import Ablation
 from finetune.compare.comparison import Comparison
 from finetune.config import embedded
 from finetune.machine import PACKAGES
-from finetune.wording import NAMES, sentence, spoken
+from finetune.wording import NAMES, percent, sentence, spoken
 
 # A page that lists thousands of rows is slow on a phone, and nobody reads them.
 LISTED_ERRORS = 400
@@ -114,7 +114,7 @@ def notes(comparison: Comparison) -> list[str]:
         )
     else:
         train_rows = next(iter(tuned.values()), record).data.train_rows + data.validation_rows
-        if task and task.published_rows:
+        if task and task.published_rows and data.title == task.title:
             whole = task.published_rows
             possessive = f"{data.title}'" if data.title.endswith("s") else f"{data.title}'s"
             found.append(
@@ -123,6 +123,11 @@ def notes(comparison: Comparison) -> list[str]:
             )
         else:
             found.append(f"Training and validation used {train_rows:,} rows, the test {data.test_rows:,}.")
+    if repeated := comparison.repeated:
+        best = max(comparison.answering(), key=lambda name: comparison.scoring[name].accuracy)
+        alone = comparison.without_twins[best]
+        rest = f": without them, {spoken(best)} gets {percent(alone.accuracy)} %" if alone else ""
+        found.append(f"{repeated:,} test rows repeat a training row, exactly or nearly{rest}.")
     if record.settings.get("model") == "embedded":
         found.append(
             f"{record.model} was unpacked from a 4-bit file ({embedded.QUANTISATION}), so every method starts from "

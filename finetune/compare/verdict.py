@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from data_prep import UserError
+from data_prep.duplicates import MANY
 from finetune.compare import stats
 from finetune.compare.comparison import Comparison
-from finetune.wording import one_decimal, percent, sentence, spoken
+from finetune.wording import listed, one_decimal, percent, sentence, spoken
 
 MARGIN = 1.0
 # What a user may want to save, and how its lack is told.
@@ -145,6 +146,7 @@ def decide(comparison: Comparison, margin: float = MARGIN, save: str = "time") -
         )
         factor = costs[best] / costs[taken] if costs[taken] else 0
         text += f" and needs {factor:.2g} x the {SAVE[save]}." if factor >= 1.05 else "."
+    text += _caution(comparison, dict.fromkeys([taken or best, best]))
     method = (
         f"Margin {points}; what to save: {SAVE[save]}. We test each of {len(names)} methods against all others on the "
         "same test rows (one-sided, 5 %, Holm's correction)."
@@ -152,6 +154,18 @@ def decide(comparison: Comparison, margin: float = MARGIN, save: str = "time") -
     if comparison.tuned() and not comparison.over_seeds:
         method += " Each method was trained once: another seed may change the verdict."
     return Verdict(margin, save, best, {name: shown[name] for name in names}, taken, text, method)
+
+
+def _caution(comparison: Comparison, names: Iterable[str]) -> str:
+    """A sentence where many test rows repeat training rows, with the accuracy on the others."""
+    rows, repeated = len(comparison.labels), comparison.repeated
+    if repeated < MANY * rows:
+        return ""
+    if repeated == rows:
+        return " But all test rows repeat training rows: these figures show memory alone."
+    alone = {spoken(name): percent(comparison.without_twins[name].accuracy) for name in names}
+    found = listed([f"{name} gets {accuracy} %" for name, accuracy in alone.items()])
+    return f" But {repeated:,} of {rows:,} test rows repeat training rows. On the other {rows - repeated:,}, {found}."
 
 
 def _round_up(rows: float) -> int:

@@ -53,7 +53,7 @@ class Experiment:
     source: Literal["sample", "csv", "hub"] = "sample"
     """Where the rows come from."""
     data_path: str | None = None
-    """The CSV folder for source=csv; a data set's name for source=hub (default: the task's)."""
+    """The CSV folder for source=csv; for source=hub a data set's name, or a folder of it (default: the task's)."""
     prompt: str = "lean"
     """The task's prompt that precedes every text: AG News has `lean` and `verbose`."""
     normalise: bool = True

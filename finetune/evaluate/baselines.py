@@ -42,12 +42,19 @@ def table(*found: Baseline) -> pd.DataFrame:
         {
             NAMES[baseline.name]: {
                 "accuracy": f"{baseline.scoring.accuracy:.1%}",
+                "without duplicates": without_duplicates(baseline),
                 "95 % interval": f"{baseline.scoring.accuracy_low:.1%} to {baseline.scoring.accuracy_high:.1%}",
                 **metrics.figures(baseline.scoring),
             }
             for baseline in found
         }
     ).T
+
+
+def without_duplicates(baseline: Baseline) -> str:
+    """The accuracy on the test rows that repeat no training row, and how many these are."""
+    alone = baseline.without_twins
+    return f"{alone.accuracy:.1%} of {alone.rows:,} rows" if alone else "no such row"
 
 
 def fit_majority(settings: HasExperiment, data: PreparedData) -> Baseline:

@@ -105,13 +105,8 @@ def test_settings_from_the_file_as_people_and_editors_write_it(with_env):
 
 def test_settings_that_make_no_sense(with_env):
     assert_fails(with_env("MIN_FREE_GIB=lots\n", "start"), 2, "MIN_FREE_GIB is 'lots'", ".env.example")
-    assert_fails(with_env("JUPYTER_PORT=88a\n", "build"), 2, "JUPYTER_PORT is '88a'", ".env.example")
-    for text in ("JUPYTER_TOKEN=\n", "JUPYTER_TOKEN=''\r\n", "export JUPYTER_TOKEN = # none\n"):
-        for command in ("start", "restart", "run"):
-            assert_fails(with_env(text, command), 2, "JUPYTER_TOKEN in .env is empty", "Delete the line")
-        assert doctor_line(with_env(text, "doctor"), "settings")[0] == "FAIL"
-        # With a token in the environment, the next thing that is missing is Docker.
-        assert with_env(text, "start", JUPYTER_TOKEN="secret").returncode == 10
+    for port in ("88a", "8889.5"):
+        assert_fails(with_env(f"JUPYTER_PORT={port}\n", "build"), 2, f"JUPYTER_PORT is '{port}'", ".env.example")
 
 
 def test_every_line_of_the_example_can_be_copied():

@@ -113,3 +113,4 @@ def test_a_duplicate_in_validation_is_none_in_train(make_source, tmp_path):
     without = {row.id.removeprefix("test-") for row in read_examples(folder, "test") if not row.has_duplicate}
     assert without == in_validation
     assert manifest.duplicates.test_exact_in_train == 32
+    assert manifest.duplicates.test_in_validation == 8

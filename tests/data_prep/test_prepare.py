@@ -44,6 +44,12 @@ class Feed:
     def provenance(self):
         return {"kind": self.name}
 
+    def place(self, split):
+        return f"feed {split}"
+
+    def recognised(self):
+        return []
+
 
 def feed(**changes) -> Feed:
     rows = {split: list(sample(AG_NEWS).rows(split))[:48] for split in SPLITS}
@@ -168,9 +174,29 @@ class TestValidationSplit:
     @pytest.mark.parametrize("split", ["train", "test"])
     def test_a_class_without_rows_is_refused(self, make_source, folder, split):
         rows = [(str(1 + number % 3), f"Title {number}", "Text") for number in range(60)]
-        with pytest.raises(DataError, match="no row of the class Sci/Tech"):
+        counts = {"train": "World 16, Sports 16, Business 16", "test": "World 20, Sports 20, Business 20"}[split]
+        with pytest.raises(DataError, match=rf"{split}\.csv: no row of the class Sci/Tech \({counts}\)"):
             prepare(make_source(**{split: rows}), folder, prompt="lean", validation_rows=12)
         assert list(folder.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("count", "rows", "reason"),
+        [
+            (
+                2,
+                20,
+                "2 of 302 rows, of which validation_rows=20 puts 0 into validation .* choose validation_rows=76, or",
+            ),
+            (1, 20, "1 of 301 rows, .* add rows of this class, or give a validation split"),
+        ],
+    )
+    def test_a_class_too_rare_for_both_splits_is_named_with_what_helps(self, make_source, folder, count, rows, reason):
+        train = [(str(1 + row % 3), f"Title {row}", "Text") for row in range(300)] + [("4", "Title", "Text")] * count
+        with pytest.raises(UserError, match=rf"train\.csv: the class Sci/Tech has {reason}"):
+            prepare(make_source(train), folder, prompt="lean", validation_rows=rows)
+        if count == 2:
+            manifest, _ = prepare(make_source(train), folder, prompt="lean", validation_rows=76)
+            assert [manifest.rows[split]["Sci/Tech"] for split in ("train", "validation")] == [1, 1]
 
 
 class TestReuse:
@@ -212,6 +238,16 @@ class TestReuse:
             found.append(manifest.fingerprint)
         manifest, _ = prepare(source, tmp_path / "verbose", prompt="verbose", validation_rows=12)
         assert len({*found, manifest.fingerprint}) == 5
+
+    def test_data_of_an_older_version_is_prepared_again(self, make_source, folder):
+        source = make_source()
+        first, _ = prepare(source, folder, prompt="lean", validation_rows=12)
+        older = json.loads((folder / "manifest.json").read_text())
+        for name in ("version", "recognised"):
+            del older[name]
+        del older["duplicates"]["test_in_validation"]
+        (folder / "manifest.json").write_text(json.dumps(older))
+        assert prepare(source, folder, prompt="lean", validation_rows=12) == (first, False)
 
     def test_tokens_that_were_counted_serve_who_does_not_ask_for_them(self, make_source, folder):
         prepare(make_source(), folder, prompt="lean", validation_rows=12, count_tokens=word_counts)
@@ -401,6 +437,7 @@ class TestRealRows:
 
     def test_every_row_is_there(self, prepared):
         _, manifest = prepared
+        assert AG_NEWS.title_of(manifest.source) == "AG News" and manifest.recognised == []
         assert manifest.total("train") + manifest.total("validation") == 16_390
         assert manifest.total("validation") == 2000
         assert manifest.rows["test"] == dict.fromkeys(LABELS, 1900)

@@ -136,9 +136,13 @@ def test_a_contradictory_description_is_refused(change, reason):
         replace(AG_NEWS, **change)
 
 
-def test_the_sample_is_never_called_the_data_set():
-    assert AG_NEWS.title_of("sample") == "the built-in sample (not AG News)"
-    assert AG_NEWS.title_of("csv") == AG_NEWS.title_of("hub") == "AG News"
+def test_the_sample_and_the_user_s_own_data_are_never_called_the_data_set():
+    assert AG_NEWS.title_of({"kind": "sample"}) == "the built-in sample (not AG News)"
+    assert AG_NEWS.title_of({"kind": "csv", "sha256": {"test.csv": "0" * 64}}) == "your own data"
+    assert AG_NEWS.title_of({"kind": "hub", "dataset": "me/ag_news"}) == "your own data"
+    # A task that describes no published data is its own.
+    assert replace(AG_NEWS, published_rows={}).title_of({"kind": "hub", "dataset": "me/news"}) == "AG News"
+    assert AG_NEWS.title_of({"kind": "hub", "dataset": "fancyzhx/ag_news"}) == "AG News"
 
 
 def test_the_form_of_a_prompt_has_placeholders_and_is_empty_where_the_prompt_is_gone():

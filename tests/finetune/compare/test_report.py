@@ -222,6 +222,11 @@ class TestNotes:
             load("cpu")
         )
 
+    def test_a_user_s_own_rows_are_no_share_of_ag_news(self):
+        html = write_report(("base", "lora"), data={"title": "your own data", "train_rows": 1_100})
+        assert "Training and validation used 1,200 rows, the test 40." in html
+        assert "AG News" not in html and "120,000" not in html
+
     @pytest.mark.parametrize(("model", "is_said"), [("embedded", True), ("unsloth/Qwen2.5-7B-Instruct", False)])
     def test_the_embedded_model_was_rounded_before_and_qlora_rounds_again(self, model, is_said):
         write_report(("base", "lora", "qlora"), settings=SETTINGS | {"model": model})

@@ -4,13 +4,14 @@ import re
 
 import numpy as np
 import pytest
-from factories import SETTINGS, right_on, write_run, write_variant
+from factories import SETTINGS, predictions, right_on, write_run, write_variant
 from test_baselines import write_baseline
 
 from data_prep import UserError
 from finetune import paths
 from finetune.compare import verdict
 from finetune.compare.comparison import load
+from finetune.compare.report import notes
 from finetune.compare.verdict import decide
 
 METHODS = 7
@@ -142,6 +143,33 @@ class TestVerdict:
     def test_the_base_alone(self, home):
         write_run(paths.results_folder("cpu"), "base", right_on(20, 40))
         assert decide(load("cpu")).text == "Only the base model was evaluated. It gets 50.0 %."
+
+    @pytest.mark.parametrize(
+        ("repeated", "caution"),
+        [
+            (1, ""),
+            (20, " But 20 of 40 test rows repeat training rows. On the other 20, LoRA gets 75.0 %."),
+            (40, " But all test rows repeat training rows: these figures show memory alone."),
+        ],
+    )
+    def test_many_test_rows_that_are_training_rows_are_told_with_the_accuracy_on_the_others(
+        self, home, repeated, caution
+    ):
+        def rows(count, confidence):
+            found = enumerate(predictions(right_on(count, 40), confidence))
+            return [row.model_copy(update={"has_twin": number < repeated}) for number, row in found]
+
+        results = paths.results_folder("cpu")
+        write_run(results, "base", [], rows=rows(0, 0.4))
+        write_run(results, "lora", [], rows=rows(35, 0.7))
+        compared = load("cpu")
+        text = decide(compared).text
+        assert text.startswith("Take LoRA. It gets 87.5 %") and text.endswith(
+            caution or "No cheaper method is shown to be within 1 point."
+        )
+        assert ("But" in text) == bool(caution)
+        noted = {1: "1 test rows repeat a training row, exactly or nearly: without them, LoRA gets 87.2 %."}
+        assert noted.get(repeated, f"{repeated} test rows repeat a training row") in " ".join(notes(compared))
 
     @pytest.mark.parametrize("margin", [0, -1, 100, float("nan")])
     def test_a_margin_that_means_nothing_is_refused(self, results, margin):

@@ -1,0 +1,253 @@
+"""CSV files as people and programs write them: what is recognised is said, what is not is refused with its line."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from data_prep.errors import DataError
+from data_prep.task import Columns, Task
+
+# Python's own limit is 131,072 characters, and an article may be longer.
+csv.field_size_limit(2**31 - 1)
+
+# The first is taken where several fit alike.
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+LABEL_NAMES = ("label", "class", "category")
+# A delimiter and the columns show in so many rows.
+SAMPLE_ROWS = 100
+
+_SEP_LINE = re.compile(r'"?sep=(.)"?')
+_NO_CSV = {
+    b"version https://git-lfs": "this is a Git LFS pointer, not the data; fetch the data: git lfs pull",
+    b"\x1f\x8b": "this is gzip, not CSV; unpack it: gunzip",
+    b"PK\x03\x04": "this is a ZIP archive or an Excel workbook, not CSV; unpack it, or save it as CSV",
+    b"PAR1": "this is Parquet, not CSV; take source=hub with the folder as data_path, or save it as CSV",
+    b"<!DOCTYPE": "this is a web page, not CSV; download the file itself",
+}
+# What charset_normalizer may guess: on short texts it takes rare encodings for common ones.
+_ENCODINGS = ("cp1252", "mac_roman", "cp1250", "cp1251", "cp1253", "cp932", "euc_jp", "gb18030", "big5", "euc_kr")
+
+
+class CsvRow(NamedTuple):
+    """A row as it is written: the line that it begins on, its label and its texts."""
+
+    line: int
+    label: str
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class CsvForm:
+    """How a CSV file is written.
+
+    Attributes:
+        delimiter: Between two columns.
+        is_marked: Whether the first line is Excel's `sep=;`.
+        header: The names of the columns, if a line holds them.
+        columns: The task's columns that the header names; without a header those of the task's CSV files.
+        places: The label's column, then the texts'.
+        width: How many columns each row has.
+        fit: How many rows of a sample have this form.
+    """
+
+    delimiter: str
+    is_marked: bool
+    header: tuple[str, ...]
+    columns: Columns
+    places: tuple[int, ...]
+    width: int
+    fit: int
+
+    def __str__(self) -> str:
+        """What is remarkable of it; empty where it is the task's own form."""
+        said = (
+            [] if self.delimiter == "," else [f"columns separated by {DELIMITERS.get(self.delimiter, self.delimiter)}"]
+        )
+        if self.is_marked:
+            said = [f"Excel's line sep={self.delimiter}"]
+        if self.header:
+            label, *texts = (self.header[place].strip() for place in self.places)
+            said.append(f"a header, with {label} as the label and {' + '.join(texts)} as the text")
+            ignored = [name.strip() or "a column without a name" for name in self.header]
+            if ignored := [name for place, name in enumerate(ignored) if place not in self.places]:
+                said.append(f"not read: {', '.join(ignored)}")
+        return ", ".join(said)
+
+
+def recognise(path: Path, task: Task, labels: Sequence[str]) -> CsvForm:
+    """How a file is written: its delimiter, and which columns are the label and the texts.
+
+    Args:
+        path: The file.
+        task: Its columns are looked for.
+        labels: How labels may be written, in lower case.
+    """
+    marked = _SEP_LINE.fullmatch(next(decoded_lines(path)).rstrip("\r\n"))
+    forms = []
+    for delimiter in marked[1] if marked else DELIMITERS:
+        rows: list[list[str]] = []
+        # The file's first fault shows when it is read.
+        with suppress(csv.Error):
+            rows.extend(islice(csv.reader(decoded_lines(path), delimiter=delimiter, strict=True), SAMPLE_ROWS))
+        rows = rows[1:] if marked else rows
+        found = _named_columns(rows[0], task) if rows else None
+        columns, places = found or (task.csv, tuple(range(1 + len(task.csv.texts))))
+        header = tuple(rows[0]) if found else ()
+        width = len(header) or len(places)
+        right = [row for row in rows[bool(found) :] if len(row) == width]
+        fit = len(right) + sum(row[places[0]].strip().lower() in labels for row in right) + bool(found)
+        forms.append(CsvForm(delimiter, bool(marked), header, columns, places, width, fit))
+    return max(forms, key=lambda form: form.fit)
+
+
+def read_rows(path: Path, form: CsvForm, labels: Sequence[str]) -> Iterator[CsvRow]:
+    """The rows of a file.
+
+    Raises:
+        DataError: It is not CSV, not UTF-8, or a row has other columns; with the line that the row begins on.
+    """
+    reader = csv.reader(decoded_lines(path), delimiter=form.delimiter, strict=True)
+    # A row may span lines: it is reported by the one that it begins on.
+    begin = 1
+    try:
+        for number, row in enumerate(reader):
+            if number >= form.is_marked + bool(form.header):
+                if len(row) != form.width:
+                    raise DataError(path, _other_width(row, form, begin), begin)
+                if reader.line_num > begin:
+                    _refuse_swallowed_rows(path, row, form, labels, begin)
+                label, *texts = (row[place] for place in form.places)
+                yield CsvRow(begin, label, texts)
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(path, _not_csv(path, str(error)), begin) from error
+
+
+def decoded_lines(path: Path) -> Iterator[str]:
+    """The file's lines, decoded one by one so that an undecodable byte is reported with its line."""
+    try:
+        with path.open("rb") as file:
+            number = 0
+            for number, line in enumerate(file, start=1):
+                if number == 1:
+                    for magic, reason in _NO_CSV.items():
+                        if line.startswith(magic):
+                            raise DataError(path, reason, 1)
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise DataError(path, _not_utf8(path, error), number) from error
+                if "\0" in text:
+                    raise DataError(path, _with_nul(path, line), number)
+                yield text
+            if not number:
+                raise DataError(path, "the file is empty")
+    except FileNotFoundError as error:
+        packed = path.with_name(path.name + ".gz")
+        remedy = f"; unpack {packed.name} first: gunzip {packed}" if packed.is_file() else ""
+        raise DataError(path, f"no such file{remedy}") from error
+
+
+def _named_columns(row: list[str], task: Task) -> tuple[Columns, tuple[int, ...]] | None:
+    """The task's columns that a header names, and their places; None where the row is no header."""
+    names = [" ".join(name.replace("_", " ").split()).lower() for name in row]
+    for columns in filter(None, (task.csv, task.hub)):
+        texts = [text.lower() for text in columns.texts]
+        labels = [name for name in (columns.label.lower(), *LABEL_NAMES) if name not in texts]
+        label = next((name for name in labels if name in names), None)
+        if label and all(names.count(name) == 1 for name in (label, *texts)):
+            return columns, tuple(names.index(name) for name in (label, *texts))
+    return None
+
+
+def _other_width(row: list[str], form: CsvForm, line: int) -> str:
+    if not row:
+        return "an empty line; delete it"
+    names = form.header or (form.columns.label, *form.columns.texts)
+    what = f"{len(row)} columns instead of {form.width} ({', '.join(names)})"
+    what += f", separated by {DELIMITERS.get(form.delimiter, form.delimiter)}"
+    if not form.header and len(row) == form.width + 1 and row[0].strip() in ("", "0", str(line), str(line - 1)):
+        what += "; is the first a pandas index? Write the file with index=False, or with a header"
+    return what
+
+
+def _refuse_swallowed_rows(path: Path, row: list[str], form: CsvForm, labels: Sequence[str], begin: int) -> None:
+    """A quote that is not closed takes the next rows into its field, up to the next quote."""
+    for field in row:
+        for line in field.split("\n")[1:]:
+            inner = line.strip().split(form.delimiter)
+            # In prose, a blank follows a comma.
+            is_row = len(inner) >= form.width and not any(cell.startswith(" ") for cell in inner[1:])
+            if is_row and inner[form.places[0]].strip('"').lower() in labels:
+                reason = f"a field of this row has a line that looks like a row ({line.strip()[:40]!r})"
+                raise DataError(path, f"{reason}; is a closing quote missing?", begin)
+
+
+def _not_csv(path: Path, error: str) -> str:
+    if error.startswith("new-line character"):
+        if b"\n" in path.read_bytes().rstrip():
+            return "not valid CSV: a carriage return alone ends a line here; write all line ends alike"
+        return (
+            "not valid CSV: the lines end with a carriage return alone, as on an old Mac; convert it: "
+            rf"tr '\r' '\n' < {path.name} > converted.csv"
+        )
+    if error.startswith("unexpected end"):
+        return "not valid CSV: a quote of this row is never closed; is a quote missing, or the file cut short?"
+    return f"not valid CSV ({error}); within a quoted field, a quote must be doubled"
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    what = f"not UTF-8 ({error.reason}, byte {error.start + 1})"
+    # UTF-32's mark begins as UTF-16's does.
+    for mark, encoding in (
+        (codecs.BOM_UTF32_LE, "UTF-32"),
+        (codecs.BOM_UTF16_LE, "UTF-16"),
+        (codecs.BOM_UTF16_BE, "UTF-16"),
+    ):
+        if path.read_bytes()[:4].startswith(mark):
+            return f"not UTF-8, but {encoding}; {_conversion(path, encoding)}"
+    if error.reason == "unexpected end of data":
+        return f"{what}; is the file cut short?"
+    foreign, is_mixed = [], False
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                is_mixed |= not line.isascii() and bool(line.decode("utf-8-sig"))
+            except UnicodeDecodeError:
+                foreign.append(line)
+    # Imported here: few files need it.
+    from charset_normalizer import from_bytes
+
+    guesses = from_bytes(b"".join(foreign)[:100_000], cp_isolation=list(_ENCODINGS))
+    best = guesses.best()
+    if best is None:
+        return f"{what}; save the file as UTF-8"
+    alike = [one for one in guesses if (one.chaos, one.coherence) == (best.chaos, best.coherence)]
+    is_western = any("cp1252" in one.could_be_from_charset for one in alike)
+    encoding = "cp1252" if is_western else best.encoding
+    shown = error.object.decode(encoding, errors="replace").strip()
+    start = max(0, error.start - 20)
+    looks = f"it looks like {encoding}{' (Latin-1)' if is_western else ''}: {shown[start : start + 40]!r}"
+    if is_mixed:
+        return f"{what}; {looks}, but other lines are UTF-8; write this line in UTF-8 too"
+    return f"{what}; {looks}; {_conversion(path, encoding)}"
+
+
+def _with_nul(path: Path, line: bytes) -> str:
+    for parity, encoding in ((1, "UTF-16LE"), (0, "UTF-16BE")):
+        if line[parity::2].count(0) > len(line) / 4:
+            return f"not UTF-8, but {encoding}; {_conversion(path, encoding)}"
+    return "a NUL character; the file is damaged, or is no text"
+
+
+def _conversion(path: Path, encoding: str) -> str:
+    name = {"mac_roman": "MACINTOSH"}.get(encoding, encoding.upper().replace("_", "-"))
+    return f"convert it: iconv -f {name} -t UTF-8 {path.name} > converted.csv"
