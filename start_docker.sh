@@ -7,7 +7,7 @@
 #   start tensorboard       TensorBoard over results/, on 127.0.0.1:6006
 #   start serve [FOLDER]    vLLM's OpenAI-compatible server on 127.0.0.1:8000, for the merged model or
 #                           adapter in FOLDER (default: the newest under checkpoints/ and adapters/)
-#   run [ARGUMENT...]       the whole suite, headless, in the container: python -m finetune run
+#   run [ARGUMENT...]       all notebooks, headless, in the container: python -m finetune run
 #   status [--json]         containers, address, GPU, memory, what is running; exit 0 running, 3 stopped
 #   logs [SERVICE] [-f]     the last 200 lines of finetune, tensorboard or serve; -f follows
 #   exec COMMAND...         run a command in the container
@@ -141,7 +141,7 @@ check_compose() {
     "sudo apt-get install docker-compose-plugin (or docker-compose-v2, on Ubuntu's own docker.io)."
   version=${version#v}
   printf '%s\n' "$oldest" "$version" | sort --check=quiet --version-sort ||
-    fail 14 "docker compose is $version; $oldest is the oldest that will do." \
+    fail 14 "docker compose is $version; $oldest or newer is needed." \
       "sudo apt-get install --only-upgrade docker-compose-plugin"
   say "docker compose $version"
 }
@@ -211,8 +211,8 @@ check_memory() {
   awk "BEGIN { exit !($free >= $MIN_FREE_GIB) }" ||
     fail 21 "Only $free GiB of memory are available; at least $MIN_FREE_GIB GiB are needed, or the machine may freeze." \
       "Stop other programs, or drop the page cache: sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches'
-QLoRA needs about 12 GiB, LoRA 25, full fine-tuning 70. Another floor: MIN_FREE_GIB=12 in .env."
-  say "$(memory) (floor: $MIN_FREE_GIB)"
+docs/speed.md predicts the memory of each method. A smaller limit: MIN_FREE_GIB=12 in .env."
+  say "$(memory) (at least $MIN_FREE_GIB)"
 }
 
 # ---- the image, and what runs in it -------------------------------------------------------------
@@ -289,7 +289,7 @@ start_finetune() {
   fi
   if running "$container" && ! gpu_visible; then
     # `systemctl daemon-reload` on the host takes the GPU from running containers.
-    say "$container has lost its GPU; it is created anew."
+    say "$container has lost its GPU; we make a new container."
     compose rm --stop --force "$container" >/dev/null 2>&1
   fi
   if running "$container"; then
@@ -303,7 +303,7 @@ start_finetune() {
   gpu_visible || fail 22 "$container runs, but sees no GPU: nvidia-smi fails in it." \
     "If nvidia-smi works on the host: sudo systemctl restart docker, then ./start_docker.sh restart"
   row "Jupyter Lab" "$(url)"
-  row "from afar" "ssh -N -L $JUPYTER_PORT:127.0.0.1:$JUPYTER_PORT ${USER:-you}@$(hostname), then open the same address"
+  row "remotely" "ssh -N -L $JUPYTER_PORT:127.0.0.1:$JUPYTER_PORT ${USER:-you}@$(hostname), then open the same address"
   row "mounts" "$root -> /workspace"
   row "" "$HF_CACHE -> /home/trainer/.cache/huggingface"
   row "memory" "$(memory)"
@@ -404,7 +404,7 @@ cmd_status() {
     while read -r text; do row "container" "$text"; done <<<"${text:-none: ./start_docker.sh start finetune}"
     if $up; then
       row "Jupyter Lab" "$(url)"
-      row "GPU" "${gpu:-not visible in the container: ./start_docker.sh start finetune creates it anew}${gpu:+ % busy}"
+      row "GPU" "${gpu:-not visible in the container: ./start_docker.sh start finetune makes a new container}${gpu:+ % busy}"
     fi
     row "memory" "$(memory)"
     activity text | while IFS='|' read -r name text; do row "$name" "$text"; done || true
@@ -437,7 +437,7 @@ main() {
   [[ ! $command =~ ^(-h|--help)$ ]] || command=help
   (($#)) || fail 2 "A command is missing." "$(cmd_help)"
   [[ -n ${words[$command]+known} ]] || fail 2 "There is no command '$command'." "$(cmd_help)"
-  [[ ${*:2} =~ ^${words[$command]}$ ]] || fail 2 "There is no command '$*'. Meant was one of:" "$(usage_of "$command")"
+  [[ ${*:2} =~ ^${words[$command]}$ ]] || fail 2 "There is no command '$*'. Use one of:" "$(usage_of "$command")"
   [[ ! $command =~ ^(help|doctor)$ ]] || checks=''
   [[ ! $command =~ ^(start|restart|run|build)$ ]] || checks="user settings $checks"
   load_settings

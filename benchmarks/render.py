@@ -116,15 +116,15 @@ def page(path: Path, other_path: Path | None = None, picture: str | None = None)
 
 
 def best_table(record: SpeedRecord) -> pd.DataFrame:
-    """Each method's fastest and thriftiest setting, beside the best of TRL + PEFT."""
+    """Each method's fastest and low-memory setting, beside the best of TRL + PEFT."""
     lines = []
     for name, keys in (ladder.settings_of_methods() | {"LoRA with TRL + PEFT, tuned": ladder.peers()}).items():
-        if best := fastest_and_thriftiest(record, keys):
+        if best := fastest_and_low_memory(record, keys):
             lines.append([name, *(f"{row[of]:.1f}" for row in best for of in ("articles_per_second", "peak_gib"))])
-    return pd.DataFrame(lines, columns=["", "fastest: articles/s", "peak GiB", "thriftiest: articles/s", "peak GiB"])
+    return pd.DataFrame(lines, columns=["", "fastest: articles/s", "peak GiB", "low memory: articles/s", "peak GiB"])
 
 
-def fastest_and_thriftiest(record: SpeedRecord, keys: Sequence[str]) -> list[pd.Series]:
+def fastest_and_low_memory(record: SpeedRecord, keys: Sequence[str]) -> list[pd.Series]:
     """The row with the most articles/s, and the one with the least memory among those that keep `KEPT_SPEED` of that;
     empty if no row was measured."""
     if not (rows := record.measured(*keys)):
@@ -154,7 +154,7 @@ def methods_table(record: SpeedRecord, other: SpeedRecord | None = None) -> pd.D
     """Every setting of each method, with its share of the method's best speed."""
     parts = []
     for method, keys in ladder.settings_of_methods().items():
-        bold = [row.name for row in fastest_and_thriftiest(record, keys)]
+        bold = [row.name for row in fastest_and_low_memory(record, keys)]
         # On the ladder, "+" says that a rung adds to the one above it.
         settings = [name.removeprefix("+ ") for name in names(record, keys)]
         speeds = record.rows.articles_per_second.reindex(keys)

@@ -25,6 +25,7 @@ from typing import Any
 
 from data_prep import UserError
 from finetune import paths, wording
+from finetune.config.methods import METHODS
 from finetune.config.plan import DEFAULT, Settings, applicable, fewer_rows, parse_assignments, plan
 from finetune.config.profiles import PROFILES
 
@@ -52,15 +53,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m finetune", description="Full fine-tuning, LoRA or QLoRA?")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--profile", default="auto", help=f"auto (by hardware), {wording.listed(list(PROFILES))}")
+    common.add_argument("--profile", default="auto", help=f"auto (by hardware), {', '.join(PROFILES)}")
     common.add_argument(
-        "--set", dest="assignments", action="append", default=[], metavar="NAME=VALUE", help="override a parameter"
+        "--set",
+        dest="assignments",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="override a parameter; repeat for several",
     )
 
     suite = argparse.ArgumentParser(add_help=False)
-    runs = "base, full, lora, ..., compare; with curve svm too"
+    methods = ", ".join(METHODS)
+    runs = f"{methods} or compare (curve: svm too); repeat for several"
     suite.add_argument("--only", action="append", default=[], metavar="RUN", help=runs)
-    suite.add_argument("--fresh", action="store_true", help="run every step again, whatever could be reused")
+    suite.add_argument("--fresh", action="store_true", help="run every step again, and reuse none")
 
     run = commands.add_parser("run", parents=[common, suite], help="execute the notebooks headless, in their order")
     run.add_argument("--seeds", type=_positive, default=1, metavar="N", help="train each method with N seeds")
@@ -72,38 +79,40 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         action="append",
         metavar="N",
-        help="by default 250, 1000 and 4000; of fewer than 250 rows a quarter and half",
+        help="training rows of a point; repeat for several (default: 250, 1000 and 4000, or a quarter and half of all)",
     )
     curve.set_defaults(command=_curve)
 
-    plan = commands.add_parser("plan", parents=[common], help="print every parameter and where its value came from")
-    plan.add_argument("run", metavar="RUN")
+    plan = commands.add_parser("plan", parents=[common], help="print every parameter, and where its value comes from")
+    plan.add_argument("run", metavar="RUN", help=methods)
     plan.set_defaults(command=_plan)
 
     data = commands.add_parser("data", parents=[common], help="prepare the data")
     data.set_defaults(command=_data)
 
     merge = commands.add_parser("merge", parents=[common], help="merge an adapter into its base and evaluate it again")
-    merge.add_argument("run", metavar="RUN")
+    merge.add_argument("run", metavar="RUN", help="lora, qlora or dora")
     merge.set_defaults(command=_merge)
 
-    report = commands.add_parser("report", help="write FOLDER/report.html anew from the records in FOLDER")
+    report = commands.add_parser("report", help="write FOLDER/report.html from the records in FOLDER")
     report.add_argument("folder", type=Path, metavar="FOLDER")
-    within = "points of accuracy that a cheaper method may lose; by default 1"
+    within = "points of accuracy that a cheaper method may lose (default: 1)"
     report.add_argument("--margin", type=float, default=1.0, metavar="POINTS", help=within)
-    report.add_argument("--save", default="time", metavar="WHAT", help="time (default), memory or 'artefact size'")
+    report.add_argument(
+        "--save", default="time", metavar="WHAT", help="what to save: time (default), memory or 'artefact size'"
+    )
     report.set_defaults(command=_report)
 
-    contrast = commands.add_parser("contrast", help="what the one setting costs in which two folders of records differ")
+    contrast = commands.add_parser("contrast", help="compare two folders of records that differ in one setting")
     contrast.add_argument("folder", type=Path, metavar="FOLDER")
-    contrast.add_argument("other", type=Path, metavar="OTHER", help="the folder that FOLDER is held against")
+    contrast.add_argument("other", type=Path, metavar="OTHER", help="the folder that FOLDER is compared with")
     contrast.set_defaults(command=_contrast)
 
     publish = commands.add_parser("publish", parents=[common], help="copy a profile's records to results/reference")
-    publish.add_argument("--name", metavar="NAME", help="folder in results/reference; the profile's name if not given")
+    publish.add_argument("--name", metavar="NAME", help="folder in results/reference (default: the profile's name)")
     publish.set_defaults(command=_publish)
 
-    results = commands.add_parser("results", help="make the figures of README and docs anew from results/reference")
+    results = commands.add_parser("results", help="write the figures of README and docs from results/reference")
     results.set_defaults(command=_results)
     return parser
 
@@ -176,7 +185,7 @@ def _execute(options: argparse.Namespace, **trainings: Any) -> int:
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if failed:
         names = wording.listed([outcome.step.name for outcome in failed])
-        print(f"{names} failed, and what needs it was skipped; see {suite.folder}", file=sys.stderr)
+        print(f"failed: {names}; see {suite.folder}", file=sys.stderr)
         return 1
     if any(outcome.step.run is None for outcome in outcomes):
         _print_comparison(suite.profile)
@@ -218,7 +227,7 @@ def _plan(options: argparse.Namespace) -> int:
         shown.add_row(name, line["value"], line["from"])
     # In a file, too, lines are for people.
     Console(width=None if sys.stdout.isatty() else 80, highlight=False, markup=False).print(shown)
-    print("docs/parameters.md says what each of them is.")
+    print("docs/parameters.md explains each parameter.")
     return 0
 
 

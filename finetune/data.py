@@ -141,7 +141,7 @@ def evenly(examples: list[Example], rows: int | None, seed: int) -> list[Example
     if rows is None or rows == len(examples):
         return examples
     if rows > len(examples):
-        raise UserError(f"{rows} rows are asked for, and there are {len(examples)}; ask for fewer")
+        raise UserError(f"{rows} rows are asked for, but there are only {len(examples)}; ask for fewer")
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(examples))
     # The k-th of its class, in random order: sorting by k draws from the classes in turn.

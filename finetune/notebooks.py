@@ -1,4 +1,4 @@
-"""The notebooks as code: what tests and benchmarks run of them is what users run."""
+"""The notebooks as code, so that tests and benchmarks run what users run."""
 
 from __future__ import annotations
 

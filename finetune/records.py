@@ -213,8 +213,8 @@ class Merged(Part):
     def __str__(self) -> str:
         return (
             f"{self.artefact} ({self.artefact_bytes / 1e6:.0f} MB), merged into {self.base}: accuracy "
-            f"{self.scoring.accuracy:.2%} against {self.adapter_accuracy:.2%} with the adapter apart, "
-            f"{self.agreement:.2%} of the rows labelled alike, probabilities within {self.largest_difference:.3f}"
+            f"{self.scoring.accuracy:.2%} against {self.adapter_accuracy:.2%} with the separate adapter, "
+            f"{self.agreement:.2%} of the rows get the same label, probabilities within {self.largest_difference:.3f}"
         )
 
 

@@ -109,7 +109,7 @@ def notes(comparison: Comparison) -> list[str]:
     data, found, task = record.data, [], TASKS.get(record.data.task)
     if data.source == "sample":
         found.append(
-            "The built-in sample was written for this project. It shows that the suite works and what the methods cost "
+            "We wrote the built-in sample for this project. It shows that everything works and what the methods cost "
             f"here. These are not {task.title if task else data.task} results."
         )
     else:
@@ -130,8 +130,8 @@ def notes(comparison: Comparison) -> list[str]:
         found.append(f"{repeated:,} test rows repeat a training row, exactly or nearly{rest}.")
     if record.settings.get("model") == "embedded":
         found.append(
-            f"{record.model} was unpacked from a 4-bit file ({embedded.QUANTISATION}), so every method starts from "
-            "weights that were rounded once."
+            f"{record.model} comes from a 4-bit file ({embedded.QUANTISATION}), so every method starts from weights "
+            "that were rounded once."
         )
         if "qlora" in comparison.records:
             found.append("QLoRA rounds them a second time.")
@@ -139,7 +139,7 @@ def notes(comparison: Comparison) -> list[str]:
     if generation:
         rows = generation.metrics.rows
         found.append(
-            f"Free to write, the base model gave a valid answer to {round(generation.valid_share * rows):,} of "
+            f"In generation, the base model gave a valid answer to {round(generation.valid_share * rows):,} of "
             f"{rows:,} test rows."
         )
     for name in ("base", "few_shot"):

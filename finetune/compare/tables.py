@@ -60,7 +60,7 @@ def quality(comparison: Comparison) -> pd.DataFrame:
             **metrics.figures(of, base),
             "rows without a duplicate": f"{alone.rows:,}" if alone else "0",
             "accuracy on these %": percent(alone.accuracy) if alone else "-",
-            "its interval": percent_interval(alone.accuracy_low, alone.accuracy_high) if alone else "-",
+            "95 % interval on these": percent_interval(alone.accuracy_low, alone.accuracy_high) if alone else "-",
         }
     return _lines(lines)
 
@@ -103,7 +103,7 @@ def pairs_over_seeds(comparison: Comparison) -> pd.DataFrame:
                 "95 % interval": f"{over.low:+z.2f} to {over.high:+z.2f}",
                 "p, corrected": format_p(over.corrected_p),
                 "result": "tie" if pair.is_tie else "different",
-                "p, alone": format_p(over.p_value),
+                "p, uncorrected": format_p(over.p_value),
             }
     return _lines(lines)
 
@@ -120,7 +120,7 @@ def pairs(comparison: Comparison) -> pd.DataFrame:
             **(several if comparison.over_seeds else {"result": "tie" if pair.is_tie else "different"}),
             "only the first right": str(pair.only_first),
             "only the second right": str(pair.only_second),
-            "p, alone": format_p(pair.p_value),
+            "p, uncorrected": format_p(pair.p_value),
             "macro-F1 points": one_decimal(pair.f1_points, "+"),
             "macro-F1 interval": interval_of(pair.f1_low, pair.f1_high, "+"),
         }
@@ -286,7 +286,7 @@ def without_suspects(comparison: Comparison) -> pd.DataFrame:
         {
             NAMES[name]: {
                 "all rows %": percent(comparison.scoring[name].accuracy),
-                "without the suspected %": percent(kept.accuracy),
+                "without doubted labels %": percent(kept.accuracy),
                 "95 % interval": percent_interval(kept.accuracy_low, kept.accuracy_high),
             }
             for name, kept in mistakes.without_suspects(comparison).items()
@@ -322,11 +322,11 @@ def merged(comparison: Comparison) -> pd.DataFrame:
         {
             NAMES[run]: {
                 "merged into": of.base,
-                "adapter apart %": percent(of.adapter_accuracy),
+                "adapter %": percent(of.adapter_accuracy),
                 "merged %": percent(of.scoring.accuracy),
                 "95 % interval": percent_interval(of.scoring.accuracy_low, of.scoring.accuracy_high),
-                "labelled alike %": percent(of.agreement),
-                "largest difference of a probability": f"{of.largest_difference:.3f}",
+                "same label %": percent(of.agreement),
+                "largest difference in probability": f"{of.largest_difference:.3f}",
                 "merged model MB": f"{of.artefact_bytes / 1e6:.1f}",
             }
             for run, of in comparison.merged.items()

@@ -49,37 +49,37 @@ class Experiment:
     model: Annotated[str, Field(min_length=1)] = "embedded"
     """A causal chat model: a hub name, a folder, or `embedded` (SmolLM2-135M-Instruct from a PyPI wheel)."""
     task: str = "ag_news"
-    """What is classified into which labels: a task of data_prep/task.py."""
+    """Texts and labels: a task of data_prep/task.py."""
     source: Literal["sample", "csv", "hub"] = "sample"
     """Where the rows come from."""
     data_path: str | None = None
     """The CSV folder for source=csv; for source=hub a data set's name, or a folder of it (default: the task's)."""
     prompt: str = "lean"
-    """The task's prompt that precedes every text: AG News has `lean` and `verbose`."""
+    """The prompt before every text: AG News has `lean` and `verbose`."""
     normalise: bool = True
     """Repair the task's text artefacts (AG News: #39; &lt;b&gt; and backslashes)."""
     train_rows: Count | None = None
     """Training rows to use, drawn evenly from the classes; all if not given."""
     validation_rows: Annotated[int, Field(ge=4)] = 2000
-    """Rows cut from train for validation, where the source has no validation split."""
+    """Training rows to set aside for validation, if the source has no validation split."""
     test_rows: Count | None = None
     """Test rows to use, drawn evenly from the classes; all if not given."""
     generation_rows: Annotated[int, Field(ge=0)] = 1000
-    """Test rows that are also answered by generation, to compare with scoring; 0 skips it."""
+    """Test rows that the model also answers by generation; 0: none."""
     few_shot_examples: Annotated[int, Field(ge=1)] = 8
     """Training rows in the prompt of the few-shot baseline, drawn evenly from the classes."""
     per_device_eval_batch_size: Count = 64
     """Articles per forward pass of the evaluation; the result does not depend on it."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Type of matrix products in training and evaluation; `auto`: bfloat16 on a GPU, the faster of both on a CPU."""
+    """Type of the matrix products; `auto`: bfloat16 on a GPU, the faster of both on a CPU."""
     evaluation_kernels: Literal["fused", "plain"] = "fused"
-    """Kernels of the evaluation on a GPU: Liger's for norms, rotary embeddings and activations, or PyTorch's."""
+    """Kernels of the evaluation on a GPU for norms, rotary embeddings and activations: Liger's or PyTorch's."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of a training: the initialisation and the order of the rows."""
     data_seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    """Seed of the split and of the row selection, which all trainings of a comparison share."""
+    """Seed of the validation split and of the row selection, the same for all trainings of a comparison."""
     variant: Annotated[str, Field(pattern="^[a-z0-9-]*$")] = ""
-    """Set by `run --seeds` and `curve`: a folder in the run's own (seed-43, rows-250); empty for the run itself."""
+    """Sub-folder of a further seed or number of rows (seed-43, rows-250); `run --seeds` and `curve` set it."""
 
     @property
     def model_name(self) -> str:

@@ -1,4 +1,4 @@
-"""The recipes: three siblings that differ only where the methods differ.
+"""The recipes: one for each method, which differ only where the methods differ.
 
 Defaults are the values of the experiment on a DGX Spark that this suite began with; a profile or an override may
 replace any of them, and the table that every notebook prints says which one did.
@@ -39,7 +39,7 @@ class Recipe:
     adapter: bool
     """Train a LoRA adapter (Hu et al. 2021) and leave the base weights alone; otherwise train all weights."""
     engine: Literal["auto", "transformers", "unsloth"] = "auto"
-    """What trains: Unsloth's kernels, transformers + TRL + PEFT; `auto`: Unsloth where CUDA is."""
+    """What trains: Unsloth, or transformers with TRL and PEFT; `auto`: Unsloth where there is CUDA."""
     load_in_4bit: bool = False
     """Hold the base weights in 4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023)."""
     learning_rate: Positive = 2e-4
@@ -49,29 +49,28 @@ class Recipe:
     per_device_train_batch_size: Count = 8
     """Articles in one forward pass."""
     gradient_accumulation_steps: Count = 4
-    """Forward passes per optimiser step; an update sees per_device_train_batch_size x as many articles."""
+    """Forward passes per optimiser step. An update sees this many times per_device_train_batch_size articles."""
     max_length: Annotated[int, Field(ge=64)] = 512
-    """Tokens of an article with its prompt and answer; a longer article is shortened, its answer never."""
+    """Most tokens of an article with its prompt and answer. We shorten a longer article, never its answer."""
     packing: bool = True
-    """Join a batch into one row without padding, and compute once what all prompts begin with; changes no result."""
+    """Join a batch into one row without padding, and compute the prompts' common beginning once; changes no result."""
     completion_only_loss: bool = True
-    """Only the answer's tokens carry loss; False: the prompt's and the article's too."""
+    """Only the answer's tokens carry loss; False: all tokens do."""
     article_loss: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the article's own loss beside the answer's, each a mean over tokens: language modelling as an auxiliary
-    objective (Radford et al. 2018)."""
+    """Weight of an auxiliary loss: language modelling of the article (Radford et al. 2018). Both losses are means over
+    their tokens."""
     label_smoothing_factor: Share = 0.0
     """Share of each target that goes to the other tokens of the vocabulary (Szegedy et al. 2016)."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Type that the model's weights are held in; `auto`: the type of the products. Adapters are always held in
-    float32."""
+    """Type of the model's weights; `auto`: the type of the matrix products. An adapter's weights are always float32."""
     optim: Optimizer = "adamw_torch_fused"
     """AdamW; `adamw_8bit` (bitsandbytes) and `adamw_torch_8bit` (torchao) hold its two moments in a byte each,
     `adamw_torch_4bit` in half a byte."""
     optim_args: str | None = None
-    """Options of the optimiser. torchao's rounds bfloat16 weights up or down at random with
-    `bf16_stochastic_round=True`, so that small updates count on average."""
+    """Options of the optimiser. torchao's have `bf16_stochastic_round=True`: bfloat16 weights are rounded up or down at
+    random, so that small updates count on average."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """Course of the learning rate after the warm-up."""
+    """Schedule of the learning rate after the warm-up."""
     warmup_steps: Share = 0.03
     """Share of all steps in which the learning rate rises to its peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -79,24 +78,24 @@ class Recipe:
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
     update_in_backward: bool = False
-    """Update each weight as soon as the backward pass has its gradient, and free that (full fine-tuning, one pass per
-    update): saves the memory of all gradients, and leaves them unclipped."""
+    """Update each weight in the backward pass, and free its gradient. That saves the gradients' memory; they are not
+    clipped. For full fine-tuning with one pass per update."""
     gradient_checkpointing: Literal["auto", "unsloth", "plain", "off"] = "auto"
-    """Recompute activations in the backward pass to save memory; `auto`: only where they would not fit."""
+    """Recompute activations in the backward pass to save memory; `auto`: only if they would not fit."""
     cuda_graphs: bool = False
-    """Replay each step as one CUDA graph: several times the speed for small models, nothing for large ones."""
+    """Replay each step as one CUDA graph. Small models get several times faster, large ones no faster."""
     use_liger_kernel: bool = True
-    """Norms, rotary embeddings and the MLP's activation as one kernel each (Liger), where transformers trains on CUDA;
-    Unsloth brings its own."""
+    """Liger's fused kernels for norms, rotary embeddings and the MLP's activation, where transformers trains on CUDA;
+    Unsloth has its own."""
     offload_embedding: Literal["auto", "on", "off"] = "auto"
-    """Hold the frozen input embeddings in the host's memory (Unsloth; a gigabyte of a 7B model); `auto`: together with
-    gradient checkpointing, where the GPU has a memory of its own."""
+    """Keep the frozen input embeddings in the host's memory (Unsloth; a gigabyte of a 7B model); `auto`: with gradient
+    checkpointing, if the GPU has its own memory."""
     cudnn_benchmark: bool = True
-    """Let cuDNN time its algorithms and keep the fastest; it governs convolutions, and a GPU alone."""
+    """Let cuDNN time its algorithms and keep the fastest; only for convolutions on a GPU."""
     r: Count = 16
     """Rank of the adapter's matrices."""
     lora_alpha: Count | None = None
-    """The adapter's output is scaled by lora_alpha / r; twice `r` if not given, so that the scale stays."""
+    """The adapter's output is scaled by lora_alpha / r. Twice `r` if not given."""
     lora_dropout: Share = 0.0
     """Dropout before the adapter; Unsloth's kernels need 0."""
     target_modules: Annotated[list[str] | Literal["all-linear"], BeforeValidator(_names)] = Field(
@@ -104,13 +103,13 @@ class Recipe:
     )
     """Which projections get an adapter: their names, or `all-linear` for all but the output layer."""
     use_dora: bool = False
-    """Train a magnitude for each output beside the adapter's direction (DoRA, Liu et al. 2024)."""
+    """Train a magnitude for each output too (DoRA, Liu et al. 2024)."""
     eval_steps: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    """Share of the steps after which validation accuracy is measured, again and again, and at the end."""
+    """Share of the steps between two measurements of validation accuracy; we also measure at the end."""
     eval_on_start: bool = True
-    """Measure it before the first step too; with CUDA graphs it always is."""
+    """Measure validation accuracy before the first step too; with CUDA graphs we always do."""
     save_steps: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    """Share of the steps after which a checkpoint is written that an interrupted run resumes from; 0: never."""
+    """Share of the steps between two checkpoints, from which an interrupted training resumes; 0: no checkpoints."""
 
 
 # bfloat16 has 8 bits of precision: an update below 1/256 of a weight is lost. With fp32 weights the same run ended
@@ -138,15 +137,13 @@ def check(recipe: Recipe, run: str, its_own: Recipe) -> None:
         if getattr(recipe, name) != getattr(its_own, name):
             raise UserError(f"{name}={getattr(recipe, name)} is another method than {run}; choose another run instead")
     if recipe.load_in_4bit and recipe.dtype == "float32":
-        raise UserError("load_in_4bit=True contradicts dtype=float32")
+        raise UserError("load_in_4bit=True contradicts dtype=float32: set dtype=auto")
     if not recipe.packing and (recipe.article_loss or recipe.label_smoothing_factor):
-        raise UserError(
-            "article_loss and label_smoothing_factor need packing=True: the loss of padded batches is TRL's"
-        )
+        raise UserError("article_loss and label_smoothing_factor need packing=True: padded batches have TRL's own loss")
     if not recipe.update_in_backward:
         return
     if recipe.adapter:
-        raise UserError("update_in_backward=True is for full fine-tuning: the gradients of an adapter are small")
+        raise UserError("update_in_backward=True is for full fine-tuning: leave it out here")
     if recipe.gradient_accumulation_steps > 1:
         raise UserError("update_in_backward=True needs gradient_accumulation_steps=1: no gradient is kept to add to")
     if recipe.cuda_graphs or not recipe.packing:

@@ -1,4 +1,4 @@
-"""Energy that the GPU reports: NVML's counter, which they have since Volta. It counts all that the GPU does."""
+"""The GPU's energy, from NVML's counter (Volta and newer). It counts everything that the GPU does."""
 
 from __future__ import annotations
 

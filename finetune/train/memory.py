@@ -1,6 +1,4 @@
-"""Whether a training will fit, asked before it starts: on a machine whose GPU shares the host's memory, one that does
-not fit freezes the host rather than fail.
-"""
+"""Whether a training will fit, before it starts: where GPU and host share memory, a training too large freezes them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""TRL's trainer on packed rows: a batch of articles is one row without padding, its common beginning computed once, and
-only the positions that predict a supervised token reach the vocabulary. The loss and its gradients are those of the
-same articles one by one."""
+"""TRL's trainer on packed rows: no padding, the common beginning computed once, logits only where a token carries loss.
+The loss and its gradients are the same as for the articles one by one."""
 
 from __future__ import annotations
 

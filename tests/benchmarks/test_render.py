@@ -51,7 +51,7 @@ class TestLadder:
 
 
 class TestMethods:
-    def test_the_fastest_and_the_thriftiest_that_is_still_quick_are_bold(self):
+    def test_the_fastest_and_the_low_memory_setting_are_bold(self):
         table = render.methods_table(measurements.record())
         # Unsloth's checkpointing takes less memory still, at 67 % of the speed.
         assert [name for name in table[""] if name.startswith("**")] == [

@@ -120,7 +120,7 @@ class TestReport:
         _, user, answer = re.findall("<dd>(.*?)</dd>", html, re.DOTALL)
         assert unescape(user) == "Classify the following news article:\n\nTITLE DESCRIPTION"
         assert unescape(answer) == '{"category":"World"}'
-        assert "which this version no longer has" in text_of(write_report(data={"prompt": "lean-0"}))
+        assert "<dd>" not in write_report(data={"prompt": "lean-0"})
 
     def test_the_figures_of_guessing_are_right(self):
         """All four alike: (3/4)² + 3 (1/4)² and ln 4, as this suite scores them."""
@@ -180,10 +180,10 @@ class TestReport:
 
     def test_what_was_not_recorded_is_called_so(self):
         text = text_of(write_report())
-        assert "Not recorded: these records hold no times of validations." in text
+        assert "Not recorded: these records have no validation times." in text
         assert "Not recorded: no model was trained on fewer rows" in text
         assert "Each method was trained with one seed" in text
-        assert "these records hold no scores of validation rows" in text
+        assert "these records have no scores of validation rows" in text
 
 
 class Checker(HTMLParser):
@@ -307,7 +307,7 @@ class TestProvenance:
         (results / "lora" / "merged.json").write_text(merged.model_dump_json())
         text = text_of(report.render(load("cpu"), {}))
         assert "lora/merged.json (commit 0123456789 ; A processor, 2 cores, no GPU)" in text
-        # Of 40 rows 30 are right when merged, and 31 with the adapter apart; 38 are labelled alike.
+        # Of 40 rows 30 are right when merged, and 31 with the separate adapter; 38 get the same label.
         low, high = (f"{100 * end:.1f}" for end in proportion_confint(30, 40, method="wilson"))
         assert f"LoRA the base 77.5 75.0 {low} to {high} 95.0 0.062 273.1" in text
 
