@@ -316,24 +316,58 @@ start_tensorboard() {
   row "TensorBoard" "http://127.0.0.1:$TENSORBOARD_PORT"
 }
 
+# json FILE NAME: a value of a file with a line for each, as peft and our records are written.
+json() { sed -nE "s/^ *\"$2\": *\"?([^\",]*)\"?,?$/\1/p" "$1" | head -n 1; }
+
+# check_record FOLDER: fails unless the artefact in it is the one that its training or merging recorded, and sets `record`.
+# The digest is that of finetune/files.py. What is in results/reference was trained elsewhere.
+check_record() {
+  local digest records
+  mapfile -t records < <(grep -rlF --include={record,merged}.json --exclude-dir=reference "\"artefact\": \"$1\"" "$root/results")
+  record=''
+  ((${#records[@]})) || return 0
+  digest=$(cd "$root/$1" && find -L . -type f -not -path '*/.*' -not -path ./README.md -printf '%P\n' | LC_ALL=C sort |
+    xargs -d '\n' sha256sum | sha256sum | cut -c1-12)
+  record=$(grep -lF "\"artefact_digest\": \"$digest\"" "${records[@]}" | head -n 1) ||
+    fail 26 "$1 is not the one that ${records[0]#"$root"/} describes." "Train or merge it again."
+}
+
+# adapter_arguments FOLDER: sets SERVE_ARGS for an adapter on its base, or fails where vLLM would make another model of it.
+adapter_arguments() {
+  local config=$root/$1/adapter_config.json base rank largest merging="Merge it, and serve the folder that this makes:
+./start_docker.sh exec python -m finetune merge ${record:+$(json "$record" run) --profile $(json "$record" profile)}"
+  [[ -z $record ]] || ! grep -q '"load_in_4bit": true' "$record" ||
+    fail 26 "$1 was trained on the base in 4 bits, and vLLM would put it on the 16-bit one, which is another model." "$merging"
+  [[ $(json "$config" use_dora) != true ]] || fail 26 "$1 is a DoRA adapter, which vLLM cannot serve." "$merging"
+  base=$(json "$config" base_model_name_or_path)
+  # In the container, the checkout is /workspace.
+  if [[ $base == "$root"/* || -d $root/$base ]]; then base=/workspace/${base#"$root"/}; fi
+  [[ $base != /* || ($base == /workspace/* && -d $root/${base#/workspace/}) ]] ||
+    fail 26 "The base model of $1 is $base, and the container has no such folder." "$merging"
+  rank=$({ json "$config" r && sed -nE '/"rank_pattern"/,/\}/s/.*: *([0-9]+),?$/\1/p' "$config"; } | sort -n | tail -n 1)
+  # The ranks that vLLM knows.
+  for largest in 8 16 32 64 128 256 320 512; do ((largest < rank)) || break; done
+  ((rank <= largest)) || fail 26 "$1 has rank $rank, and vLLM serves adapters of rank 512 at most." "$merging"
+  export SERVE_ARGS="$base --enable-lora --max-lora-rank $largest --lora-modules tuned=/workspace/$1"
+}
+
 start_serve() {
-  local folder=${1:-} base
+  local folder=${1:-} record
   if running pytorch-serve; then
     say "pytorch-serve is already running; to serve another folder, ./start_docker.sh stop first."
   else
     # The newest, one level down: checkpoints/.training holds the states of unfinished runs.
     [[ -n $folder ]] || folder=$(cd "$root" && find checkpoints adapters -mindepth 2 -maxdepth 2 \
       \( -name config.json -o -name adapter_config.json \) -printf '%T@ %h\n' | sort -rn | head -n 1 | cut -d' ' -f2-)
-    folder=${folder%/}
-    # An adapter is served on top of its base, a merged model as it is.
-    if [[ -e $root/$folder/adapter_config.json ]]; then
-      base=$(sed -n 's/.*"base_model_name_or_path": *"\([^"]*\)".*/\1/p' "$root/$folder/adapter_config.json")
-      export SERVE_ARGS="$base --enable-lora --max-lora-rank 64 --lora-modules tuned=/workspace/$folder"
-    else
-      [[ -e $root/$folder/config.json ]] || fail 26 "There is no model to serve in ${folder:-checkpoints/ or adapters/}." \
+    folder=${folder#"$root"/} folder=${folder#./} folder=${folder%/}
+    [[ -e $root/$folder/config.json || -e $root/$folder/adapter_config.json ]] ||
+      fail 26 "There is no model to serve in ${folder:-checkpoints/ or adapters/}." \
         "A folder with config.json (merged model) or adapter_config.json (adapter) is needed: train one first."
-      export SERVE_ARGS="/workspace/$folder --served-model-name tuned"
-    fi
+    check_record "$folder"
+    [[ -n $record ]] || say "Note: no record in results/ describes $folder, so nothing here knows whether it was trained in 4 bits, or changed."
+    # An adapter is served on top of its base, a merged model as it is.
+    export SERVE_ARGS="/workspace/$folder --served-model-name tuned"
+    [[ ! -e $root/$folder/adapter_config.json ]] || adapter_arguments "$folder"
     check_port SERVE_PORT >/dev/null
     check_memory >/dev/null
     ensure_pulled "$(compose config --images serve)"
