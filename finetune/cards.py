@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import textwrap
+from pathlib import Path
 
 from finetune.config.methods import METHODS
 from finetune.data import PreparedData
 from finetune.records import RunRecord
 
+# Not AutoPeftModel: it looks for a base that is a folder where that was in training.
 LOADING_ADAPTER = """\
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoPeftModelForCausalLM.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 
 # On another base than the one that it was trained on, an adapter is another model.
 LOADING_4BIT_ADAPTER = """\
 import torch
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer, BitsAndBytesConfig
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 four_bit = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -28,7 +31,8 @@ four_bit = BitsAndBytesConfig(
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype=torch.bfloat16,
 )
-model = AutoPeftModelForCausalLM.from_pretrained("{folder}", quantization_config=four_bit)
+model = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=four_bit)
+model = PeftModel.from_pretrained(model, "{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 
 LOADING_WEIGHTS = """\
@@ -57,6 +61,7 @@ Classifies a text as {labels}, and answers in JSON: `{answer}`.
 | recipe | {recipe} |
 
 {licence}## Load it
+{note}
 
 ```python
 {loading}
@@ -81,7 +86,15 @@ def model_card(record: RunRecord, data: PreparedData, merged_into: str = "") -> 
     ran = record.settings
     loading = LOADING_4BIT_ADAPTER if ran["load_in_4bit"] else LOADING_ADAPTER
     whole = bool(merged_into) or not ran["adapter"]
-    card = CARD.format(
+    base, note = ran["model"], f"\nThe adapter is merged into {merged_into}.\n" if merged_into else ""
+    if not whole and (base == "embedded" or Path(base).is_dir()):
+        base = f"PATH/TO/{Path(record.model).name}"
+        note = "\nThe base model is a folder" + (
+            f": `checkpoints/{record.model}` in this project, which is not the hub's model of that name.\n"
+            if ran["model"] == "embedded"
+            else ".\n"
+        )
+    return CARD.format(
         model=record.model,
         library="transformers" if whole else "peft",
         method=METHODS[record.run].spoken,
@@ -95,13 +108,9 @@ def model_card(record: RunRecord, data: PreparedData, merged_into: str = "") -> 
         rows=record.data.train_rows,
         prompt=record.data.prompt,
         recipe=", ".join(f"{key} {value}" for key, value in ran.items() if key in _TOLD),
-        loading=(LOADING_WEIGHTS if whole else loading).format(folder="PATH/TO/THIS/FOLDER"),
+        note=note,
+        loading=(LOADING_WEIGHTS if whole else loading).format(base=base, folder="PATH/TO/THIS/FOLDER"),
         messages=json.dumps(data.task.form(record.data.prompt)[:-1], indent=2, ensure_ascii=False),
-    )
-    return (
-        card.replace("\n## Load it", f"\nThe adapter is merged into {merged_into}.\n\n## Load it")
-        if merged_into
-        else card
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,8 +75,15 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 
 def folder_digest(folder: Path) -> str:
-    """12 hexadecimal digits that change when any file's name or content does."""
-    return hashlib.sha256(repr([*file_digests(folder).items()]).encode()).hexdigest()[:12]
+    """12 hexadecimal digits that change with the name or content of any file that a model may be loaded from.
+
+    README.md and hidden files do not count. `start_docker.sh` forms the same digits with `sha256sum`.
+    """
+    digests = {
+        name: digest for name, digest in file_digests(folder).items() if not re.search(r"(^|/)\.|^README\.md$", name)
+    }
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
 
 
 def short_digest(values: Any) -> str:

@@ -1,13 +1,20 @@
-"""Which model an evaluation judges: the base model, or the artefact that lies there, as its record describes it."""
+"""Which model an evaluation judges: the base model, or the artefact that lies there, as its record describes it.
+
+A model is compared with its record twice: on the disk before it is loaded, and in memory before it is judged.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 
 from data_prep import UserError
 from finetune import machine, paths, records
@@ -15,6 +22,7 @@ from finetune.config.methods import METHODS
 from finetune.config.plan import EVALUATION_ONLY, Experiment, plan
 from finetune.files import folder_digest
 from finetune.model import load
+from finetune.model.hub import model_path
 from finetune.records import RunRecord, Training
 from finetune.wording import duration
 
@@ -103,14 +111,70 @@ def find_run(run: str, profile: str = "auto", overrides: Mapping[str, Any] | Non
     if not (folder / records.RECORD).is_file():
         raise UserError(f"there is no {run} model of profile {settings.profile} yet: run {notebook} first")
     record = records.read(folder)
-    artefact = paths.home() / record.training.artefact
-    if not artefact.is_dir():
-        raise UserError(f"{artefact} is gone: run {notebook} again")
-    if folder_digest(artefact) != record.training.artefact_digest:
-        raise UserError(f"{artefact} is not the one that {folder / records.RECORD} describes: run {notebook} again")
     of_training = {field.name for field in fields(Experiment)} - EVALUATION_ONLY
     known = {name: value for name, value in record.settings.items() if name in of_training}
-    return Found(run, settings.profile, replace(settings.experiment, **known), folder, record, artefact)
+    artefact = paths.home() / record.training.artefact
+    found = Found(run, settings.profile, replace(settings.experiment, **known), folder, record, artefact)
+    check_artefact(found)
+    return found
+
+
+def check_artefact(found: Found) -> None:
+    """Refuse an artefact that is not the one that its training left.
+
+    Raises:
+        UserError: It is gone, or a file of it was changed, added or removed.
+    """
+    again = f"run {METHODS[found.run].notebook}.ipynb again"
+    if not found.artefact.is_dir():
+        raise UserError(f"{found.artefact} is gone: {again}")
+    if folder_digest(found.artefact) != found.training.artefact_digest:
+        raise UserError(f"{found.artefact} is not the one that {found.folder / records.RECORD} describes: {again}")
+
+
+@torch.no_grad()
+def check_loaded(found: Found, model, ids: Sequence[int]) -> None:
+    """Refuse a model in memory that is not the one found, before it is judged under its name.
+
+    Args:
+        found: What will be recorded.
+        model: What was loaded, with its adapter if it has one.
+        ids: Token ids of a row that it will read.
+
+    Raises:
+        UserError: It was loaded from another place, the artefact was changed meanwhile, or its adapter is not in the
+            model or changes nothing.
+    """
+    is_adapter = found.trained.get("adapter", False)
+    place = found.artefact if found.artefact and not is_adapter else model_path(found.experiment.model)
+    if os.path.realpath(model.config.name_or_path) != os.path.realpath(place):
+        raise UserError(f"the weights are from {model.config.name_or_path}, and not from {place}: load them from there")
+    if found.artefact:
+        check_artefact(found)
+    if not is_adapter:
+        return
+    saved = load_file(found.artefact / "adapter_model.safetensors")
+    own = get_peft_model_state_dict(model, save_embedding_layers=False) if isinstance(model, PeftModel) else {}
+    adapter = {name: tensor.float() for name, tensor in saved.items() if ".lora_" in name}
+    lacking = [
+        name
+        for name, tensor in adapter.items()
+        # Rounded to bf16, it is still the same.
+        if name not in own or not torch.allclose(own[name].float().cpu(), tensor, rtol=0.01)
+    ]
+    if lacking:
+        raise UserError(
+            f"the adapter in {found.artefact} was not applied: the model lacks {len(lacking)} of its {len(adapter)} "
+            f"matrices, such as {lacking[0]}; load it by PeftModel.from_pretrained(model, found.artefact)"
+        )
+    row = torch.tensor([list(ids)], device=model.device)
+    tuned = model(input_ids=row).logits
+    with model.disable_adapter():
+        if torch.equal(model(input_ids=row).logits, tuned):
+            raise UserError(
+                f"the adapter in {found.artefact} changes nothing: the model's output is the base model's; "
+                "train longer, or with a larger learning_rate"
+            )
 
 
 def values_of(found: Found) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from peft import PeftModel
 
 from data_prep import UserError
 from data_prep.files import replacing
 from finetune import cards, metrics, paths, records
 from finetune.data import PreparedData
 from finetune.evaluate import score
-from finetune.evaluate.find import Found
+from finetune.evaluate.find import Found, check_loaded
 from finetune.evaluate.run import MAX_LENGTH, check_prompt
 from finetune.files import folder_bytes, folder_digest, replacing_folder
 from finetune.model import checks, encode, load
@@ -22,8 +23,10 @@ DEQUANTISED = "the base model's weights in 4-bit NormalFloat, dequantised to bf1
 def merge(found: Found, data: PreparedData) -> records.Merged:
     """Merge the adapter of an evaluated run, save the model and score the test rows with it.
 
+    The adapter of a 4-bit base is merged into its dequantised weights: 4-bit ones would round the result again.
+
     Raises:
-        UserError: The run trains no adapter, or was not evaluated yet.
+        UserError: The run trains no adapter, was not evaluated yet, or its adapter is not the one found.
     """
     if not found.trained.get("adapter"):
         raise UserError(f"{found.run} trains no adapter: there is nothing to merge; choose lora or qlora")
@@ -31,8 +34,15 @@ def merge(found: Found, data: PreparedData) -> records.Merged:
     before = records.read_predictions(record, found.folder)
     tokenizer = load.load_tokenizer(found.artefact)
     check_prompt(found, tokenizer, data)
+    encoded = encode.encode(tokenizer, data.test, MAX_LENGTH)
+    print(f"articles: {encode.cuts(encoded, MAX_LENGTH)}")
     dtype = load.choose_precision(found.experiment, found.trained["dtype"]).name
-    model = load.dequantized_with(found.artefact, found.experiment.model, dtype, found.load_in_4bit)
+    model, _ = load.load_model(
+        found.experiment.model, dtype=dtype, compute_dtype=dtype, load_in_4bit=found.load_in_4bit
+    )
+    model = PeftModel.from_pretrained(model.dequantize() if found.load_in_4bit else model, found.artefact)
+    check_loaded(found, model, encoded[0].prompt)
+    model = model.merge_and_unload().eval()
     products = model.dtype
     # Saved in the precision that models are used in, and judged as it is saved.
     model.to(torch.bfloat16)
@@ -42,8 +52,6 @@ def merge(found: Found, data: PreparedData) -> records.Merged:
         tokenizer.save_pretrained(beside)
         (beside / "README.md").write_text(cards.model_card(record, data, merged_into=base), encoding="utf-8")
     model.to(products)
-    encoded = encode.encode(tokenizer, data.test, MAX_LENGTH)
-    print(f"articles: {encode.cuts(encoded, MAX_LENGTH)}")
     backbone, reason = checks.choose_backbone(model, [row.prompt + row.answer for row in encoded])
     print(f"rows: {reason}")
     batch = found.experiment.per_device_eval_batch_size

@@ -11,7 +11,7 @@ from finetune.config.methods import METHODS
 from finetune.config.plan import Experiment
 from finetune.data import PreparedData
 from finetune.evaluate import score
-from finetune.evaluate.find import Found, values_of
+from finetune.evaluate.find import Found, check_loaded, values_of
 from finetune.files import short_digest
 from finetune.model import checks, encode, load, packing, padded
 from finetune.model.precision import Precision
@@ -32,7 +32,8 @@ def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunR
         data: The prepared data; its test rows are judged, and its validation rows scored for what is fitted on them.
 
     Raises:
-        UserError: The model was trained on other data, cannot read it, or gives other logits than its own.
+        UserError: The model was trained on other data, cannot read it, is not the one found, or gives other logits
+            than its own.
     """
     if found.record and found.record.data.fingerprint != data.reference.fingerprint:
         raise UserError(
@@ -47,6 +48,12 @@ def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunR
     print(f"articles: {encode.cuts(encoded, MAX_LENGTH)}")
     sequences = [row.prompt + row.answer for row in encoded]
     checks.check_model(model.config, tokenizer, data.task, sequences, new_tokens=score.MIN_ANSWER_TOKENS)
+    check_loaded(found, model, sequences[0])
+    if found.record and (load.compute_dtype_of_4bit(model) is not None) != found.load_in_4bit:
+        raise UserError(
+            f"the {found.run} model was trained with load_in_4bit={found.load_in_4bit}, and on other weights it is "
+            "another model: load it so"
+        )
     backbone, reason = checks.choose_backbone(model, sequences)
     print(f"rows: {reason}")
     machine.reset_peak_memory()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import weakref
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,15 +91,18 @@ def load_model(
 def add_lora(model, config: LoraConfig):
     """The model with an adapter to train, and its own weights frozen: PEFT's `get_peft_model`, or Unsloth's.
 
+    A model that reads images too gets it in its language model alone. Which layers got it is printed.
+
     Args:
         model: From `load_model`.
         config: Rank, scale and target modules; with the Unsloth engine those fields that Unsloth knows.
 
     Raises:
-        UserError: The model has no module of a name in `target_modules`; an adapter on the others alone is another
-            method.
+        UserError: The model has no module of a name in `target_modules`, and an adapter on the others alone is another
+            method; or the engine puts it outside the language model.
     """
     from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     wanted = [] if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
     linear = linear_names(model)
@@ -107,15 +111,30 @@ def add_lora(model, config: LoraConfig):
             f"target_modules names {', '.join(missing)}, and this model has no such layer; it has "
             f"{', '.join(sorted(linear))}. Choose among these, or set target_modules=all-linear"
         )
-    return unsloth.add_lora(model, config) if unsloth.has_loaded(model) else get_peft_model(model, config)
+    language = next(path for path, module in model.named_modules() if module is model.get_decoder())
+    if model.config.get_text_config() is not model.config:
+        # A vision tower has layers of the same names.
+        config.exclude_modules = rf"(?!{re.escape(language)}\.).*"
+    adapted = unsloth.add_lora(model, config) if unsloth.has_loaded(model) else get_peft_model(model, config)
+    places = [path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if outside := [path for path in places if not path.startswith(f"{language}.")]:
+        raise UserError(f"{outside[0]} got an adapter, and is not in the language model: set engine=transformers")
+    counts = Counter(path.rpartition(".")[2] for path in places)
+    kinds = {count: ", ".join(sorted(name for name in counts if counts[name] == count)) for count in counts.values()}
+    shown = "; ".join(f"{count} x {names}" for count, names in kinds.items())
+    print(f"adapter: {shown}; the model has {model.config.get_text_config().num_hidden_layers} layers")
+    return adapted
 
 
 def linear_names(model: torch.nn.Module) -> set[str]:
-    """The names of a model's linear layers, but for the output layer."""
-    output = model.get_output_embeddings()
-    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    """The names of the linear layers of a language model, but for the output layer."""
+    from transformers.pytorch_utils import Conv1D
+
+    # GPT-2's are called Conv1D.
+    kinds = (torch.nn.Linear, Conv1D)
+    layers = [path for path, module in model.get_decoder().named_modules() if isinstance(module, kinds)]
     # Of a layer that has an adapter by now, it and its parts are called by the layer's name, or by the adapter's.
-    paths = {path.partition(".base_layer")[0] for path, module in layers if module is not output}
+    paths = {path.partition(".base_layer")[0] for path in layers}
     return {path.rpartition(".")[2] for path in paths if ".lora_" not in path}
 
 
@@ -201,19 +220,6 @@ def _fuse_kernels(model) -> None:
             "use_liger_kernel=False and evaluation_kernels=plain"
         ) from error
     _FUSED.add(model)
-
-
-def dequantized_with(adapter: Path, name: str | Path, dtype: str, load_in_4bit: bool):
-    """The base model with an adapter merged into it; of a 4-bit base, into its dequantised weights.
-
-    Merging into 4-bit weights themselves would round the merged ones to 4 bits again.
-    """
-    from peft import PeftModel
-
-    base, _ = load_model(name, dtype=dtype, compute_dtype=dtype, load_in_4bit=load_in_4bit)
-    if load_in_4bit:
-        base = base.dequantize()
-    return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().eval()
 
 
 def trainable_parameters(model) -> pd.DataFrame:

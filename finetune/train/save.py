@@ -20,6 +20,7 @@ from finetune.data import PreparedData
 from finetune.files import file_digests, folder_bytes, folder_digest, replacing_folder, short_digest
 from finetune.model import load, unsloth
 from finetune.model.hub import model_path
+from finetune.model.packing import Backbone
 from finetune.model.template import Template
 from finetune.records import RunRecord
 from finetune.train.callbacks import WHOLE
@@ -84,7 +85,7 @@ def observed(trainer: PackedSFTTrainer) -> dict[str, Any]:
         "load_in_4bit": four_bit is not None,
         "use_liger_kernel": load.has_liger(model),
         "gradient_checkpointing": _checkpointing(args.gradient_checkpointing, model),
-        "packing": trainer.packed,
+        "packing": trainer.packed and isinstance(trainer.backbone, Backbone),
         "completion_only_loss": args.completion_only_loss is not False,
         "article_loss": trainer.article_loss,
         "cuda_graphs": trainer.cuda_graphs,
@@ -202,6 +203,12 @@ def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer
         trainer.processing_class.save_pretrained(beside)
         (beside / "README.md").write_text(cards.model_card(record, data), encoding="utf-8")
 
+    choices = resolved.reasons | trainer.checks
+    if not ran["packing"]:
+        # Found when the model was there, or set in a cell, after the choices were made.
+        why = "the model cannot read packed rows" if trainer.packed else "packing=False"
+        choices |= {name: f"off: {why}" for name in ("packing", "CUDA graphs") if choices[name].startswith("on")}
+        choices["attention"] = f"{model.config._attn_implementation}: padded batches"
     clock = trainer.clock
     training = records.Training(
         environment=records.environment(),
@@ -219,8 +226,8 @@ def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer
         parameters=parameters,
         trainable_parameters=trainable,
         supervised_tokens_of_first_rows=trainer.supervision.labelled_tokens,
-        attention=resolved.reasons["attention"].partition(":")[0],
-        choices=resolved.reasons | trainer.checks,
+        attention=choices["attention"].partition(":")[0],
+        choices=choices,
         artefact=str(folder.relative_to(paths.home())),
         artefact_bytes=folder_bytes(folder),
         artefact_digest=folder_digest(folder),

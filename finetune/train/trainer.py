@@ -166,7 +166,7 @@ class PackedSFTTrainer(SFTTrainer):
         sequences = [row.prompt + row.answer for row in (*encoded, *watched)]
         self.backbone, self.checks["rows"] = choose_backbone(model, sequences)
         # Nothing of packed rows alone: padded batches have another layout each time.
-        self.cuda_graphs = cuda_graphs = cuda_graphs and isinstance(self.backbone, packing.Backbone)
+        self.cuda_graphs = cuda_graphs = cuda_graphs and args.packing and isinstance(self.backbone, packing.Backbone)
         self.encoded_tokens = sum(map(len, encoded))
         supervised = args.completion_only_loss is not False
         if self.packed:

@@ -41,6 +41,12 @@ def prepare(overrides: dict[str, object]) -> None:
     load_data(plan("lora", "cpu", overrides))
 
 
+def execute(code: str, folder: Path) -> None:
+    """Execute code in a folder."""
+    os.chdir(folder)
+    exec(code, {})
+
+
 def threads(allowed: set[int]) -> None:
     """Print how many threads compute, and how many cores may be used, where only these are allowed."""
     import torch

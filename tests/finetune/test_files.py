@@ -56,13 +56,18 @@ def test_a_failure_keeps_the_old_folder(target, tmp_path, error):
         lambda folder: (folder / "a").rename(folder / "sub" / "a"),
         lambda folder: (folder / "a").unlink(),
         lambda folder: (folder / "empty").touch(),
+        lambda folder: (folder / "sub" / "README.md").touch(),
     ],
-    ids=["content", "content below", "name", "place", "one less", "one more"],
+    ids=["content", "content below", "name", "place", "one less", "one more", "a README below"],
 )
 def test_the_digest_changes_with_any_file(target, tmp_path, change):
     before = folder_digest(target)
     assert folder_digest(shutil.copytree(target, tmp_path / "copy")) == before
     assert folder_bytes(target) == len("old") + len("older")
+    (target / "README.md").write_text("for people")
+    (target / ".cache").mkdir()
+    (target / ".cache" / "metadata").touch()
+    assert folder_digest(target) == before
     change(target)
     assert folder_digest(target) != before
 
