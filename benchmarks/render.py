@@ -1,14 +1,15 @@
-"""docs/speed.md and its picture, from the records of speed in results/reference/throughput/.
+"""docs/speed.md with its picture, and docs/families.md, from the records in results/reference/.
 
-    python -m benchmarks.render                 # write docs/speed.md and docs/speed.svg
+    python -m benchmarks.render                 # write the pages and the picture
     python -m benchmarks.render FILE [OTHER]    # print the page of one's own measurements; OTHER is a second host's
 
-The page's text is in speed.md.jinja, beside this file.
+The pages' texts are in speed.md.jinja and families.md.jinja, beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from finetune.wording import markdown
 FOLDER = PROJECT / "results" / "reference" / "throughput"
 PUBLISHED = (FOLDER / "h100.json", FOLDER / "h100-other-host.json")
 PAGE = PROJECT / "docs" / "speed.md"
+FAMILIES = PROJECT / "results" / "reference" / "families.json"
 SECOND = "second host"
 # A way to save memory may cost this much of its method's best speed.
 KEPT_SPEED = 0.7
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def publish() -> list[Path]:
-    """Write docs/speed.md and its picture anew.
+    """Write the pages and the picture anew.
 
     Returns:
         The files whose content changed.
@@ -74,7 +76,8 @@ def publish() -> list[Path]:
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     plt.close(figure)
     changed = []
-    for target, content in ((PAGE, text.encode()), (picture, drawn.getvalue())):
+    families = PROJECT / "docs" / "families.md", families_page(FAMILIES).encode()
+    for target, content in ((PAGE, text.encode()), (picture, drawn.getvalue()), families):
         if not target.is_file() or target.read_bytes() != content:
             target.parent.mkdir(exist_ok=True)
             with replacing(target, "wb") as file:
@@ -94,11 +97,7 @@ def page(path: Path, other_path: Path | None = None, picture: str | None = None)
         prediction = gb10.prediction(record)
     except UserError as error:
         prediction = str(error)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    environment.filters["table"] = lambda table: markdown(table) if len(table) else "Nothing was measured."
-    return environment.get_template("speed.md.jinja").render(
+    return template("speed.md.jinja").render(
         record=record,
         other=other,
         project=PROJECT,
@@ -112,6 +111,39 @@ def page(path: Path, other_path: Path | None = None, picture: str | None = None)
         starts=starts_table(record, other),
         claims=claims_table(record, other),
         gb10=prediction,
+    )
+
+
+def template(name: str) -> jinja2.Template:
+    """A page's text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.filters["table"] = lambda table: markdown(table) if len(table) else "Nothing was measured."
+    return environment.get_template(name)
+
+
+def families_page(path: Path) -> str:
+    """The page of what `python -m benchmarks.families` wrote, in Markdown.
+
+    Raises:
+        DataError: It was measured on a tree with uncommitted changes.
+    """
+    content = json.loads(path.read_bytes())
+    if content["environment"]["dirty"]:
+        raise DataError(path, "was measured on a tree with uncommitted changes: commit, then measure again")
+    families = pd.DataFrame(content["families"])
+    one, many = (name for name in families if name.startswith("scores_"))
+    figures = {name: shown(families[name], "{:.0e}") for name in (one, many, "loss_difference")}
+    rows = families["rows"].fillna(families.get("refusal", ""))
+    columns = ["family", "`model_type`", "rows", "scores, batch 1", f"scores, batch {many.partition('_')[2]}", "loss"]
+    lines = zip(families.family, "`" + families.model_type + "`", rows, *figures.values(), strict=True)
+    return template("families.md.jinja").render(
+        rows=many.partition("_")[2],
+        table=markdown(pd.DataFrame(lines, columns=columns)),
+        largest=f"{families[[one, many]].max().max():.1g}",
+        padded=families[families["rows"] == "padded"].to_dict("records"),
+        environment=content["environment"],
     )
 
 

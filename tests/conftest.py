@@ -14,11 +14,6 @@ import pytest
 
 AG_NEWS = Path(__file__).resolve().parent.parent.parent / "shared" / "ag_news"
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
@@ -46,8 +41,10 @@ def tiny_model(tmp_path_factory) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from benchmarks.families import tiny_tokenizer
+
     folder = tmp_path_factory.mktemp("tiny-model")
-    tokenizer = _tiny_tokenizer()
+    tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -69,30 +66,6 @@ def tiny_model(tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def _tiny_tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    from data_prep.sources import sample
-    from data_prep.task import AG_NEWS
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    # The answers often, so that a label is a token or two, as with a real tokenizer.
-    texts = [row.text for row in sample(AG_NEWS).rows("train")]
-    backend.train_from_iterator(texts + [AG_NEWS.answer_for(label) for label in AG_NEWS.labels] * 200, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
 
 
 @pytest.fixture

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-COMMON = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    # Large, so that a random model's answers depend on the article.
-    "initializer_range": 0.2,
-    "tie_word_embeddings": True,
-}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+from benchmarks.families import EXPERTS, tiny_model
+
 # Name to model type and configuration. Packed rows suit the first ones: each has a path of its own to its logits, or a
 # router.
 PACKED = {
@@ -45,12 +34,4 @@ FAMILIES = PACKED | PADDED
 
 def tiny_family(name: str, tokenizer) -> PreTrainedModel:
     """The model of this name in fp32, in evaluation mode."""
-    kind, changes = FAMILIES[name]
-    tokens = {
-        "vocab_size": len(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": None,
-    }
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**COMMON | tokens | changes)).eval()
+    return tiny_model(*FAMILIES[name], tokenizer)
