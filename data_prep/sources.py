@@ -105,11 +105,10 @@ class CsvFolder:
         for split, form in self._forms.items():
             names.setdefault(str(form), []).append(f"{split}.csv")
         said = [f"in {' and '.join(files)} {form}" for form, files in names.items() if form]
-        if "0" in self._labels and "0" not in self.task.csv.values:
+        if "0" in map(_spelling, self._labels) and "0" not in self.task.csv.values:
             said.append(f"the labels {', '.join(self._counted_from_0)} stand for {', '.join(self.task.labels)}")
-        if named := [
-            label for label in self._labels if label.strip() not in self.task.csv.values | self._counted_from_0
-        ]:
+        numbers = self._counted_from_0 | self.task.csv.values
+        if named := [label.strip() for label in self._labels if label.strip() not in numbers]:
             said.append(f"labels by name: {_some(named)}")
         return said
 
@@ -145,7 +144,7 @@ class CsvFolder:
         known = _spelled({label: label for label in self.task.labels}) | _spelled(self.task.csv.values)
         found = {_spelling(label): place for label, place in places.items()}
         # Read wrongly, 0 to 3 would pass for 1 to 4 but for one class: no other reading must be possible.
-        if "0" in found and "0" not in known and set(self._counted_from_0) <= found.keys():
+        if "0" not in known and self._counted_from_0 and self._counted_from_0.keys() <= found.keys():
             last = str(len(self.task.labels))
             if last in found:
                 reason = f"the label is 0 here, and {last} in {found[last][0].name}:{found[last][1]}"

@@ -67,7 +67,7 @@ READ = {
     "names, spelled otherwise": (
         written([(f" {label.upper()} ", *texts) for label, *texts in NAMED]),
         {"names": NAMES},
-        "labels by name:  WORLD ,",
+        "labels by name: WORLD, SPORTS",
     ),
 }
 
