@@ -58,7 +58,7 @@ def training_curves(record: RunRecord) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     losses = [(point.step, point.loss) for point in history if point.loss is not None]
     left.plot(*zip(*losses, strict=True), color=colour)
-    left.set(xlabel="step", ylabel="loss (nats a token)", title="Training loss", ylim=(0, None))
+    left.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss", ylim=(0, None))
     accuracies = [(p.step, 100 * p.validation_accuracy) for p in history if p.validation_accuracy is not None]
     right.plot(*zip(*accuracies, strict=True), color=colour, marker=MARKERS[record.run])
     right.set(xlabel="step", ylabel="accuracy (%)", title="Validation accuracy", xlim=(0, None))
@@ -229,7 +229,7 @@ def accuracy_against_coverage(comparison: Comparison) -> Figure:
             axes.plot(100 * of.coverage, 100 * of.selective_accuracy, label=NAMES[run], **look)
         # With a handful of rows the curve says nothing yet.
         axes.set(ylabel="accuracy on them (%)", xlim=(10, 100))
-    axes.set_xlabel("rows answered, the surest first (%)")
+    axes.set_xlabel("rows answered, the most confident first (%)")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 

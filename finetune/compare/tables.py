@@ -255,7 +255,7 @@ def calibration(comparison: Comparison) -> pd.DataFrame:
             cells |= scores(of.scaled, "with the temperature")
         for share in COVERAGES:
             at = of.accuracy_at(share)
-            cells[f"accuracy % of the surest {share:.0%}"] = (
+            cells[f"accuracy % of the most confident {share:.0%}"] = (
                 f"{percent(at.value)} ({percent_interval(at.low, at.high)})"
             )
         return cells

@@ -215,8 +215,8 @@ def _choose_engine(wanted: str, origin: str) -> tuple[Literal["transformers", "u
     if not machine.has_cuda():
         if wanted == "unsloth":
             raise UnavailableHere(
-                "Unsloth needs an NVIDIA GPU with CUDA and this machine has none; "
-                "fine_tuning_full.ipynb does the same training with transformers + TRL"
+                "Unsloth needs an NVIDIA GPU with CUDA and this machine has none; train with transformers instead: "
+                "fine_tuning_full.ipynb for full fine-tuning, else engine=transformers"
             )
         return "transformers", "no CUDA on this machine, so transformers + TRL + PEFT instead of Unsloth"
     return "unsloth", "CUDA is present"

@@ -109,7 +109,7 @@ class Recipe:
     eval_on_start: bool = True
     """Measure validation accuracy before the first step too; with CUDA graphs we always do."""
     save_steps: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    """Share of the steps between two checkpoints, from which an interrupted training resumes; 0: no checkpoints."""
+    """Share of the steps between two checkpoints; 0: only when a training is interrupted."""
 
 
 # bfloat16 has 8 bits of precision: an update below 1/256 of a weight is lost. With fp32 weights the same run ended

@@ -437,7 +437,7 @@ def test_calibration(tables, raw, results, run):
     surest = np.argsort(-confidence, kind="stable")
     for share in (95, 90, 80):
         kept = outcomes[surest[: round(share / 100 * ROWS)]]
-        assert shown[f"accuracy % of the surest {share}%"] == f"{100 * kept.mean():.1f} ({wilson(kept)})"
+        assert shown[f"accuracy % of the most confident {share}%"] == f"{100 * kept.mean():.1f} ({wilson(kept)})"
     if run == "base":
         assert (shown["temperature"], shown["Brier, with the temperature"]) == ("not recorded", "")
         return

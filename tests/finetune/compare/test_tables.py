@@ -124,7 +124,7 @@ def test_calibration_by_hand(results):
     assert table.loc["LoRA", "Brier, as it is"].startswith(f"{0.75 * right + 0.25 * wrong:.3f} (")
     assert table.loc["LoRA", "temperature"] == "not recorded"
     # Wilson's interval of 30 in 32.
-    assert table.loc["LoRA", "accuracy % of the surest 80%"] == "93.8 (79.9 to 98.3)"
+    assert table.loc["LoRA", "accuracy % of the most confident 80%"] == "93.8 (79.9 to 98.3)"
 
 
 def test_without_a_tuned_run_there_is_no_cost(results):
