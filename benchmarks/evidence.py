@@ -5,7 +5,7 @@
 
 We run the suite once for each set of records, one after the other, each in its own folder in `results/evidence/`. The
 first set is the profile as it is, with a learning curve. Each other set changes one thing (the prompt, the loss or the
-engine), so that `python -m finetune contrast` can say what that costs. A set that changes nothing on this machine is
+engine), so that `python -m finetune ablation` can say what that costs. A set that changes nothing on this machine is
 skipped, with the reason. After an interrupt or a failure, the same command goes on from there. `--publish` copies each
 whole set to results/reference/NAME.
 """

@@ -6,7 +6,7 @@ python -m finetune plan     RUN [--profile P] [--set NAME=VALUE ...]
 python -m finetune data     [--profile P] [--set NAME=VALUE ...]
 python -m finetune merge    RUN [--profile P] [--set NAME=VALUE ...]
 python -m finetune report   FOLDER [--margin POINTS] [--save WHAT]
-python -m finetune contrast FOLDER OTHER
+python -m finetune ablation FOLDER OTHER
 python -m finetune publish  [--profile P] [--name NAME]
 python -m finetune results
 """
@@ -103,10 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(command=_report)
 
-    contrast = commands.add_parser("contrast", help="compare two folders of records that differ in one setting")
-    contrast.add_argument("folder", type=Path, metavar="FOLDER")
-    contrast.add_argument("other", type=Path, metavar="OTHER", help="the folder that FOLDER is compared with")
-    contrast.set_defaults(command=_contrast)
+    ablation = commands.add_parser("ablation", help="compare two folders of records that differ in one setting")
+    ablation.add_argument("folder", type=Path, metavar="FOLDER")
+    ablation.add_argument("other", type=Path, metavar="OTHER", help="the folder that FOLDER is compared with")
+    ablation.set_defaults(command=_ablation)
 
     publish = commands.add_parser("publish", parents=[common], help="copy a profile's records to results/reference")
     publish.add_argument("--name", metavar="NAME", help="folder in results/reference (default: the profile's name)")
@@ -263,7 +263,7 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _contrast(options: argparse.Namespace) -> int:
+def _ablation(options: argparse.Namespace) -> int:
     from finetune.compare import ablation
 
     found = ablation.load(options.folder, options.other)

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from data_prep import DataError
 from finetune.config.methods import BASELINES
 from finetune.metrics import Metrics
-from finetune.records import RECORD, DataReference, Environment, Part, Prediction, read_scored
+from finetune.predictions import Prediction
+from finetune.records import RECORD, DataReference, Environment, Part, read_scored
 
 Name = Literal["majority", "svm", "few_shot"]
 
@@ -34,7 +35,7 @@ class Baseline(Part):
     fit_seconds: float | None
     validation_accuracy: float | None
     scoring: Metrics
-    without_twins: Metrics | None
+    without_duplicates: Metrics | None
     predictions_digest: str
 
 

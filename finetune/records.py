@@ -6,13 +6,9 @@ record's, are refused.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import os
 import re
 import subprocess
-import zlib
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -21,12 +17,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_prep import DataError
 from data_prep.files import replacing
-from finetune import machine, paths
+from finetune import machine, paths, predictions
 from finetune.metrics import Metrics, first_difference
+from finetune.predictions import Prediction
 
 RECORD = "record.json"
-PREDICTIONS = "predictions.jsonl"
-VALIDATION = "validation.jsonl"
 MERGED = "merged.json"
 Kind = TypeVar("Kind", bound="Part")
 
@@ -117,8 +112,7 @@ class Generation(Part):
 class Evaluation(Part):
     """Test metrics by scoring, on all rows and on those without a duplicate in train; and by generation.
 
-    `dtype` is the type of matrix products, and `precision` the reason for it. The validation rows were scored too, for
-    what is fitted on them. Older records hold neither reason nor digest.
+    `dtype` is the type of matrix products, and `precision` the reason for it, which older records do not hold.
     """
 
     environment: Environment
@@ -130,10 +124,9 @@ class Evaluation(Part):
     dtype: str
     scoring: Metrics
     log_loss: float
-    without_twins: Metrics | None
+    without_duplicates: Metrics | None
     generation: Generation | None
     predictions_digest: str
-    validation_digest: str | None = None
     precision: str = ""
 
 
@@ -175,17 +168,6 @@ class RunRecord(Part):
     def environments(self) -> list[Environment]:
         """Of the training and of the evaluation, those that there were."""
         return [part.environment for part in (self.training, self.evaluation) if part]
-
-
-class Prediction(Part):
-    """One row: its label, the label that scoring found, all probabilities if any, the generated answer if any."""
-
-    id: str
-    label: str
-    prediction: str
-    probabilities: dict[str, float]
-    generated: str | None
-    has_twin: bool
 
 
 class Merged(Part):
@@ -234,8 +216,7 @@ def environment() -> Environment:
 def write(record: RunRecord, folder: Path) -> None:
     """Write a record in one step. Predictions that belonged to an earlier one go first."""
     if record.evaluation is None:
-        for name in (PREDICTIONS, VALIDATION):
-            (folder / name).unlink(missing_ok=True)
+        (folder / predictions.FILE).unlink(missing_ok=True)
     with replacing(folder / RECORD) as file:
         file.write(record.model_dump_json(indent=2) + "\n")
 
@@ -274,14 +255,6 @@ def read_merged(record: RunRecord, folder: Path) -> Merged | None:
     return merged if merged.adapter_digest == record.training.artefact_digest else None
 
 
-def write_predictions(predictions: Sequence[Prediction], folder: Path, name: str = PREDICTIONS) -> str:
-    """Write the predictions of a run; returns their digest for the record."""
-    lines = [prediction.model_dump_json() + "\n" for prediction in predictions]
-    with replacing(folder / name) as file:
-        file.writelines(lines)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
 class Scored(Protocol):
     """What holds figures of test rows, and the digest of the predictions that they come from."""
 
@@ -306,7 +279,7 @@ def read_scored(name: str, recorded: Scored, folder: Path) -> list[Prediction]:
     Raises:
         DataError: As `read_predictions`.
     """
-    rows = read_rows(folder / PREDICTIONS, recorded.predictions_digest)
+    rows = predictions.read(folder, recorded.predictions_digest)
     other = first_difference(recorded.scoring, [row.label for row in rows], [row.prediction for row in rows])
     if other:
         raise DataError(
@@ -315,32 +288,13 @@ def read_scored(name: str, recorded: Scored, folder: Path) -> list[Prediction]:
     return rows
 
 
-def read_validation(record: RunRecord, folder: Path) -> list[Prediction] | None:
-    """The same of the validation rows; None where the record is older than their scoring.
+def read_validation(record: RunRecord, folder: Path) -> list[Prediction]:
+    """The same of the validation rows.
 
     Raises:
         DataError: They are missing, were changed, or are another record's.
     """
-    digest = record.evaluation and record.evaluation.validation_digest
-    return read_rows(folder / VALIDATION, digest) if digest else None
-
-
-def read_rows(path: Path, digest: str) -> list[Prediction]:
-    """The predictions in a file, or in the packed one beside it (published ones are), whose digest a record holds.
-
-    Raises:
-        DataError: They are missing, were changed, or are another record's.
-    """
-    packed = path.with_name(path.name + ".gz")
-    try:
-        content = gzip.decompress(packed.read_bytes()) if packed.is_file() else path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(path, "no such file; run the performance notebook again") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(packed, f"cannot be unpacked ({error}); is the file cut short?") from error
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise DataError(path, "not the predictions of record.json beside it (cut short, changed, or another run's)")
-    return [Prediction.model_validate_json(line) for line in content.splitlines()]
+    return predictions.read(folder, record.evaluation.predictions_digest, "validation")
 
 
 def _commit() -> tuple[str | None, bool | None]:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data_prep import UserError
 from data_prep.files import MANIFEST, replacing, write_json
-from finetune import keys, paths, records
+from finetune import keys, paths, predictions, records
 from finetune.config.methods import METHODS
 from finetune.config.plan import EVALUATION_ONLY, Settings, UnavailableHere, applicable, fewer_rows, plan
 from finetune.kernels import Kernels
@@ -248,7 +248,7 @@ class Suite:
         if step.kind == "compare":
             return paths.results_folder(self.profile) / "report.html"
         plan = self._plans[step.name]
-        return plan.artefact_folder if step.kind == "train" else plan.run_folder / records.PREDICTIONS
+        return plan.artefact_folder if step.kind == "train" else plan.run_folder / predictions.FILE
 
     def _given(self, step: Step) -> dict[str, Any]:
         """The overrides of a notebook: the evaluation of a trained model takes those of the evaluation alone, and the

@@ -13,7 +13,7 @@ ENGINE = PROJECT / "finetune"
 MODULES = sorted(path for package in ("data_prep", "finetune") for path in (PROJECT / package).rglob("*.py"))
 
 # What stands at the top of the engine and everybody may use; these import one another alone.
-COMMON = {"files", "machine", "paths", "resampling"}
+COMMON = {"files", "machine", "paths", "predictions", "resampling"}
 # Each part of the engine, and the parts that it may import besides. What is not here is the command line's.
 MAY_IMPORT = {
     "config": COMMON,

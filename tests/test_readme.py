@@ -126,7 +126,7 @@ def test_generated_blocks_are_up_to_date(name):
 def test_each_block_is_on_its_page():
     found = {name: re.findall(r"^<!-- (\w+)[\w:-]* -->$", page, re.MULTILINE) for name, page in PAGES.items()}
     assert found["README.md"] == ["summary"]
-    assert sorted(set(found["docs/results.md"])) == ["contrast", "results"]
+    assert sorted(set(found["docs/results.md"])) == ["ablation", "results"]
     assert found["docs/parameters.md"] == ["parameters"] and found["docs/development.md"] == ["modules"]
 
 

@@ -12,7 +12,7 @@ from scipy.special import softmax
 from sklearn.metrics import brier_score_loss
 
 from finetune.metrics import accuracy_interval, log_loss
-from finetune.records import Prediction
+from finetune.predictions import Prediction
 from finetune.resampling import interval
 
 # As in Guo et al. 2017.
@@ -20,7 +20,7 @@ BINS = 15
 # Of the confidences themselves, rows cannot be drawn as counts of a few outcomes: fewer resamples than elsewhere.
 RESAMPLES = 2000
 COVERAGES = (0.95, 0.9, 0.8)
-# Probabilities are stored with nine digits; the logarithm needs more than nothing.
+# A probability may be 0; the logarithm needs more than nothing.
 SMALLEST = 1e-10
 
 
@@ -61,8 +61,7 @@ class Calibration:
     """A run's calibration on the test rows.
 
     Attributes:
-        temperature: What divides the logarithms of the probabilities, fitted on validation rows; None where these
-            were not scored.
+        temperature: What divides the logarithms of the probabilities, fitted on validation rows; None without them.
         scaled: The scores after that division; None without it.
         coverage, selective_accuracy: Accuracy of the surest rows, for every number of rows from one to all.
     """
@@ -81,8 +80,8 @@ class Calibration:
         return Figure(accuracy, *accuracy_interval(round(accuracy * answered), answered))
 
 
-def of(test: Sequence[Prediction], validation: Sequence[Prediction] | None) -> Calibration:
-    """Calibration of a run from its predictions of the test rows, and of validation rows if they were scored."""
+def of(test: Sequence[Prediction], validation: Sequence[Prediction]) -> Calibration:
+    """Calibration of a run from its predictions of the test rows, and of validation rows if there are any."""
     truth, probabilities = arrays(test)
     confidence, right = confidences(truth, probabilities)
     temperature = fit_temperature(*arrays(validation)) if validation else None
@@ -155,7 +154,7 @@ def arrays(predictions: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
     """Index of each row's label, shape (rows,), and probabilities of shape (rows, labels), in the task's order."""
     classes = list(predictions[0].probabilities)
     probabilities = np.array([[row.probabilities[label] for label in classes] for row in predictions])
-    # Nine digits each add up to one within some 1e-9.
+    # Rounded logarithms add up to one within some 1e-3.
     truth = np.array([classes.index(row.label) for row in predictions])
     return truth, probabilities / probabilities.sum(axis=1, keepdims=True)
 

@@ -21,7 +21,8 @@ from finetune.compare.calibration import Calibration
 from finetune.compare.stats import Estimate, Pair
 from finetune.config.methods import METHODS
 from finetune.metrics import Metrics
-from finetune.records import Merged, Prediction, RunRecord, Training
+from finetune.predictions import Prediction
+from finetune.records import Merged, RunRecord, Training
 from finetune.wording import NAMES
 
 # How a run is evaluated, but for its test rows: this may differ.
@@ -56,7 +57,7 @@ class Comparison:
         records: The runs by name, in the order base, full, LoRA, QLoRA.
         baselines: The baselines by name; may be empty.
         predictions: Of runs and baselines, in the order of the tables; the same test rows for all.
-        validation: The runs' predictions of validation rows; None in records that are older than these.
+        validation: The runs' predictions of validation rows; may be empty lists.
         seeds: The trained runs' variants with other seeds; may be empty lists.
         curve: Those on fewer training rows.
         svm_curve: The linear SVM on fewer training rows, by its place (`svm/rows-250`), the fewest first; may be empty.
@@ -67,7 +68,7 @@ class Comparison:
     records: dict[str, RunRecord]
     baselines: dict[str, Baseline]
     predictions: dict[str, list[Prediction]]
-    validation: dict[str, list[Prediction] | None]
+    validation: dict[str, list[Prediction]]
     seeds: dict[str, list[Variant]]
     curve: dict[str, list[Variant]]
     svm_curve: dict[str, Baseline]
@@ -192,12 +193,12 @@ class Comparison:
     @cached_property
     def repeated(self) -> int:
         """How many test rows have their article in a training row, exactly or nearly."""
-        return sum(row.has_twin for row in self.predictions["base"])
+        return sum(row.has_duplicate for row in self.predictions["base"])
 
     @cached_property
-    def without_twins(self) -> dict[str, Metrics | None]:
+    def without_duplicates(self) -> dict[str, Metrics | None]:
         """The same on the rows whose article is in no training row; None where there is no such row."""
-        alone = [number for number, row in enumerate(self.predictions["base"]) if not row.has_twin]
+        alone = [number for number, row in enumerate(self.predictions["base"]) if not row.has_duplicate]
         labels = [self.labels[row] for row in alone]
         answers = {name: self.answers(name) for name in self.predictions}
         return {

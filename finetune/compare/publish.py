@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ import pandas as pd
 
 from data_prep import DataError, UserError
 from data_prep.files import replacing
-from finetune import paths, records
+from finetune import paths, predictions, records
 from finetune.baseline_records import Baseline
 from finetune.compare import ablation, comparison, mistakes, pages, report, tables, verdict
 from finetune.compare.ablation import Ablation, NoAblation
@@ -21,8 +20,6 @@ from finetune.wording import markdown
 README = paths.PROJECT / "README.md"
 DOCS = paths.PROJECT / "docs"
 FOLDER = paths.PROJECT / "results" / "reference"
-# The sample's predictions stay readable; those of 7,600 rows would weigh 1.7 MB a run.
-PACKED_FROM = 256 * 1024
 
 
 class References:
@@ -77,7 +74,8 @@ def publish(profile: str, name: str) -> Path:
 
 
 def copy(results: Path, name: str) -> Path:
-    """Copy the records and predictions in a folder of results to `results/reference/<name>`, in place of older ones.
+    """Copy the records in a folder of results to `results/reference/<name>`, in place of older ones, and all their
+    predictions to one file there.
 
     Raises:
         UserError: A record was made from a tree with uncommitted changes: nobody could reproduce it.
@@ -89,27 +87,14 @@ def copy(results: Path, name: str) -> Path:
     for place, environments in (made | merged).items():
         if any(part.dirty or part.commit is None for part in environments):
             raise UserError(f"{place} was measured on a tree with uncommitted changes: commit, then run it again")
-    for file in (records.RECORD, records.PREDICTIONS, records.VALIDATION, records.MERGED):
-        for old in target.rglob(f"{file}*"):
+    for file in (records.RECORD, records.MERGED):
+        for old in target.rglob(file):
             old.unlink()
     for place in (*found, *merged):
-        folder = (target / place).parent
-        folder.mkdir(parents=True, exist_ok=True)
+        (target / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(results / place, target / place)
-        for file in (records.PREDICTIONS, records.VALIDATION):
-            source = (results / place).parent / file
-            if source.is_file():
-                _copy_or_pack(source, folder / file)
+    predictions.join({str(Path(place).parent): (results / place).parent for place in found}, target)
     return target
-
-
-def _copy_or_pack(source: Path, target: Path) -> None:
-    content = source.read_bytes()
-    if len(content) < PACKED_FROM:
-        shutil.copyfile(source, target)
-    else:
-        # Without a time: the same content is the same file.
-        target.with_name(target.name + ".gz").write_bytes(gzip.compress(content, mtime=0))
 
 
 def regenerate() -> list[Path]:
@@ -153,15 +138,15 @@ def write_report(name: str, margin: float = verdict.MARGIN, save: str = "time") 
 def with_results(page: str, references: References | None = None) -> str:
     """A page with every generated block made anew, each to `<!-- /KIND -->`.
 
-    From records: `<!-- summary:NAME -->`, `<!-- results:NAME -->`, `<!-- contrast:NAME:OTHER -->`. From the code:
+    From records: `<!-- summary:NAME -->`, `<!-- results:NAME -->`, `<!-- ablation:NAME:OTHER -->`. From the code:
     `<!-- parameters -->`, `<!-- modules -->`.
 
     Raises:
         DataError: A block names a folder that is not there.
-        NoAblation: A contrast names two folders that do not differ in exactly one setting.
+        NoAblation: An ablation names two folders that do not differ in exactly one setting.
     """
     references = References() if references is None else references
-    for kind, written in (("summary", summary_text), ("results", results_text), ("contrast", ablation_text)):
+    for kind, written in (("summary", summary_text), ("results", results_text), ("ablation", ablation_text)):
 
         def block(match: re.Match, written=written) -> str:
             return match["head"] + written(*(references[name] for name in match["names"].split(":"))) + match["tail"]

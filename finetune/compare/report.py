@@ -125,7 +125,7 @@ def notes(comparison: Comparison) -> list[str]:
             found.append(f"Training and validation used {train_rows:,} rows, the test {data.test_rows:,}.")
     if repeated := comparison.repeated:
         best = max(comparison.answering(), key=lambda name: comparison.scoring[name].accuracy)
-        alone = comparison.without_twins[best]
+        alone = comparison.without_duplicates[best]
         rest = f": without them, {spoken(best)} gets {percent(alone.accuracy)} %" if alone else ""
         found.append(f"{repeated:,} test rows repeat a training row, exactly or nearly{rest}.")
     if record.settings.get("model") == "embedded":

@@ -52,7 +52,7 @@ def quality(comparison: Comparison) -> pd.DataFrame:
     article is not in the training rows too."""
     base, lines = comparison.scoring["base"], {}
     for name, of in comparison.scoring.items():
-        alone = comparison.without_twins[name]
+        alone = comparison.without_duplicates[name]
         lines[NAMES[name]] = {
             "accuracy %": percent(of.accuracy),
             "95 % interval": percent_interval(of.accuracy_low, of.accuracy_high),

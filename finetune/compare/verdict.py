@@ -163,7 +163,7 @@ def _caution(comparison: Comparison, names: Iterable[str]) -> str:
         return ""
     if repeated == rows:
         return " But all test rows repeat training rows: these figures show memory alone."
-    alone = {spoken(name): percent(comparison.without_twins[name].accuracy) for name in names}
+    alone = {spoken(name): percent(comparison.without_duplicates[name].accuracy) for name in names}
     found = listed([f"{name} gets {accuracy} %" for name, accuracy in alone.items()])
     return f" But {repeated:,} of {rows:,} test rows repeat training rows. On the other {rows - repeated:,}, {found}."
 

@@ -19,13 +19,13 @@ from sklearn.svm import LinearSVC
 
 from data_prep import Example
 from data_prep.files import Message, replacing
-from finetune import baseline_records, metrics, paths, records
+from finetune import baseline_records, metrics, paths, predictions, records
 from finetune.baseline_records import Baseline, Name
 from finetune.data import HasExperiment, PreparedData, evenly
 from finetune.evaluate import score
 from finetune.evaluate.run import MAX_LENGTH
 from finetune.model import checks, encode
-from finetune.records import Prediction
+from finetune.predictions import Prediction
 from finetune.wording import NAMES
 
 # Of 20 settings (words, or pairs of words too; from one row or two; C from 0.1 to 2) the best on 2,000 validation rows
@@ -53,7 +53,7 @@ def table(*found: Baseline) -> pd.DataFrame:
 
 def without_duplicates(baseline: Baseline) -> str:
     """The accuracy on the test rows that repeat no training row, and how many these are."""
-    alone = baseline.without_twins
+    alone = baseline.without_duplicates
     return f"{alone.accuracy:.1%} of {alone.rows:,} rows" if alone else "no such row"
 
 
@@ -150,7 +150,7 @@ def _record(
             prediction=answer,
             probabilities={},
             generated=None,
-            has_twin=example.has_duplicate,
+            has_duplicate=example.has_duplicate,
         )
         for example, answer in zip(data.test, predicted, strict=True)
     ]
@@ -160,10 +160,10 @@ def _record(
         data=data.reference,
         environment=records.environment(),
         scoring=metrics.compute(labels, predicted, data.task.labels),
-        without_twins=metrics.compute([labels[r] for r in alone], [predicted[r] for r in alone], data.task.labels)
+        without_duplicates=metrics.compute([labels[r] for r in alone], [predicted[r] for r in alone], data.task.labels)
         if alone
         else None,
-        predictions_digest=records.write_predictions(rows, folder),
+        predictions_digest=predictions.write(folder, rows),
         **how,
     )
     with replacing(folder / records.RECORD) as file:

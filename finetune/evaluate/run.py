@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from data_prep import Example, Task, UserError
-from finetune import machine, metrics, paths, records
+from finetune import machine, metrics, paths, predictions, records
 from finetune.config.methods import METHODS
 from finetune.config.plan import Experiment
 from finetune.data import PreparedData
@@ -16,6 +16,7 @@ from finetune.files import short_digest
 from finetune.model import checks, encode, load, packing, padded
 from finetune.model.precision import Precision
 from finetune.model.template import Template
+from finetune.predictions import Prediction
 from finetune.wording import percent_interval
 
 # A prompt must fit, whatever it was trained with; no article of AG News comes near this.
@@ -99,7 +100,7 @@ def summary(record: records.RunRecord) -> pd.DataFrame:
     result = record.evaluation
     rows = {
         "scoring, all test rows": result.scoring,
-        "scoring, rows without a duplicate in train": result.without_twins,
+        "scoring, rows without a duplicate in train": result.without_duplicates,
         "generation, valid JSON or wrong": result.generation and result.generation.metrics,
     }
     return pd.DataFrame(
@@ -145,7 +146,7 @@ def confident_errors(record: records.RunRecord, data: PreparedData, rows: int = 
     )
 
 
-def _read_predictions(record: records.RunRecord) -> list[records.Prediction]:
+def _read_predictions(record: records.RunRecord) -> list[Prediction]:
     return records.read_predictions(record, paths.run_folder(record.profile, record.run, record.variant))
 
 
@@ -166,7 +167,11 @@ def _evaluate_model(
     predicted = score.predicted_labels(probabilities, task.labels)
     generation, answers = _generate(backbone, tokenizer, experiment, task, prompts, labels, predicted)
     validation = scorer.score(validation_prompts, progress="scoring validation rows")
-    digest = records.write_predictions(_predictions(task, examples, probabilities, answers), folder)
+    digest = predictions.write(
+        folder,
+        _predictions(task, examples, probabilities, answers),
+        _predictions(task, data.validation, validation, []),
+    )
     alone = [row for row, example in enumerate(examples) if not example.has_duplicate]
     return records.Evaluation(
         environment=records.environment(),
@@ -179,14 +184,11 @@ def _evaluate_model(
         precision=str(precision),
         scoring=metrics.compute(labels, predicted, task.labels),
         log_loss=metrics.log_loss(labels, probabilities, task.labels),
-        without_twins=metrics.compute([labels[r] for r in alone], [predicted[r] for r in alone], task.labels)
+        without_duplicates=metrics.compute([labels[r] for r in alone], [predicted[r] for r in alone], task.labels)
         if alone
         else None,
         generation=generation,
         predictions_digest=digest,
-        validation_digest=records.write_predictions(
-            _predictions(task, data.validation, validation, []), folder, records.VALIDATION
-        ),
     )
 
 
@@ -226,20 +228,17 @@ def _generate(
 
 def _predictions(
     task: Task, examples: list[Example], probabilities: np.ndarray, answers: list[str]
-) -> list[records.Prediction]:
+) -> list[Prediction]:
     predicted = score.predicted_labels(probabilities, task.labels)
     generated = answers + [None] * (len(examples) - len(answers))
     return [
-        records.Prediction(
+        Prediction(
             id=example.id,
             label=example.label,
             prediction=predicted[row],
-            # Nine digits keep near ties apart, and the file the same on every run of the same weights.
-            probabilities={
-                label: round(float(value), 9) for label, value in zip(task.labels, probabilities[row], strict=True)
-            },
+            probabilities=dict(zip(task.labels, probabilities[row], strict=True)),
             generated=generated[row],
-            has_twin=example.has_duplicate,
+            has_duplicate=example.has_duplicate,
         )
         for row, example in enumerate(examples)
     ]

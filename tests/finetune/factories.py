@@ -8,13 +8,13 @@ from typing import Any
 
 from data_prep.task import AG_NEWS
 from finetune import metrics, records
+from finetune.predictions import Prediction, write
 from finetune.records import (
     DataReference,
     Environment,
     Evaluation,
     Generation,
     LogPoint,
-    Prediction,
     RunRecord,
     Training,
 )
@@ -90,7 +90,7 @@ def evaluation(labels: Sequence[str], predicted: Sequence[str], digest: str, **c
         "dtype": "float32",
         "scoring": scoring,
         "log_loss": 0.5,
-        "without_twins": scoring,
+        "without_duplicates": scoring,
         "generation": None,
         "predictions_digest": digest,
     }
@@ -111,7 +111,7 @@ def predictions(right: Sequence[bool], confidence: float = 0.7) -> list[Predicti
                 prediction=predicted,
                 probabilities=probabilities,
                 generated=None,
-                has_twin=False,
+                has_duplicate=False,
             )
         )
     return rows
@@ -164,14 +164,13 @@ def write_run(
     folder = results / run
     if rows is None:
         rows = predictions(right, confidence or (0.4 if run == "base" else 0.7))
-    digest = records.write_predictions(rows, folder)
-    scored = records.write_predictions(validation, folder, records.VALIDATION) if validation else None
+    digest = write(folder, rows, validation or [])
     labels, predicted = [row.label for row in rows], [row.prediction for row in rows]
     result = record(
         run,
         len(rows),
         training=None if run == "base" else training(run, **(cost or {})),
-        evaluation=evaluation(labels, predicted, digest, validation_digest=scored, generation=results_of_generation),
+        evaluation=evaluation(labels, predicted, digest, generation=results_of_generation),
         **changes,
     )
     records.write(result, folder)

@@ -57,7 +57,7 @@ def test_the_svm_s_accuracy_is_told_without_the_rows_that_it_knows(load):
     settings, data = load(30)
     fitted = baselines.fit_svm(settings, data)
     right = [row.label == answer for row, answer in zip(data.test[30:], answers(data), strict=True)]
-    assert fitted.without_twins.rows == 10
+    assert fitted.without_duplicates.rows == 10
     assert (
         baselines.table(fitted).loc["TF-IDF + linear SVM", "without duplicates"] == f"{sum(right) / 10:.1%} of 10 rows"
     )

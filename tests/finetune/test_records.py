@@ -1,6 +1,5 @@
-"""Records and predictions: written whole, read back alike, refused when they are not what they should be."""
+"""Records: written whole, read back alike, refused when they are not what they should be."""
 
-import gzip
 import json
 import math
 import os
@@ -13,7 +12,7 @@ import pytest
 
 from data_prep import DataError
 from finetune import paths, records
-from finetune.records import LogPoint, Prediction
+from finetune.records import LogPoint
 
 
 @pytest.fixture
@@ -37,16 +36,7 @@ def edit(folder, change) -> None:
 class TestRoundTrip:
     def test_a_record_comes_back_as_it_was(self, folder, evaluated):
         assert records.read(folder) == evaluated
-        assert sorted(path.name for path in folder.iterdir()) == ["predictions.jsonl", "record.json"]
-
-    def test_predictions_come_back_as_they_were(self, folder, evaluated):
-        assert records.read_predictions(evaluated, folder) == factories.predictions(factories.right_on(30, 40))
-
-    @pytest.mark.parametrize("generated", ['{"category":\n"World"}', "東京\u2028\x85\r\nnext", "", None])
-    def test_a_generated_answer_may_hold_anything(self, folder, generated):
-        rows = [row.model_copy(update={"generated": generated}) for row in factories.predictions([True, False])]
-        record = factories.write_run(folder.parent, "lora", [], rows=rows)
-        assert records.read_predictions(record, folder) == rows
+        assert sorted(path.name for path in folder.iterdir()) == ["predictions.parquet", "record.json"]
 
     def test_a_diverged_training_is_recorded_as_such(self, folder):
         history = [LogPoint(step=1, epoch=0.1, loss=math.nan, grad_norm=math.inf)]
@@ -59,51 +49,6 @@ class TestRoundTrip:
         record = factories.record("lora")
         records.write(record, folder)
         assert records.read(folder) == record
-
-
-class TestValidationRows:
-    def test_they_come_back_as_they_were(self, folder):
-        rows = factories.predictions([True, False, True])
-        record = factories.write_run(folder.parent, "lora", factories.right_on(30, 40), validation=rows)
-        assert records.read_validation(record, folder) == rows
-
-    def test_a_record_that_is_older_than_them_has_none(self, folder, evaluated):
-        edit(folder, lambda record: record["evaluation"].pop("validation_digest"))
-        assert records.read_validation(records.read(folder), folder) is None
-
-    def test_changed_ones_are_refused(self, folder):
-        record = factories.write_run(folder.parent, "lora", [True], validation=factories.predictions([True]))
-        (folder / "validation.jsonl").write_text("")
-        with pytest.raises(DataError, match=r"validation\.jsonl: not the predictions of record\.json"):
-            records.read_validation(record, folder)
-
-    def test_a_new_training_removes_them(self, folder):
-        factories.write_run(folder.parent, "lora", [True], validation=factories.predictions([True]))
-        records.write(factories.record("lora", training=factories.training("lora")), folder)
-        assert [path.name for path in folder.iterdir()] == ["record.json"]
-
-
-class TestPackedPredictions:
-    @pytest.fixture
-    def packed(self, folder, evaluated):
-        path = folder / "predictions.jsonl"
-        path.with_name("predictions.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
-        path.unlink()
-        return path.with_name("predictions.jsonl.gz")
-
-    def test_they_are_read_as_the_others(self, folder, evaluated, packed):
-        assert records.read_predictions(evaluated, folder) == factories.predictions(factories.right_on(30, 40))
-
-    @pytest.mark.parametrize("keep", [0, 10, -10])
-    def test_cut_short_they_are_refused(self, folder, evaluated, packed, keep):
-        packed.write_bytes(packed.read_bytes()[:keep])
-        with pytest.raises(DataError, match=r"predictions\.jsonl"):
-            records.read_predictions(evaluated, folder)
-
-    def test_others_are_refused(self, folder, evaluated, packed):
-        packed.write_bytes(gzip.compress(b""))
-        with pytest.raises(DataError, match="not the predictions of"):
-            records.read_predictions(evaluated, folder)
 
 
 class TestRefusals:
@@ -138,41 +83,9 @@ class TestRefusals:
         with pytest.raises(DataError, match=rf"not a record of this version \({named}: .*run its notebook again"):
             records.read(folder)
 
-    @pytest.mark.parametrize(
-        "change",
-        [
-            lambda content: content[:-1],
-            lambda content: content[: content.rindex(b"{")],
-            lambda content: content + b"\n",
-            lambda content: content.replace(b'"World"', b'"Sports"', 1),
-            lambda content: b"",
-        ],
-        ids=["cut within a row", "a row less", "a row more", "another label", "empty"],
-    )
-    def test_changed_predictions(self, folder, evaluated, change):
-        path = folder / "predictions.jsonl"
-        path.write_bytes(change(path.read_bytes()))
-        with pytest.raises(DataError, match=r"predictions\.jsonl: not the predictions of record\.json"):
-            records.read_predictions(evaluated, folder)
-
-    def test_predictions_of_another_run(self, folder, evaluated):
-        other = factories.write_run(folder.parent, "qlora", factories.right_on(20, 40))
-        with pytest.raises(DataError, match="another run's"):
-            records.read_predictions(other, folder)
-
-    def test_missing_predictions(self, folder, evaluated):
-        (folder / "predictions.jsonl").unlink()
-        with pytest.raises(DataError, match=r"predictions\.jsonl: no such file"):
-            records.read_predictions(evaluated, folder)
-
     def test_predictions_of_a_run_that_was_not_evaluated(self, folder):
         with pytest.raises(DataError, match="lora was not evaluated yet"):
             records.read_predictions(factories.record("lora"), folder)
-
-    def test_a_prediction_takes_no_other_field(self):
-        row = factories.predictions([True])[0].model_dump()
-        with pytest.raises(ValueError):
-            Prediction(**row, score=1)
 
 
 class TestWriting:
@@ -184,12 +97,6 @@ class TestWriting:
     def test_an_evaluation_keeps_its_predictions(self, folder, evaluated):
         records.write(evaluated, folder)
         assert records.read_predictions(records.read(folder), folder)
-
-    def test_the_same_predictions_have_the_same_digest(self, tmp_path):
-        rows = factories.predictions([True, False])
-        digests = {records.write_predictions(rows, tmp_path / name) for name in "ab"}
-        assert len(digests) == 1
-        assert records.write_predictions(rows[:1], tmp_path / "c") not in digests
 
 
 class TestEnvironment:

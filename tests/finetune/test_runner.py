@@ -312,7 +312,7 @@ def test_a_learning_curve_trains_on_fewer_rows_alone():
     ]
     plan = suite._plans[suite.steps[2].name]
     assert (plan.experiment.train_rows, plan.recipe.learning_rate, plan.experiment.seed) == (1000, 1e-3, 42)
-    assert suite._result(suite.steps[3]) == paths.run_folder("cpu", "lora", "rows-1000") / "predictions.jsonl"
+    assert suite._result(suite.steps[3]) == paths.run_folder("cpu", "lora", "rows-1000") / "predictions.parquet"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -43,7 +44,7 @@ def write(folder, settings=ANSWER, base=100, data=None, model="a-model", engine=
 
 @pytest.fixture
 def ablated(tmp_path):
-    """Writes `all` and `answer`, with other keywords for the first if they are given, and contrasts them."""
+    """Writes `all` and `answer`, with other keywords for the first if they are given, and their ablation."""
 
     def build(mine=None, **other):
         write(tmp_path / "all", **(mine or {"settings": ALL}))
@@ -61,7 +62,7 @@ class TestNumbers:
 
     @pytest.fixture(scope="class")
     def folders(self, tmp_path_factory):
-        root = tmp_path_factory.mktemp("contrast")
+        root = tmp_path_factory.mktemp("ablation")
         for name, loss, settings in (("all", 0.5, ALL), ("answer", 0, ANSWER)):
             write_run(root / name, "base", [], rows=shared_errors(1.0, 1), settings={"prompt": "lean"})
             for number, run in enumerate(self.RUNS):
@@ -84,7 +85,7 @@ class TestNumbers:
 
     def outcomes(self, folders, name: str, run: str) -> np.ndarray:
         places = [folders / name / run, *(folders / name / run / f"seed-{seed}" for seed in (43, 44))]
-        return np.array([right(read_rows(place / "predictions.jsonl")) for place in places])
+        return np.array([right(read_rows(place)) for place in places])
 
     def test_tests_and_corrections(self, folders, tables):
         """The verdict is of the seeds; the first one's own test stands below."""
@@ -269,7 +270,7 @@ class TestRefusals:
         write(tmp_path / "answer", lora=180)
         for run, count in (("base", 100), ("lora", 180)):
             rows = predictions(right_on(count, 200), confidence=0.4 if run == "base" else 0.5)
-            rows[0] = rows[0].model_copy(update=change)
+            rows[0] = replace(rows[0], **change)
             settings = {"prompt": "lean", "data_path": None} if run == "base" else ANSWER
             write_run(tmp_path / "answer", run, [], rows=rows, settings=settings)
         with pytest.raises(NotComparable, match="all/base: test rows and labels is "):
@@ -302,7 +303,7 @@ class TestTables:
         labels = [row.label for row in predictions(right_on(200, 200))]
         for name, prompt, wrong in (("lean", "lean", []), ("verbose", "verbose", [labels[3]])):
             rows = [
-                row.model_copy(update={"prediction": labels[0]}) if row.label in wrong else row
+                replace(row, prediction=labels[0]) if row.label in wrong else row
                 for row in predictions(right_on(200, 200))
             ]
             write_run(tmp_path / name, "base", [], rows=rows, settings={"prompt": prompt}, data={"prompt": prompt})
@@ -332,7 +333,7 @@ class TestCommand:
     def test_it_prints_tables_and_notes_in_80_columns(self, tmp_path, capsys):
         folders = [write(tmp_path / name, settings=of, lora=150, full_unsloth=160 + len(name)) for name, of in
                    (("all", ALL), ("answer", ANSWER))]  # fmt: skip
-        assert main(["contrast", *map(str, folders)]) == 0
+        assert main(["ablation", *map(str, folders)]) == 0
         printed = capsys.readouterr().out
         found = ablation.load(*folders)
         assert printed.startswith(found.title)
@@ -342,7 +343,7 @@ class TestCommand:
 
     def test_a_refusal_is_one_sentence(self, tmp_path, capsys):
         folder = write(tmp_path / "all", settings=ALL, lora=150)
-        assert main(["contrast", str(folder), str(folder)]) == 2
+        assert main(["ablation", str(folder), str(folder)]) == 2
         assert capsys.readouterr().err == (
             f"error: {folder} and {folder} differ in no setting: there is nothing to compare\n"
         )

@@ -7,7 +7,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from data_prep.task import AG_NEWS
 from finetune.compare import calibration
-from finetune.records import Prediction
+from finetune.predictions import Prediction
 
 LABELS = AG_NEWS.labels
 
@@ -33,7 +33,7 @@ def as_predictions(labels, probabilities) -> list[Prediction]:
             prediction=LABELS[row.argmax()],
             probabilities=dict(zip(LABELS, map(float, row), strict=True)),
             generated=None,
-            has_twin=False,
+            has_duplicate=False,
         )
         for number, (label, row) in enumerate(zip(labels, probabilities, strict=True))
     ]
@@ -139,7 +139,7 @@ class TestCoverage:
 
     def test_accuracy_at_a_coverage(self):
         labels, probabilities = drawn(200, sharpness=2)
-        found = calibration.of(as_predictions(labels, probabilities), None)
+        found = calibration.of(as_predictions(labels, probabilities), [])
         surest = sorted(range(200), key=lambda row: -probabilities[row].max())[:160]
         expected = np.mean([LABELS[probabilities[row].argmax()] == labels[row] for row in surest])
         assert found.accuracy_at(0.8).value == pytest.approx(expected)
@@ -151,7 +151,7 @@ class TestCoverage:
 class TestCalibration:
     def test_the_intervals_are_those_of_a_bootstrap_row_by_row(self):
         labels, probabilities = drawn(250, sharpness=2)
-        found = calibration.of(as_predictions(labels, probabilities), None)
+        found = calibration.of(as_predictions(labels, probabilities), [])
         generator = np.random.default_rng(11)
         draws = []
         for _ in range(800):
@@ -168,7 +168,7 @@ class TestCalibration:
             assert (figure.low, figure.high) == pytest.approx(ends, abs=wander)
 
     def test_without_validation_rows_there_is_no_temperature(self):
-        found = calibration.of(as_predictions(*drawn(50)), None)
+        found = calibration.of(as_predictions(*drawn(50)), [])
         assert found.temperature is None and found.scaled is None
 
     def test_the_temperature_is_that_of_the_validation_rows(self):

@@ -1,5 +1,7 @@
 """What a comparison reads and holds, and what it refuses."""
 
+from dataclasses import replace
+
 import factories
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from finetune import paths, records
 from finetune.compare import comparison
 from finetune.compare.comparison import load, load_folder
 from finetune.config.plan import plan
+from finetune.predictions import write
 
 
 def random_right(accuracy: float, rows: int, seed: int) -> list[bool]:
@@ -32,19 +35,17 @@ def compare(results, **right) -> comparison.Comparison:
 class TestFigures:
     def test_rows_without_a_duplicate_by_hand(self, results):
         """LoRA is right on rows 0 to 29; rows 0 to 9 have duplicates: 20 of 30 are right on the others."""
-        rows = [
-            row.model_copy(update={"has_twin": number < 10}) for number, row in enumerate(predictions(right_on(30, 40)))
-        ]
+        rows = [replace(row, has_duplicate=number < 10) for number, row in enumerate(predictions(right_on(30, 40)))]
         other = dict.fromkeys(("World", "Sports", "Business", "Sci/Tech"), 0.25)
-        write_run(results, "base", [], rows=[row.model_copy(update={"probabilities": other}) for row in rows])
+        write_run(results, "base", [], rows=[replace(row, probabilities=other) for row in rows])
         write_run(results, "lora", [], rows=rows)
-        alone = load_folder(results, "cpu").without_twins["lora"]
+        alone = load_folder(results, "cpu").without_duplicates["lora"]
         assert (alone.rows, alone.accuracy) == (30, pytest.approx(20 / 30))
 
     def test_without_such_rows_there_is_no_figure(self, results):
-        rows = [row.model_copy(update={"has_twin": True}) for row in predictions(right_on(30, 40))]
+        rows = [replace(row, has_duplicate=True) for row in predictions(right_on(30, 40))]
         write_run(results, "base", [], rows=rows)
-        assert load_folder(results, "cpu").without_twins == {"base": None}
+        assert load_folder(results, "cpu").without_duplicates == {"base": None}
 
     def test_a_pair_counts_rows_on_which_one_alone_is_right(self, results):
         pair = compare(results, base=right_on(20, 40, start=5), lora=right_on(30, 40)).pair("lora", "base")
@@ -173,7 +174,7 @@ class TestAgainstBase:
         """Its predictions are replaced before its record; and it may still be the record of other data."""
         compared = compare(results, base=right_on(20, 40), lora=right_on(30, 40))
         write_run(results, "full", right_on(10, 40), data={"fingerprint": "ffffffffffff"})
-        (results / "full" / "predictions.jsonl").write_text("")
+        (results / "full" / "predictions.parquet").write_bytes(b"")
         assert comparison.against_base(compared.records["lora"]).points == 25
 
     def test_without_a_base(self, results):
@@ -224,7 +225,7 @@ class TestRefusals:
     def test_other_rows_of_the_same_data(self, results):
         """Another seed draws other test rows, as many of them: a paired test of the two would mean nothing."""
         write_run(results, "base", right_on(20, 40))
-        rows = [row.model_copy(update={"id": f"test-{100 + n}"}) for n, row in enumerate(predictions([True] * 40))]
+        rows = [replace(row, id=f"test-{100 + n}") for n, row in enumerate(predictions([True] * 40))]
         write_run(results, "lora", [], rows=rows)
         with pytest.raises(DataError, match=r"cpu/lora: test rows and labels is .* in .*cpu/base"):
             comparison.load("cpu")
@@ -240,7 +241,7 @@ class TestRefusals:
 
     def test_changed_predictions(self, results):
         write_run(results, "base", right_on(20, 40))
-        (results / "base" / "predictions.jsonl").write_text("")
+        write(results / "base", predictions(right_on(20, 40), confidence=0.5))
         with pytest.raises(DataError, match="not the predictions of"):
             comparison.load("cpu")
 

@@ -175,7 +175,7 @@ def test_reliability_has_a_panel_per_run_with_its_bins(comparison):
     panels = plots.reliability(comparison).axes
     assert len(panels) == len(RUNS)
     # The fourth run is sure by 0.53 on every row, and right on 32 of 40.
-    np.testing.assert_allclose(panels[3].collections[0].get_offsets(), [(53, 80)])
+    np.testing.assert_allclose(panels[3].collections[0].get_offsets(), [(53, 80)], rtol=1e-5)
     assert panels[3].get_title() == "LoRA: ECE 27.0%"
 
 

@@ -6,6 +6,7 @@ from html import unescape
 
 import factories
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 from factories import SETTINGS, right_on, write_run, write_variant
 from test_baselines import write_baseline
@@ -15,6 +16,7 @@ from finetune import paths
 from finetune.__main__ import main
 from finetune.compare import publish, report
 from finetune.compare.ablation import NoAblation
+from finetune.compare.comparison import load_folder
 from finetune.compare.publish import References
 from finetune.compare.verdict import decide
 
@@ -56,7 +58,7 @@ def beside(public, results):
     return public
 
 
-BLOCK = "<!-- contrast:agnews-all:agnews -->\nold\n<!-- /contrast -->\n"
+BLOCK = "<!-- ablation:agnews-all:agnews -->\nold\n<!-- /ablation -->\n"
 
 
 def text_of(page: str) -> str:
@@ -67,16 +69,18 @@ class TestPublish:
     def test_every_record_and_its_predictions_are_copied(self, public, results):
         folder = publish.publish("cpu", "agnews")
         assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == [
-            "base/predictions.jsonl",
             "base/record.json",
-            "baselines/svm/predictions.jsonl",
             "baselines/svm/record.json",
-            "lora/predictions.jsonl",
             "lora/record.json",
-            "lora/seed-43/predictions.jsonl",
             "lora/seed-43/record.json",
-            "lora/validation.jsonl",
+            "predictions.parquet",
         ]
+        # Base, SVM, LoRA and its second seed have 40 test rows each, and LoRA has 8 validation rows.
+        rows = pd.read_parquet(folder / "predictions.parquet").value_counts(["run", "split"]).to_dict()
+        assert rows == {
+            ("base", "test"): 40, ("baselines/svm", "test"): 40, ("lora", "test"): 40, ("lora", "validation"): 8,
+            ("lora/seed-43", "test"): 40,
+        }  # fmt: skip
 
     def test_the_blocks_of_readme_and_docs_are_made_from_them(self, public, results):
         (public / "docs").mkdir()
@@ -106,12 +110,14 @@ class TestPublish:
         assert not (folder / "lora" / "seed-43" / "record.json").exists()
         assert (folder / "report.png").exists()
 
-    def test_large_predictions_are_packed_and_read(self, public, results, monkeypatch):
-        monkeypatch.setattr(publish, "PACKED_FROM", 1000)
+    def test_what_was_read_from_a_run_s_folder_is_read_from_the_joined_file(self, public, results):
         folder = publish.publish("cpu", "agnews")
-        assert (folder / "lora" / "predictions.jsonl.gz").is_file()
-        assert not (folder / "lora" / "predictions.jsonl").exists()
-        assert publish.regenerate() == []
+        mine, theirs = load_folder(results, "cpu"), load_folder(folder, "cpu")
+        assert (mine.predictions, mine.validation) == (theirs.predictions, theirs.validation)
+        # What is published again is the same file.
+        before = (folder / "predictions.parquet").read_bytes()
+        publish.publish("cpu", "agnews")
+        assert (folder / "predictions.parquet").read_bytes() == before
 
     @pytest.mark.parametrize("place", ["lora", "lora/seed-43", "baselines/svm"])
     @pytest.mark.parametrize("change", [{"dirty": True}, {"commit": None}])
@@ -131,20 +137,20 @@ class TestPublish:
         assert "we list no rows" in publish.write_report("agnews").read_text()
 
 
-class TestContrasts:
+class TestAblations:
     def test_the_readme_s_block_is_made_from_both_folders(self, beside):
         publish.README.write_text(README + BLOCK)
         assert publish.regenerate() == [publish.README]
-        block = publish.README.read_text().partition("<!-- contrast:agnews-all:agnews -->\n")[2]
+        block = publish.README.read_text().partition("<!-- ablation:agnews-all:agnews -->\n")[2]
         assert block.startswith("**With completion_only_loss=False instead of completion_only_loss=not recorded**")
         # Means of 36 and 35, and of 22 and 23, in 40.
         assert "| LoRA | 88.8 → 56.2 | -32.5 (" in block and "| LoRA | 90.0 → 55.0 | -35.0 (" in block
         assert "agnews-all (commit 0123456789; A processor, 2 cores, no GPU) against agnews (commit" in block
         assert "- completion_only_loss: Only the answer" in block
-        assert block.endswith("<!-- /contrast -->\n") and "old" not in block
+        assert block.endswith("<!-- /ablation -->\n") and "old" not in block
         assert publish.regenerate() == []
 
-    def test_a_block_of_two_folders_that_are_no_contrast_is_refused(self, beside):
+    def test_a_block_of_two_folders_that_are_no_ablation_is_refused(self, beside):
         publish.README.write_text(BLOCK.replace("agnews-all:agnews", "agnews:agnews"))
         with pytest.raises(NoAblation, match="agnews and agnews differ in no setting"):
             publish.regenerate()
@@ -201,7 +207,7 @@ class TestRegenerate:
         publish.README.write_text(readme.replace("90.0", "99.0"))
         assert publish.regenerate() == [publish.README] and publish.README.read_text() == readme
 
-    @pytest.mark.parametrize(("place", "name"), [("lora", "lora"), ("baselines/svm", "svm")])
+    @pytest.mark.parametrize(("place", "name"), [("lora", "lora"), ("lora/seed-43", "lora"), ("baselines/svm", "svm")])
     def test_a_record_that_claims_more_than_its_predictions_is_refused(self, public, results, place, name):
         path = publish.publish("cpu", "agnews") / place / "record.json"
         content = json.loads(path.read_text())

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from factories import SETTINGS, generation, write_run, write_variant
 from scipy import stats
@@ -23,7 +24,8 @@ from finetune import paths
 from finetune.compare import report
 from finetune.compare.comparison import load, load_folder
 from finetune.compare.verdict import decide
-from finetune.records import LogPoint, Prediction
+from finetune.predictions import Prediction
+from finetune.records import LogPoint
 
 LABELS = ["World", "Sports", "Business", "Sci/Tech"]
 ROWS = 240
@@ -57,7 +59,7 @@ def predictions(skill: float, seed: int, rows: int = ROWS) -> list[Prediction]:
                 prediction=LABELS[chances.argmax()],
                 probabilities={label: round(float(p), 9) for label, p in zip(LABELS, chances, strict=True)},
                 generated=None,
-                has_twin=row % 10 == 0,
+                has_duplicate=row % 10 == 0,
             )
         )
     return found
@@ -132,7 +134,7 @@ def results(tmp_path_factory):
             )  # fmt: skip
         right = np.random.default_rng(3).random((3, ROWS)) < [[0.25], [0.8], [0.6]]
         for name, of in zip(("majority", "svm", "few_shot"), right, strict=True):
-            write_baseline(folder, name, of.tolist(), has_twin=lambda row: row % 10 == 0)
+            write_baseline(folder, name, of.tolist(), has_duplicate=lambda row: row % 10 == 0)
         fewer = (np.random.default_rng(4).random(ROWS) < 0.7).tolist()
         write_baseline(folder, "svm/rows-250", fewer, data={"train_rows": 250}, fit_seconds=0.7)
         report.write_report(load("gpu"), folder / "report.html", {f"test-{row}": f"text {row}" for row in range(ROWS)})
@@ -163,21 +165,20 @@ def raw(results) -> dict[str, dict[str, list]]:
     found = {}
     for name in NAMES:
         folder = results / (f"baselines/{name}" if name in ("majority", "svm", "few_shot") else name)
-        found[name] = read_rows(folder / "predictions.jsonl") | {
-            "record": json.loads((folder / "record.json").read_text())
-        }
+        found[name] = read_rows(folder) | {"record": json.loads((folder / "record.json").read_text())}
     return found
 
 
-def read_rows(path) -> dict[str, list]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+def read_rows(folder, split="test") -> dict[str, list]:
+    rows = pd.read_parquet(folder / "predictions.parquet").query("split == @split")
+    powers = np.exp(rows.reindex(columns=[f"logit({label})" for label in LABELS], fill_value=-np.inf).to_numpy())
     return {
-        "id": [row["id"] for row in rows],
-        "label": [row["label"] for row in rows],
-        "answer": [row["prediction"] for row in rows],
-        "chances": [[row["probabilities"].get(label, 0) for label in LABELS] for row in rows],
-        "duplicate": [row["has_twin"] for row in rows],
-        "codes": np.array([[[row[of] == label for row in rows] for label in LABELS] for of in ("label", "prediction")]),
+        "id": list(rows["id"]),
+        "label": list(rows["label"]),
+        "answer": list(rows["prediction"]),
+        "chances": powers / np.maximum(powers.sum(axis=1, keepdims=True), 1e-9),
+        "duplicate": list(rows["has_duplicate"]),
+        "codes": np.array([[rows[of] == label for label in LABELS] for of in ("label", "prediction")]),
     }
 
 
@@ -284,7 +285,7 @@ def test_pairs(tables, raw, p_values):
 
 def over_seeds(results, run) -> np.ndarray:
     places = [results / run, *(results / run / f"seed-{seed}" for seed in (43, 44))]
-    return np.array([right(read_rows(place / "predictions.jsonl")) for place in places])
+    return np.array([right(read_rows(place)) for place in places])
 
 
 def test_seeds(tables, results, raw):
@@ -384,7 +385,7 @@ def test_learning_curve(tables, results):
     assert tables["curve"]["head"] == [*(NAMES[run] for run in TUNED), NAMES["svm"]]
     for label, place in (("250 rows", "rows-250"), ("1,000 rows", "")):
         for shown, run in zip(tables["curve"][label], [*TUNED, "baselines/svm"], strict=True):
-            outcomes = right(read_rows(results / run / place / "predictions.jsonl"))
+            outcomes = right(read_rows(results / run / place))
             record = json.loads((results / run / place / "record.json").read_text())
             seconds = record["training"]["seconds"] if run in TUNED else record["fit_seconds"]
             time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
@@ -441,7 +442,7 @@ def test_calibration(tables, raw, results, run):
     if run == "base":
         assert (shown["temperature"], shown["Brier, with the temperature"]) == ("not recorded", "")
         return
-    validation = read_rows(results / run / "validation.jsonl")
+    validation = read_rows(results / run, "validation")
     grid = np.arange(0.3, 3, 0.001)
     best = grid[np.argmin([log_losses(validation, tempered(validation["chances"], t)).mean() for t in grid])]
     assert float(shown["temperature"]) == pytest.approx(best, abs=0.011)

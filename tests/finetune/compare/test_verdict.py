@@ -1,6 +1,7 @@
 """The verdict: its statistics against simulation, its words against the records, its refusals."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -157,7 +158,7 @@ class TestVerdict:
     ):
         def rows(count, confidence):
             found = enumerate(predictions(right_on(count, 40), confidence))
-            return [row.model_copy(update={"has_twin": number < repeated}) for number, row in found]
+            return [replace(row, has_duplicate=number < repeated) for number, row in found]
 
         results = paths.results_folder("cpu")
         write_run(results, "base", [], rows=rows(0, 0.4))

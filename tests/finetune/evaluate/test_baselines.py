@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from collections import Counter
+from dataclasses import replace
 
 import factories
 import pytest
@@ -12,7 +13,7 @@ from factories import right_on, write_run
 from data_prep import DataError, Example
 from data_prep.sources import sample
 from data_prep.task import AG_NEWS
-from finetune import baseline_records, paths, records
+from finetune import baseline_records, paths, predictions
 from finetune.__main__ import main
 from finetune.baseline_records import Baseline
 from finetune.compare import tables
@@ -30,10 +31,10 @@ def examples(split: str) -> list[Example]:
     ]
 
 
-def write_baseline(results, place: str, right, has_twin=lambda row: False, **changes):
+def write_baseline(results, place: str, right, has_duplicate=lambda row: False, **changes):
     """A baseline as `evaluate` would have left it, at a place in the folder of baselines."""
     rows = [
-        row.model_copy(update={"probabilities": {}, "has_twin": has_twin(number)})
+        replace(row, probabilities={}, has_duplicate=has_duplicate(number))
         for number, row in enumerate(factories.predictions(right))
     ]
     folder, name = results / "baselines" / place, place.split("/")[0]
@@ -47,8 +48,8 @@ def write_baseline(results, place: str, right, has_twin=lambda row: False, **cha
         "fit_seconds": 1.5,
         "validation_accuracy": 0.91,
         "scoring": scoring,
-        "without_twins": scoring,
-        "predictions_digest": factories.records.write_predictions(rows, folder),
+        "without_duplicates": scoring,
+        "predictions_digest": predictions.write(folder, rows),
     }
     baseline = Baseline(**(values | changes))
     (folder / "record.json").write_text(baseline.model_dump_json())
@@ -116,8 +117,8 @@ class TestOnFewerRows:
         assert Counter(row.label for row in rows.train) == dict.fromkeys(AG_NEWS.labels, 2)
         model = baselines._svm().fit(*baselines._texts_and_labels(rows.train))
         answers = model.predict([row.text for row in rows.test])
-        file = paths.results_folder("cpu") / "baselines/svm/rows-8/predictions.jsonl"
-        recorded = records.read_rows(file, curve[8].predictions_digest)
+        folder = paths.results_folder("cpu") / "baselines/svm/rows-8"
+        recorded = predictions.read(folder, curve[8].predictions_digest)
         assert [row.prediction for row in recorded] == list(answers)
 
     def test_what_is_fitted_is_known(self, curve, planned, monkeypatch):
