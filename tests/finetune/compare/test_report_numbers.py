@@ -520,7 +520,7 @@ def test_the_sentences_have_the_tables_figures(page, tables, raw):
     doubted_rows = [int(name.removeprefix("test-")) for name in tables["suspects"] if name != "head"]
     kept = right(raw["svm"])[doubted_rows].sum()
     assert f"{len(doubted_rows)} of {ROWS} labels are in doubt" in text
-    assert f"which did not choose them, gives the label in {kept} of them." in text
+    assert f" gives the label in {kept} of them." in text
     wrong = [~right(raw[run]) for run in TUNED]
     assert f"{np.any(wrong, axis=0).sum()} test rows are wrong in at least one tuned model" in text
     assert f"; {np.all(wrong, axis=0).sum()} in all." in text
