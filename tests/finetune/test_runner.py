@@ -206,7 +206,7 @@ def test_what_a_changed_file_computed_is_computed_again_and_nothing_else(
 # settings, validation in a training is only shown, and the rest names, counts, writes or explains.
 SHOWN_OR_WRITTEN = {
     "cards", "config.embedded", "config.methods", "config.plan", "config.profiles", "config.recipes", "files",
-    "machine", "paths", "records", "train.energy", "train.memory",
+    "machine", "paths", "predictions", "records", "train.energy", "train.memory",
 }  # fmt: skip
 
 
@@ -236,7 +236,10 @@ def test_a_run_that_refuses_an_override_is_skipped_before_anything_runs(tiny):
     suite = Suite("cpu", tiny | {"dtype": "float32"})
     assert set(suite._refused) == SKIPPED | {"fine_tuning_qlora", "qlora_finetuning_performance"}
     outcome = suite._without_executing(next(step for step in STEPS if step.name == "fine_tuning_qlora"), [])
-    assert (outcome.status, outcome.reason) == ("skipped", "load_in_4bit=True contradicts dtype=float32")
+    assert (outcome.status, outcome.reason) == (
+        "skipped",
+        "load_in_4bit=True contradicts dtype=float32: set dtype=auto",
+    )
     with pytest.raises(UserError, match="load_in_4bit=True contradicts"):
         Suite("cpu", tiny | {"dtype": "float32"}, only=("qlora",))
 

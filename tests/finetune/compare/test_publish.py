@@ -134,7 +134,7 @@ class TestPublish:
     def test_article_texts_are_not_published(self, public, results, monkeypatch):
         publish.publish("cpu", "agnews")
         monkeypatch.setattr(publish.mistakes, "articles", lambda data: pytest.fail("asked for texts"))
-        assert "we list no rows" in publish.write_report("agnews").read_text()
+        assert "We list no rows" in publish.write_report("agnews").read_text()
 
 
 class TestAblations:
