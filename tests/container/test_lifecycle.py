@@ -276,7 +276,7 @@ def test_serve(script, engine, checkout, port):
     started = script("start", "serve", **settings)
     assert started.returncode == 0, started.stderr
     assert f"http://127.0.0.1:{port + 2}/v1" in started.stdout
-    asked = "asked: serve Qwen/Qwen2.5-7B-Instruct --enable-lora --max-lora-rank 64"
+    asked = "asked: serve Qwen/Qwen2.5-7B-Instruct --enable-lora --max-lora-rank 16"
     asked += " --lora-modules tuned=/workspace/adapters/lora --host 0.0.0.0 --port 8000"
     assert asked in script("logs", "serve").stdout
     assert engine.inspect("{{.HostConfig.DeviceRequests}}", "pytorch-serve") != "[]"
