@@ -159,9 +159,8 @@ def needed_bytes(recipe: Recipe, tokens: float) -> float:
     activations = memory.activation_bytes(SHAPE, tokens, engine)
     if recomputes(recipe):
         # Each layer's input, and all of one layer.
-        activations = (
-            activations / CONFIGURATION.num_hidden_layers + 2 * tokens * SHAPE.hidden * CONFIGURATION.num_hidden_layers
-        )
+        layers, hidden = CONFIGURATION.num_hidden_layers, CONFIGURATION.hidden_size
+        activations = activations / layers + 2 * tokens * hidden * layers
     return memory.model_bytes(recipe, sizes(recipe)) + activations
 
 

@@ -154,7 +154,7 @@ def arrays(predictions: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
     """Index of each row's label, shape (rows,), and probabilities of shape (rows, labels), in the task's order."""
     classes = list(predictions[0].probabilities)
     probabilities = np.array([[row.probabilities[label] for label in classes] for row in predictions])
-    # Rounded logarithms add up to one within some 1e-3.
+    # Nine digits each add up to one within some 1e-9.
     truth = np.array([classes.index(row.label) for row in predictions])
     return truth, probabilities / probabilities.sum(axis=1, keepdims=True)
 

@@ -125,15 +125,18 @@ class SaveOnSignal(TrainerCallback):
     def __init__(self):
         self.received: str | None = None
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> SaveOnSignal:
         self.received = None
         # Only the main thread may set handlers; a signal in a training of another thread ends the process as before.
+        # What is ignored stays so: under nohup, SIGHUP is to end nothing.
         here = threading.current_thread() is threading.main_thread()
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS} if here else {}
+        heard = [number for number in self.SIGNALS if here and signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
+        return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, _) -> None:
         if self.received:

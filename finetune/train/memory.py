@@ -73,14 +73,12 @@ class Sizes:
         parameters: All of them.
         quantized: Those of the linear layers, which `load_in_4bit` holds in 4 bits.
         adapter: Parameters of an adapter, 0 without one.
-        hidden: Width of a token between the layers.
         kept: Numbers that the forward pass of one token leaves for the backward pass.
     """
 
     parameters: int
     quantized: int
     adapter: int
-    hidden: int
     kept: int
 
 
@@ -122,7 +120,6 @@ def sizes_of(recipe: Recipe, configuration) -> Sizes:
         parameters=model.num_parameters(),
         quantized=sum(module.weight.numel() for module in linear.values()),
         adapter=recipe.r * sum(sum(module.weight.shape) for module in adapted) if adapted else 0,
-        hidden=text.hidden_size,
         kept=kept,
     )
 

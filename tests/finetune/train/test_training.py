@@ -31,7 +31,7 @@ from finetune.model import encode, load
 from finetune.model.packing import Backbone
 from finetune.notebooks import run_cells
 from finetune.runner import _training_progress
-from finetune.train.callbacks import Clock
+from finetune.train.callbacks import Clock, SaveOnSignal
 from finetune.train.checks import check_supervision
 from finetune.train.save import checkpoint_fault, newest_checkpoint, save_run
 
@@ -306,6 +306,20 @@ def test_a_checkpoint_runs_no_code(tiny, tmp_path):
             trainer_of("lora", tiny | {"save_steps": 0.5}).train(str(checkpoint))
         (checkpoint / name).write_bytes(kept)
     assert not (tmp_path / "ran").exists()
+
+
+def test_signals_that_are_ignored_stay_ignored():
+    """Under nohup, a terminal that closes ends no training."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SaveOnSignal() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.received == "SIGTERM"
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_weights_updated_in_the_backward_pass_end_where_they_end_after_it(tiny):
