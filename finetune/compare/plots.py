@@ -107,8 +107,9 @@ def overview(comparison: Comparison, verdict: Verdict) -> Figure:
         unit, scale = "h", 1 / 3600
     figure, axes = plt.subplots(figsize=(7.2, 3.2), layout="constrained")
     axes.axhspan(100 * best - verdict.margin, 100 * best, color=BAND, linewidth=0)
+    points = f"{verdict.margin:g} point{'s' * (verdict.margin != 1)}"
     axes.annotate(
-        f"within {verdict.margin:g} point{'s' * (verdict.margin != 1)} of the highest", (0.01, 100 * best - verdict.margin), (0, 3),
+        f"within {points} of the highest", (0.01, 100 * best - verdict.margin), (0, 3),
         xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=8, color="#555555",
     )  # fmt: skip
     for name in shown:
