@@ -170,10 +170,15 @@ def serve(address: str) -> None:
     listener.listen()
     print("listening", flush=True)
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
-    import finetune.compare.comparison
+    # ipykernel reads it when it is imported, and ends a kernel whose parent is another.
+    os.environ["JPY_PARENT_PID"] = str(os.getpid())
+    import finetune.compare.plots
+    import finetune.compare.report
     import finetune.evaluate.baselines
     import finetune.evaluate.run
-    import finetune.train.save  # noqa: F401
+    import finetune.train.save
+    import ipykernel.ipkernel
+    import ipykernel.kernelapp  # noqa: F401
 
     # Nobody waits for kernels: their proxies see the connection end.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -210,8 +215,7 @@ def _become_kernel(connection: socket.socket, request: dict, descriptors: list[i
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.chdir(request["folder"])
-    # ipykernel ends itself when its parent is another than this.
-    own = {"JPY_PARENT_PID": str(os.getppid()), "MPLBACKEND": os.environ["MPLBACKEND"]}
+    own = {name: os.environ[name] for name in ("JPY_PARENT_PID", "MPLBACKEND")}
     os.environ.clear()
     os.environ.update(request["environment"] | own)
     sys.path[0] = ""
