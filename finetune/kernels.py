@@ -172,13 +172,9 @@ def serve(address: str) -> None:
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     # ipykernel reads it when it is imported, and ends a kernel whose parent is another.
     os.environ["JPY_PARENT_PID"] = str(os.getpid())
-    import finetune.compare.plots
-    import finetune.compare.report
-    import finetune.evaluate.baselines
-    import finetune.evaluate.run
-    import finetune.train.save
     import ipykernel.ipkernel
     import ipykernel.kernelapp  # noqa: F401
+
 
     # Nobody waits for kernels: their proxies see the connection end.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
