@@ -65,10 +65,10 @@ def training_curves(record: RunRecord) -> Figure:
     return figure
 
 
-def confusion(metrics: Metrics, title: str) -> Figure:
-    """One confusion matrix."""
+def confusion(metrics: Metrics, run: str) -> Figure:
+    """A run's confusion matrix."""
     figure, axes = plt.subplots(figsize=(4, 3.6), layout="constrained")
-    _draw_confusion(axes, metrics, title)
+    _draw_confusion(axes, metrics, NAMES[run])
     return figure
 
 

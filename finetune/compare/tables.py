@@ -250,7 +250,7 @@ def calibration(comparison: Comparison) -> pd.DataFrame:
 
     def column(of: Calibration) -> dict[str, str]:
         cells = scores(of.scores, "as it is")
-        cells["temperature"] = "not recorded" if of.temperature is None else f"{of.temperature:.2f}"
+        cells["temperature"] = of.temperature if isinstance(of.temperature, str) else f"{of.temperature:.2f}"
         if of.scaled:
             cells |= scores(of.scaled, "with the temperature")
         for share in COVERAGES:

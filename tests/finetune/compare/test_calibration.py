@@ -169,7 +169,13 @@ class TestCalibration:
 
     def test_without_validation_rows_there_is_no_temperature(self):
         found = calibration.of(as_predictions(*drawn(50)), [])
-        assert found.temperature is None and found.scaled is None
+        assert found.temperature == "not recorded" and found.scaled is None
+
+    def test_where_all_validation_rows_are_right_there_is_none_either(self):
+        labels, probabilities = drawn(50)
+        right = [LABELS[best] for best in probabilities.argmax(axis=1)]
+        found = calibration.of(as_predictions(labels, probabilities), as_predictions(right, probabilities))
+        assert found.temperature == "none: all validation rows are right" and found.scaled is None
 
     def test_the_temperature_is_that_of_the_validation_rows(self):
         test, validation = drawn(500, seed=1, sharpness=3), drawn(500, seed=2, sharpness=3)

@@ -159,7 +159,7 @@ def test_without_trainings_the_pictures_say_so(home):
 
 def test_a_confusion_matrix_shows_its_counts(comparison):
     scoring = comparison.records["lora"].evaluation.scoring
-    (axes,) = plots.confusion(scoring, "LoRA").axes
+    (axes,) = plots.confusion(scoring, "lora").axes
     assert [int(text.get_text()) for text in axes.texts] == np.ravel(scoring.confusion).tolist()
     assert axes.get_title() == "LoRA: 80.0%"
     assert [label.get_text() for label in axes.get_xticklabels()] == list(AG_NEWS.labels)
