@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import gc
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,8 @@ def start(function: Callable, *arguments: object, home: Path, log: Path = Path(o
 
 def _call(function: Callable, arguments: tuple, home: str, log: Path) -> None:
     os.environ["FINETUNE_HOME"] = home
+    # The garbage collector passes over what was imported, as in a kernel.
+    gc.freeze()
     with log.open("w", buffering=1) as file, contextlib.redirect_stdout(file):
         function(*arguments)
 
@@ -47,24 +48,15 @@ def execute(code: str, folder: Path) -> None:
     exec(code, {})
 
 
-def threads(allowed: set[int]) -> None:
-    """Print how many threads compute, and how many cores may be used, where only these are allowed."""
+def threads(*allowed: set[int]) -> None:
+    """Print how many threads compute, and how many cores may be used, where only these are allowed, in a line each."""
     import torch
 
     from finetune import machine
     from finetune.model import precision
 
     os.environ.pop("OMP_NUM_THREADS", None)
-    os.sched_setaffinity(0, allowed)
-    precision.use_physical_cores()
-    print(torch.get_num_threads(), machine.usable_cores())
-
-
-def imports(*entries: str) -> None:
-    """Print, for each of these modules of the engine, what it imports of the engine, in a line."""
-    for entry in entries:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "finetune"]:
-            del sys.modules[name]
-        importlib.import_module(f"finetune.{entry}")
-        found = {name: module for name, module in sys.modules.items() if name.startswith("finetune.")}
-        print(*(name for name, module in found.items() if not hasattr(module, "__path__")))
+    for cores in allowed:
+        os.sched_setaffinity(0, cores)
+        precision.use_physical_cores.__wrapped__()
+        print(torch.get_num_threads(), machine.usable_cores())
