@@ -1,4 +1,4 @@
-"""What watches a training: its clock, its last evaluation, signals, and the end of one whose loss is no number."""
+"""What watches a training: its clock, last evaluation, table of progress, signals, and a loss that is no number."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from transformers import TrainerCallback
+from transformers.utils.notebook import NotebookProgressCallback, NotebookTrainingTracker
 
 from data_prep import UserError
 from data_prep.files import write_json
@@ -99,6 +100,32 @@ class EvaluateAtTheEnd(TrainerCallback):
     def on_step_end(self, args, state, control, **_) -> None:
         if state.global_step >= state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
+
+
+class ShowProgress(NotebookProgressCallback):
+    """transformers' bar and table in a notebook, whose table has the validation rows' figures, to a few digits."""
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        self.training_tracker = NotebookTrainingTracker(state.max_steps)
+
+    def on_log(self, args, state, control, **_) -> None:
+        """A line for each evaluation, not for each loss: the notebook draws those."""
+
+    def on_evaluate(self, args, state, control, metrics=None, **_) -> None:
+        # Outside a training its caller gets the figures.
+        if self.training_tracker is None:
+            return
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        self.training_tracker.write_line(
+            {
+                "step": state.global_step,
+                "training loss": f"{losses[-1]:.3f}" if losses else "",
+                "validation accuracy": f"{metrics['eval_accuracy']:.1%}",
+                "validation log loss": f"{metrics['eval_log_loss']:.3f}",
+            }
+        )
+        self.training_tracker.remove_child()
+        self._force_next_update = True
 
 
 class StopOnNonFiniteLoss(TrainerCallback):

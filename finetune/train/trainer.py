@@ -12,8 +12,10 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
+from IPython import get_ipython
 from torch.nn import functional
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
+from transformers.utils.notebook import NotebookProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from data_prep import Example, Task
@@ -23,7 +25,7 @@ from finetune.model import encode, load, packing
 from finetune.model.checks import choose_backbone
 from finetune.model.encode import IGNORED
 from finetune.train import checks, memory
-from finetune.train.callbacks import Clock, EvaluateAtTheEnd, SaveOnSignal, StopOnNonFiniteLoss
+from finetune.train.callbacks import Clock, EvaluateAtTheEnd, SaveOnSignal, ShowProgress, StopOnNonFiniteLoss
 from finetune.train.graphs import GraphedPasses
 from finetune.train.updates import update_in_backward
 
@@ -203,6 +205,12 @@ class PackedSFTTrainer(SFTTrainer):
             callbacks=[self.clock, EvaluateAtTheEnd(), StopOnNonFiniteLoss(), *callbacks, self.signals],
             **named,
         )
+        shell = get_ipython()
+        if shell and "IPKernelApp" in shell.config:
+            # transformers decides when it is imported, which was before a forked kernel was one.
+            for shown in (ProgressCallback, NotebookProgressCallback):
+                self.remove_callback(shown)
+            self.add_callback(ShowProgress)
         if self.packed and asks_router is not None:
             # TRL turns it on for its auxiliary loss, which cannot be formed from a packed row.
             config.output_router_logits = asks_router

@@ -46,17 +46,3 @@ def execute(code: str, folder: Path) -> None:
     """Execute code in a folder."""
     os.chdir(folder)
     exec(code, {})
-
-
-def threads(*allowed: set[int]) -> None:
-    """Print how many threads compute, and how many cores may be used, where only these are allowed, in a line each."""
-    import torch
-
-    from finetune import machine
-    from finetune.model import precision
-
-    os.environ.pop("OMP_NUM_THREADS", None)
-    for cores in allowed:
-        os.sched_setaffinity(0, cores)
-        precision.use_physical_cores.__wrapped__()
-        print(torch.get_num_threads(), machine.usable_cores())

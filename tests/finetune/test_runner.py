@@ -110,6 +110,13 @@ def test_training_on_the_sample_learns_its_rows(finished):
 def test_the_notebooks_show_what_the_records_hold(finished):
     for run in ("full", "lora", "qlora"):
         record = records.read(finished / run)
+        tables = [
+            output.get("data", {}).get("text/html", "")
+            for cell in executed(finished, f"fine_tuning_{run}").cells
+            for output in cell.get("outputs", [])
+        ]
+        last = [point.validation_accuracy for point in record.training.history if point.validation_accuracy is not None]
+        assert any("validation accuracy" in table and f"<td>{last[-1]:.1%}</td>" in table for table in tables)
         shown = text_of(executed(finished, f"{run}_finetuning_performance"))
         assert f"{record.evaluation.scoring.accuracy:.1%}" in shown
         assert str(comparison.load("cpu").pair(run, "base")) in shown

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import numpy as np
-import processes
 import pytest
 import torch
 
@@ -39,10 +38,20 @@ def test_without_bf16_instructions_the_choice_is_float32():
     assert done.stdout.split() == ["float32"]
 
 
-def test_as_many_threads_as_cores_that_may_be_used(tmp_path):
-    one, every = set(sorted(os.sched_getaffinity(0))[:1]), os.sched_getaffinity(0)
-    processes.start(processes.threads, one, every, home=tmp_path, log=tmp_path / "log").join()
-    assert (tmp_path / "log").read_text().splitlines() == ["1 1", " ".join([str(machine.usable_cores())] * 2)]
+def test_as_many_threads_as_cores_that_may_be_used():
+    script = """
+import os, torch
+from finetune import machine
+from finetune.model import precision
+every = os.sched_getaffinity(0)
+for cores in ({min(every)}, every):
+    os.sched_setaffinity(0, cores)
+    precision.use_physical_cores.__wrapped__()
+    print(torch.get_num_threads(), machine.usable_cores())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, text=True, capture_output=True, check=True)
+    assert done.stdout.splitlines() == ["1 1", " ".join([str(machine.usable_cores())] * 2)]
 
 
 @pytest.mark.parametrize("run", ["full", "lora", "qlora"])
