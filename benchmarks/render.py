@@ -1,9 +1,9 @@
-"""docs/speed.md with its picture, and docs/families.md, from the records in results/reference/.
+"""docs/speed.md with its picture, docs/families.md, and scores in docs/method.md, from records in results/reference/.
 
     python -m benchmarks.render                 # write the pages and the picture
     python -m benchmarks.render FILE [OTHER]    # print the page of one's own measurements; OTHER is a second host's
 
-The pages' texts are in speed.md.jinja and families.md.jinja, beside this file.
+The pages' texts are in speed.md.jinja, families.md.jinja and scores.md.jinja, beside this file.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import textwrap
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import jinja2
 import matplotlib.pyplot as plt
@@ -22,18 +24,19 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks import claims, gb10, ladder
+from benchmarks import claims, gb10, ladder, scores
 from benchmarks.records import SpeedRecord, read
 from benchmarks.roofline import scoring_ceiling
 from data_prep import DataError, UserError
 from data_prep.files import replacing
 from finetune.paths import PROJECT
-from finetune.wording import markdown
+from finetune.wording import NAMES, markdown
 
 FOLDER = PROJECT / "results" / "reference" / "throughput"
 PUBLISHED = (FOLDER / "h100.json", FOLDER / "h100-other-host.json")
 PAGE = PROJECT / "docs" / "speed.md"
 FAMILIES = PROJECT / "results" / "reference" / "families.json"
+METHOD = PROJECT / "docs" / "method.md"
 SECOND = "second host"
 # A way to save memory may cost this much of its method's best speed.
 KEPT_SPEED = 0.7
@@ -77,7 +80,8 @@ def publish() -> list[Path]:
     plt.close(figure)
     changed = []
     families = PROJECT / "docs" / "families.md", families_page(FAMILIES).encode()
-    for target, content in ((PAGE, text.encode()), (picture, drawn.getvalue()), families):
+    method = METHOD, with_scores(METHOD.read_text(encoding="utf-8"), scores.FILE).encode()
+    for target, content in ((PAGE, text.encode()), (picture, drawn.getvalue()), families, method):
         if not target.is_file() or target.read_bytes() != content:
             target.parent.mkdir(exist_ok=True)
             with replacing(target, "wb") as file:
@@ -129,9 +133,7 @@ def families_page(path: Path) -> str:
     Raises:
         DataError: It was measured on a tree with uncommitted changes.
     """
-    content = json.loads(path.read_bytes())
-    if content["environment"]["dirty"]:
-        raise DataError(path, "was measured on a tree with uncommitted changes: commit, then measure again")
+    content = repeatable(path)
     families = pd.DataFrame(content["families"])
     one, many = (name for name in families if name.startswith("scores_"))
     figures = {name: shown(families[name], "{:.0e}") for name in (one, many, "loss_difference")}
@@ -145,6 +147,64 @@ def families_page(path: Path) -> str:
         padded=families[families["rows"] == "padded"].to_dict("records"),
         environment=content["environment"],
     )
+
+
+def with_scores(page: str, path: Path) -> str:
+    """A page with what `python -m benchmarks.scores` wrote, in its block `<!-- scores -->`.
+
+    Raises:
+        DataError: It was measured on a tree with uncommitted changes.
+    """
+    content = repeatable(path)
+    runs, kinds = content["runs"], ("bf16", "fp32")
+    medians = [{kind: median(run["seconds"][kind]) for kind in kinds} for run in runs]
+    lines = [
+        [
+            NAMES[run["run"]],
+            *(f"{run['ties'][kind]}" for kind in kinds),
+            *(f"{100 * run['accuracy'][kind]:.2f}" for kind in kinds),
+            run["changed"],
+            *(f"{run['rows'] / seconds[kind]:,.0f}" for kind in kinds),
+        ]
+        for run, seconds in zip(runs, medians, strict=True)
+    ]
+    columns = ["", "ties: bf16", "fp32", "accuracy %: bf16", "fp32", "other labels", "articles/s: bf16", "fp32"]
+    tuned, base = [run for run in runs if run["run"] != "base"], runs[0]
+    shares = {kind: sorted(100 * run["multiples"][kind] / run["rows"] for run in tuned) for kind in kinds}
+    text = template("scores.md.jinja").render(
+        rows=base["rows"],
+        title=base["data"]["title"],
+        step=scores.STEP,
+        tie=scores.TIE,
+        table=markdown(pd.DataFrame(lines, columns=columns)),
+        on_grid={kind: f"{of[0]:.1f} to {of[-1]:.1f}" for kind, of in shares.items()},
+        # Both sides of each multiple count; a tie has but one.
+        by_chance=f"{100 * 2 * scores.TIE / scores.STEP:.1f}",
+        base_ties=f"{base['within_two_steps']['fp32'] * scores.TIE / (2 * scores.STEP + 0.01):.0f}",
+        unequal=sum(run["unequal_ties"] for run in runs),
+        longer={kind: sum(run["to_longer"][kind] for run in runs) for kind in kinds},
+        p_value=f"{min(run['p_value'] for run in runs):.2f}",
+        passes=len(base["seconds"]["fp32"]),
+        spread=f"{100 * max(max(of) / min(of) - 1 for run in runs for of in run['seconds'].values()):.0f}",
+        cost=f"{100 * max(max(of.values()) / min(of.values()) - 1 for of in medians):.0f}",
+        peak={kind: f"{max(run['peak_memory_bytes'][kind] for run in runs) / 1e9:.1f}" for kind in kinds},
+        environment=content["environment"],
+        fingerprint=base["data"]["fingerprint"],
+    )
+    head, tail = "<!-- scores -->\n", "<!-- /scores -->"
+    return page.partition(head)[0] + head + text + "\n" + tail + page.partition(tail)[2]
+
+
+def repeatable(path: Path) -> dict[str, Any]:
+    """A record's content.
+
+    Raises:
+        DataError: It was measured on a tree with uncommitted changes.
+    """
+    content = json.loads(path.read_bytes())
+    if content["environment"]["dirty"]:
+        raise DataError(path, "was measured on a tree with uncommitted changes: commit, then measure again")
+    return content
 
 
 def best_table(record: SpeedRecord) -> pd.DataFrame:
