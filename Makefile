@@ -33,6 +33,10 @@ lint: $(READY) ## check style and that committed notebooks carry no outputs
 	@$(VENV)/bin/nbstripout --keep-id --verify notebooks/*.ipynb
 
 lab: $(READY) ## open Jupyter Lab on 127.0.0.1:8888, with a token
+	@# Jupyter would ask in a pop-up whether it may fetch its news.
+	@mkdir -p $(VENV)/etc/jupyter/labconfig
+	@echo '{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}' \
+		> $(VENV)/etc/jupyter/labconfig/page_config.json
 	@# Jupyter asks root for --allow-root. On a rented GPU machine the user is root; the token and 127.0.0.1 protect both.
 	@$(VENV)/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.port=8888 --ServerApp.root_dir=$(CURDIR) \
 		$(if $(filter 0,$(shell id -u)),--allow-root)
