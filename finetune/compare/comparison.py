@@ -250,13 +250,16 @@ def load_folder(folder: Path, profile: str) -> Comparison:
     )
 
 
-def against_base(record: RunRecord) -> Pair:
-    """A run against the base model of its profile. Reads nothing of the other runs, which may be under way.
+def against_base(record: RunRecord) -> Pair | str:
+    """A run against the base model of its profile, or a sentence where the base was not evaluated yet. Reads nothing of
+    the other runs, which may be under way.
 
     Raises:
         DataError: As `load` does, of these two.
     """
     folder = paths.results_folder(record.profile)
+    if not (folder / "base" / records.RECORD).is_file():
+        return "The base model is not evaluated yet: run base_model_performance.ipynb, then this cell again."
     places = {"base": folder / "base", record.run: paths.run_folder(record.profile, record.run, record.variant)}
     evaluated = _read_evaluated(places, folder)
     predictions = {run: records.read_predictions(evaluated[run], place) for run, place in places.items()}
