@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from data_prep import UserError
 from data_prep.files import file_digest, sync
 
 
@@ -56,6 +59,36 @@ def locked(target: Path, waiting: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+# The folders of this process: a lock that nobody holds on to is freed.
+_owned: dict[Path, FileLock] = {}
+
+
+def own(folder: Path) -> None:
+    """Have a folder to this process until it calls `disown` or ends. A second call changes nothing.
+
+    Raises:
+        UserError: Another process has it.
+    """
+    if folder in _owned:
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(folder.with_name(f".{folder.name}.lock")), folder.with_name(f".{folder.name}.owner")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        # Written after the lock is taken.
+        who = owner.read_text() if owner.is_file() else "another process"
+        raise UserError(f"{who} trains in {folder} already: wait until it has saved its model, or end it") from None
+    _owned[folder] = lock
+    owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+
+
+def disown(folder: Path) -> None:
+    """Let other processes have a folder."""
+    if folder in _owned:
+        _owned.pop(folder).release()
 
 
 def folder_bytes(folder: Path) -> int:

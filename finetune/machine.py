@@ -11,13 +11,9 @@ import resource
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import pynvml
-
-if TYPE_CHECKING:
-    pass
 
 PACKAGES = (
     "torch",

@@ -171,8 +171,12 @@ def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = 
         overrides: Parameter values that win over everything else.
 
     Raises:
-        UserError: An unknown run, profile, parameter or value; or an engine that this machine does not have.
+        UserError: An unknown run, profile, parameter or value; an engine that this machine does not have; or one of
+            several processes asks.
     """
+    # Set by torchrun and accelerate launch; each process would write the same records.
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UserError(f"this is one of {processes} processes (WORLD_SIZE): start a run alone, without a launcher")
     if run not in METHODS:
         raise UserError(f"unknown run '{run}'; the runs are: {', '.join(METHODS)}")
     method = METHODS[run]

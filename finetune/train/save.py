@@ -17,7 +17,7 @@ from finetune import cards, paths, records
 from finetune.config.plan import Settings
 from finetune.config.recipes import ADAPTER_ONLY, Recipe
 from finetune.data import PreparedData
-from finetune.files import file_digests, folder_bytes, folder_digest, replacing_folder, short_digest
+from finetune.files import disown, file_digests, folder_bytes, folder_digest, own, replacing_folder, short_digest
 from finetune.model import load, unsloth
 from finetune.model.hub import model_path
 from finetune.model.packing import Backbone
@@ -126,8 +126,12 @@ def newest_checkpoint(trainer: PackedSFTTrainer) -> str | None:
 
     Returns:
         Its folder, for `trainer.train(resume_from_checkpoint=...)`; None to begin anew.
+
+    Raises:
+        UserError: Another process trains there.
     """
     folder = Path(trainer.args.output_dir)
+    own(folder)
     rows = hashlib.sha256(json.dumps(trainer.train_dataset.to_list()).encode()).hexdigest()
     trainer.clock.training = short_digest([trainer.backbone.model.config.to_dict(), rows, observed(trainer)])
     numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
@@ -236,6 +240,7 @@ def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer
     record = record.model_copy(update={"training": training})
     records.write(record, settings.run_folder)
     shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    disown(Path(trainer.args.output_dir))
     return record
 
 

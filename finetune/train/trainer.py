@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from data_prep import Example, Task
-from finetune import machine, metrics
+from finetune import files, machine, metrics
 from finetune.evaluate import score
 from finetune.model import encode, load, packing
 from finetune.model.checks import choose_backbone
@@ -239,11 +240,14 @@ class PackedSFTTrainer(SFTTrainer):
             print(f"{name}: {check}")
 
     def train(self, resume_from_checkpoint: str | None = None, **named):
-        """TRL's, except that an interrupted training saves a checkpoint first.
+        """TRL's, except that an interrupted training saves a checkpoint first, and that `args.output_dir` belongs to
+        this process until `save_run` has saved the model.
 
         Raises:
-            UserError: SIGINT, SIGTERM or SIGHUP came; the sentence says where the training goes on.
+            UserError: Another process trains there; or SIGINT, SIGTERM or SIGHUP came, and the sentence says where the
+                training goes on.
         """
+        files.own(Path(self.args.output_dir))
         # Where the training goes on is no point of the uninterrupted one's history.
         self._is_silent = self.args.eval_on_start and resume_from_checkpoint is not None
         with self.signals:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,15 @@ def prepare(overrides: dict[str, object]) -> None:
     from finetune import load_data, plan
 
     load_data(plan("lora", "cpu", overrides))
+
+
+def own(folder: Path) -> None:
+    """Have a folder until the process is killed."""
+    from finetune import files
+
+    files.own(folder)
+    print("owned", flush=True)
+    time.sleep(600)
 
 
 def execute(code: str, folder: Path) -> None:

@@ -352,3 +352,9 @@ class TestDocumentation:
         html = plan("lora", "cpu")._repr_html_()
         assert "asked for by name" in html
         assert "no CUDA on this machine" in html
+
+
+def test_one_of_several_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one of 2 processes"):
+        plan("lora", "cpu")

@@ -27,6 +27,7 @@ from finetune.data import load_data
 from finetune.evaluate import score
 from finetune.evaluate.find import find_run
 from finetune.evaluate.merge import merge
+from finetune.files import disown
 from finetune.model import encode, load
 from finetune.model.packing import Backbone
 from finetune.notebooks import run_cells
@@ -373,6 +374,23 @@ def test_an_ended_run_resumes_to_the_uninterrupted_runs_weights(tiny, tmp_path, 
     folder = "checkpoints" if run == "full" else "adapters"
     weights = [load_file(next((home / folder / f"cpu-{run}").glob("*model.safetensors"))) for home in homes.values()]
     assert same_weights(*weights)
+
+
+def test_a_training_that_another_process_has_is_refused_until_that_ends(tiny, tmp_path):
+    trainer = trainer_of("full", tiny)
+    state, log = Path(trainer.args.output_dir), tmp_path / "log"
+    other = processes.start(processes.own, state, home=tmp_path, log=log)
+    while not (log.exists() and log.read_text()):
+        assert other.is_alive()
+        time.sleep(0.01)
+    for begin in (lambda: newest_checkpoint(trainer), trainer.train):
+        with pytest.raises(UserError, match=f"process {other.pid} on .* trains in {state} already"):
+            begin()
+    other.kill()
+    other.join()
+    trainer.train(newest_checkpoint(trainer))
+    assert trainer.state.global_step == trainer.state.max_steps
+    disown(state)
 
 
 def test_a_validation_leaves_the_gradients_of_a_4_bit_model_as_they_were(tiny):
