@@ -180,7 +180,7 @@ def with_scores(page: str, path: Path) -> str:
         on_grid={kind: f"{of[0]:.1f} to {of[-1]:.1f}" for kind, of in shares.items()},
         # Both sides of each multiple count; a tie has but one.
         by_chance=f"{100 * 2 * scores.TIE / scores.STEP:.1f}",
-        base_ties=f"{base['within_two_steps']['fp32'] * scores.TIE / (2 * scores.STEP + 0.01):.0f}",
+        base_ties=f"{base['within_two_steps']['fp32'] * scores.TIE / scores.NEAR:.0f}",
         unequal=sum(run["unequal_ties"] for run in runs),
         longer={kind: sum(run["to_longer"][kind] for run in runs) for kind in kinds},
         p_value=f"{min(run['p_value'] for run in runs):.2f}",

@@ -36,6 +36,8 @@ REPEATS = 5
 TIE = 0.001
 # The log-odds of labels whose logits are bf16 numbers between 16 and 32 are multiples of it.
 STEP = 0.125
+# Two steps, with room for rounding.
+NEAR = 2 * STEP + 0.01
 
 
 class InBf16:
@@ -114,7 +116,7 @@ def difference(
     return {
         "accuracy": {name: metrics.compute(truth, each, labels).accuracy for name, each in predicted.items()},
         "ties": {name: int((each < TIE).sum()) for name, each in odds.items()},
-        "within_two_steps": {name: int((each <= 2 * STEP + 0.01).sum()) for name, each in odds.items()},
+        "within_two_steps": {name: int((each <= NEAR).sum()) for name, each in odds.items()},
         "multiples": {
             name: int((np.abs(each - STEP * np.round(each / STEP)) < TIE).sum()) for name, each in odds.items()
         },

@@ -1,12 +1,12 @@
 """Which package may import which: the walls of the house, read from the source, imports in functions included."""
 
-import ast
 import graphlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from sources import imported
 
 PROJECT = Path(__file__).parent.parent
 ENGINE = PROJECT / "finetune"
@@ -41,18 +41,6 @@ WITHOUT_TORCH = [
     "finetune.runner",
     *(f"finetune.compare.{path.stem}" for path in sorted((ENGINE / "compare").glob("[!_]*.py"))),
 ]
-
-
-def imported(path: Path) -> set[str]:
-    """The modules that a module imports; of `from a import b` both a and a.b, since b may be a module."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import"
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
 
 
 def packages(path: Path) -> set[str]:

@@ -1,6 +1,5 @@
 """The notebooks, executed as the suite does it, on the tiny model: what runs, what is reused, what is refused."""
 
-import ast
 import os
 import re
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from sources import imported
 
 from data_prep import UserError
 from finetune import keys, paths, records, runner
@@ -223,20 +223,18 @@ ENTRIES = {
 }
 
 
-def imported(entry: str) -> set[str]:
+def modules_behind(entry: str) -> set[str]:
     """The modules of the engine that this one imports, directly and through others, imports in functions included."""
-    engine = paths.PROJECT / "finetune"
-    found, waiting = set(), {entry}
+    files = {
+        ".".join(path.relative_to(paths.PROJECT).with_suffix("").parts): path
+        for path in (paths.PROJECT / "finetune").rglob("*.py")
+    }
+    found, waiting = set(), {f"finetune.{entry}"}
     while waiting:
-        tree = ast.parse((engine / waiting.pop().replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "finetune":
-                places = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-                names = {place.removeprefix("finetune.") for place in places}
-                modules = {name for name in names if (engine / name.replace(".", "/")).with_suffix(".py").is_file()}
-                waiting |= modules - found
-                found |= modules
-    return found
+        new = imported(files[waiting.pop()]) & files.keys() - found
+        waiting |= new
+        found |= new
+    return {name.removeprefix("finetune.") for name in found}
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -248,7 +246,8 @@ def test_every_module_that_computes_a_result_is_in_its_key(entry):
         for path in keys.sources(kind)
         if path.is_relative_to(paths.PROJECT / "finetune")
     }
-    assert len(imported(entry)) > 10 and imported(entry) <= computing | SHOWN_OR_WRITTEN | shown
+    behind = modules_behind(entry)
+    assert len(behind) > 10 and behind <= computing | SHOWN_OR_WRITTEN | shown
 
 
 def test_a_run_that_refuses_an_override_is_skipped_before_anything_runs(tiny):
