@@ -6,6 +6,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ def start(function: Callable, *arguments: object, home: Path, log: Path = Path(o
 
 def _call(function: Callable, arguments: tuple, home: str, log: Path) -> None:
     os.environ["FINETUNE_HOME"] = home
+    # Where the tests run under nohup, SIGHUP is ignored, and children inherit that.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # The garbage collector passes over what was imported, as in a kernel.
     gc.freeze()
     with log.open("w", buffering=1) as file, contextlib.redirect_stdout(file):
