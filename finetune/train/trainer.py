@@ -19,7 +19,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.utils.notebook import NotebookProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from data_prep import Example, Task
+from data_prep import Example, Task, UserError
 from finetune import files, machine, metrics
 from finetune.evaluate import score
 from finetune.model import encode, load, packing
@@ -28,6 +28,7 @@ from finetune.model.encode import IGNORED
 from finetune.train import checks, memory
 from finetune.train.callbacks import Clock, EvaluateAtTheEnd, SaveOnSignal, ShowProgress, StopOnNonFiniteLoss
 from finetune.train.graphs import GraphedPasses
+from finetune.train.portions import Articles, Portions
 from finetune.train.updates import update_in_backward
 
 # A row's tokens are the inner dimension of gradients' products, and tensor cores want 16 bytes of it: without, those of
@@ -66,7 +67,7 @@ class RowCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
         """A batch: `input_ids` and `labels` of shape (1, T), the `row`, and for what carries loss: the place that
-        `predicts` it, the `targets` and their `weights`."""
+        `predicts` it, the `targets` and their `weights`; and the `articles` themselves."""
         forest, labels, targets = packing.Forest(), [], []
         parent = None
         if self._shared:
@@ -91,6 +92,7 @@ class RowCollator:
             "labels": torch.tensor([labels]),
             **self._supervised(labels, targets, len(examples)),
             "row": row,
+            "articles": Articles(examples),
         }
 
     def _padding(self, tokens: int) -> int:
@@ -232,6 +234,7 @@ class PackedSFTTrainer(SFTTrainer):
         self._adds_rows &= self.packed and isinstance(self.backbone, packing.Backbone) and not update_in_backward
         if self.packed:
             self._passes = GraphedPasses(self._loss, self._trained) if cuda_graphs else None
+            self.portions = Portions(self.data_collator, self._trained)
             # The trainer calls it at each step; see floating_point_ops.
             model.zero_grad = self._forget_gradients
             # The loss divides by the whole update's supervised tokens itself.
@@ -244,14 +247,20 @@ class PackedSFTTrainer(SFTTrainer):
         this process until `save_run` has saved the model.
 
         Raises:
-            UserError: Another process trains there; or SIGINT, SIGTERM or SIGHUP came, and the sentence says where the
-                training goes on.
+            UserError: Another process trains there; one article does not fit into the memory, or the optimiser does
+                not; or SIGINT, SIGTERM or SIGHUP came, and the sentence says where the training goes on.
         """
         files.own(Path(self.args.output_dir))
         # Where the training goes on is no point of the uninterrupted one's history.
         self._is_silent = self.args.eval_on_start and resume_from_checkpoint is not None
-        with self.signals:
-            return super().train(resume_from_checkpoint, **named)
+        try:
+            with self.signals:
+                return super().train(resume_from_checkpoint, **named)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory after step {self.state.global_step}: gradients and optimiser do not fit beside the "
+                "model. Use LoRA or QLoRA, optim=adamw_8bit, or end other programs and kernels"
+            ) from error
 
     def preview(self) -> pd.DataFrame:
         """The tokens of the first rows that carry loss, decoded from the batch that the model gets."""
@@ -292,7 +301,17 @@ class PackedSFTTrainer(SFTTrainer):
         """Forward and backward pass; the row is active in both, because checkpointed layers run again in the second."""
         if not self.packed:
             return super().training_step(model, inputs, num_items_in_batch)
+        # Updated in the backward pass, a part of the weights is new already when it fails: nothing can be repeated.
+        if self.update_in_backward or "articles" not in inputs:
+            return self._pass(model, inputs, num_items_in_batch)
+        step = self.state.global_step + 1
+        return self.portions.run(inputs, lambda batch: self._pass(model, batch, num_items_in_batch), step)
+
+    def _pass(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         inputs = self._prepare_inputs(inputs)
+        if self.portions.largest:
+            # What was recorded holds memory, and its shapes are those of whole batches.
+            self._passes = None
         if self._passes:
             tokens = torch.as_tensor(num_items_in_batch, device=self.args.device)
             return self._passes({**inputs, **self._embedded(inputs["row"]), "tokens": tokens})
