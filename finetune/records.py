@@ -110,7 +110,7 @@ class Generation(Part):
 
 
 class Evaluation(Part):
-    """Test metrics by scoring, on all rows and on those without a duplicate in train; and by generation.
+    """Test metrics by scoring, on all rows and on those without a duplicate; and by generation.
 
     `dtype` is the type of matrix products, and `precision` the reason for it, which older records do not hold.
     """

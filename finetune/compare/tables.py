@@ -49,7 +49,7 @@ def summary(comparison: Comparison) -> pd.DataFrame:
 
 def quality(comparison: Comparison) -> pd.DataFrame:
     """Accuracy and all METRICS of the first seed with their differences to the base, and accuracy on the rows whose
-    article is not in the training rows too."""
+    article is in no training or validation row."""
     base, lines = comparison.scoring["base"], {}
     for name, of in comparison.scoring.items():
         alone = comparison.without_duplicates[name]

@@ -100,7 +100,7 @@ def summary(record: records.RunRecord) -> pd.DataFrame:
     result = record.evaluation
     rows = {
         "scoring, all test rows": result.scoring,
-        "scoring, rows without a duplicate in train": result.without_duplicates,
+        "scoring, rows without a duplicate": result.without_duplicates,
         "generation, valid JSON or wrong": result.generation and result.generation.metrics,
     }
     return pd.DataFrame(
@@ -172,7 +172,7 @@ def _evaluate_model(
         _predictions(task, examples, probabilities, answers),
         _predictions(task, data.validation, validation, []),
     )
-    alone = [row for row, example in enumerate(examples) if not example.has_duplicate]
+    repeated = [example.has_duplicate or example.in_validation for example in examples]
     return records.Evaluation(
         environment=records.environment(),
         artefact_digest=found.training.artefact_digest if found.training else None,
@@ -184,9 +184,7 @@ def _evaluate_model(
         precision=str(precision),
         scoring=metrics.compute(labels, predicted, task.labels),
         log_loss=metrics.log_loss(labels, probabilities, task.labels),
-        without_duplicates=metrics.compute([labels[r] for r in alone], [predicted[r] for r in alone], task.labels)
-        if alone
-        else None,
+        without_duplicates=metrics.compute_without(repeated, labels, predicted, task.labels),
         generation=generation,
         predictions_digest=digest,
     )
@@ -239,6 +237,7 @@ def _predictions(
             probabilities=dict(zip(task.labels, probabilities[row], strict=True)),
             generated=generated[row],
             has_duplicate=example.has_duplicate,
+            in_validation=example.in_validation,
         )
         for row, example in enumerate(examples)
     ]
