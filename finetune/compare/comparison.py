@@ -357,6 +357,12 @@ def _read_evaluated(places: dict[str, Path], folder: Path) -> dict[str, RunRecor
     evaluated = {run: record for run, record in read.items() if record.evaluation}
     if "base" not in evaluated:
         raise DataError(folder, "the base model was not evaluated; run base_model_performance.ipynb first")
+    weights = {
+        run: record.training.base_digest if record.training else record.evaluation.artefact_digest
+        for run, record in evaluated.items()
+    }
+    # Older records do not know them.
+    check_comparable({places[run]: {"base weights": digest} for run, digest in weights.items() if digest})
     return evaluated
 
 

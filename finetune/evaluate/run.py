@@ -14,6 +14,7 @@ from finetune.evaluate import score
 from finetune.evaluate.find import Found, check_loaded, values_of
 from finetune.files import short_digest
 from finetune.model import checks, encode, load, packing, padded
+from finetune.model.hub import base_digest
 from finetune.model.precision import Precision
 from finetune.model.template import Template
 from finetune.predictions import Prediction
@@ -175,7 +176,7 @@ def _evaluate_model(
     repeated = [example.has_duplicate or example.in_validation for example in examples]
     return records.Evaluation(
         environment=records.environment(),
-        artefact_digest=found.training.artefact_digest if found.training else None,
+        artefact_digest=found.training.artefact_digest if found.training else base_digest(backbone.model.config),
         seconds=seconds,
         articles_per_second=len(examples) / seconds,
         peak_memory_bytes=machine.peak_memory()[0],

@@ -19,7 +19,7 @@ from finetune.config.recipes import ADAPTER_ONLY, Recipe
 from finetune.data import PreparedData
 from finetune.files import disown, file_digests, folder_bytes, folder_digest, own, replacing_folder, short_digest
 from finetune.model import load, unsloth
-from finetune.model.hub import model_path
+from finetune.model.hub import base_digest, model_path
 from finetune.model.packing import Backbone
 from finetune.model.template import Template
 from finetune.records import RunRecord
@@ -237,6 +237,8 @@ def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer
         artefact=str(folder.relative_to(paths.home())),
         artefact_bytes=folder_bytes(folder),
         artefact_digest=folder_digest(folder),
+        base_digest=base_digest(model.config),
+        base_revision=model.config._commit_hash or "",
         history=_history(trainer.state.log_history),
     )
     record = record.model_copy(update={"training": training})
