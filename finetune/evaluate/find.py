@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from data_prep import UserError
 from finetune import machine, paths, records
 from finetune.config.methods import METHODS
-from finetune.config.plan import EVALUATION_ONLY, Experiment, plan
+from finetune.config.plan import EVALUATION_ONLY, Experiment, left_aligned, plan
 from finetune.files import folder_digest
 from finetune.model import load
 from finetune.model.hub import base_digest, model_path
@@ -82,7 +82,7 @@ class Found:
         return pd.DataFrame({"": facts})
 
     def _repr_html_(self) -> str:
-        return self.table().style.set_properties(**{"text-align": "left"}).to_html()
+        return left_aligned(self.table()).to_html()
 
 
 def find_run(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> Found:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from data_prep import Example, Task, UserError
 from finetune import machine, metrics, paths, predictions, records
 from finetune.config.methods import METHODS
-from finetune.config.plan import Experiment
+from finetune.config.plan import Experiment, left_aligned
 from finetune.data import PreparedData
 from finetune.evaluate import score
 from finetune.evaluate.find import Found, check_loaded, values_of
@@ -132,12 +133,12 @@ def class_table(record: records.RunRecord) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def confident_errors(record: records.RunRecord, data: PreparedData, rows: int = 8) -> pd.DataFrame:
-    """The wrong answers that the model was surest of, with their text."""
+def confident_errors(record: records.RunRecord, data: PreparedData, rows: int = 8) -> Styler:
+    """The wrong answers that the model was surest of, with their text, as a table for a notebook."""
     articles = {example.id: example.text for example in data.test}
     wrong = [row for row in _read_predictions(record) if row.prediction != row.label]
     wrong.sort(key=lambda row: row.probabilities[row.prediction], reverse=True)
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "probability": [f"{row.probabilities[row.prediction]:.2f}" for row in wrong[:rows]],
             "predicted": [row.prediction for row in wrong[:rows]],
@@ -145,6 +146,7 @@ def confident_errors(record: records.RunRecord, data: PreparedData, rows: int = 
             "article": [articles[row.id] for row in wrong[:rows]],
         }
     )
+    return left_aligned(table).hide(axis="index")
 
 
 def _read_predictions(record: records.RunRecord) -> list[Prediction]:

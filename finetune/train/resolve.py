@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from finetune import machine
-from finetune.config.plan import Settings
+from finetune.config.plan import Settings, left_aligned
 from finetune.config.recipes import Recipe
 from finetune.data import PreparedData
 from finetune.model import checks, encode, load
@@ -42,7 +42,7 @@ class Resolved:
         return pd.DataFrame({"choice and reason": self.reasons})
 
     def _repr_html_(self) -> str:
-        return self.table().style.set_properties(**{"text-align": "left"}).to_html()
+        return left_aligned(self.table()).to_html()
 
 
 def resolve(settings: Settings, data: PreparedData) -> Resolved:
