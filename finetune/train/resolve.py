@@ -93,7 +93,9 @@ def housekeeping(settings: Settings) -> dict[str, Any]:
     """What an `SFTConfig` needs besides the method: folders, logs and how often a checkpoint is written."""
     # transformers 5 takes the folder of TensorBoard's logs from the environment alone.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(settings.run_folder / "tensorboard")
-    saves = settings.recipe.save_steps
+    recipe = settings.recipe
+    # The best weights are those of a checkpoint.
+    saves = recipe.eval_steps if recipe.load_best_model_at_end else recipe.save_steps
     return {
         "output_dir": str(settings.state_folder),
         "logging_steps": 0.02,

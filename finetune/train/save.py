@@ -95,6 +95,7 @@ def observed(trainer: PackedSFTTrainer) -> dict[str, Any]:
         ),
         "save_steps": found["save_steps"] if given["save_strategy"] == "steps" else 0.0,
         "seed": args.seed,
+        "early_stopping_patience": trainer.early_stopping_patience,
         "callbacks": [type(callback).__name__ for callback in trainer.added_callbacks],
     }
     other = {name: value for name, value in given.items() if name not in known | HOUSEKEEPING | {"seed"}}

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from IPython import get_ipython
 from torch.nn import functional
-from transformers import ProgressCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 from transformers.utils.notebook import NotebookProgressCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -135,6 +135,8 @@ class PackedSFTTrainer(SFTTrainer):
         article_loss: Weight of the article's own loss beside the answer's.
         cuda_graphs: Replay each step as one CUDA graph.
         update_in_backward: Update each weight in the backward pass (`updates`), unclipped.
+        early_stopping_patience: Ends the training after so many measurements without a new best one, as
+            `args.metric_for_best_model` has it.
         named: What SFTTrainer takes besides, such as `optimizers`.
 
     Raises:
@@ -155,11 +157,14 @@ class PackedSFTTrainer(SFTTrainer):
         article_loss: float = 0.0,
         cuda_graphs: bool = False,
         update_in_backward: bool = False,
+        early_stopping_patience: int | None = None,
         **named: Any,
     ):
         # What save_run reads of what ran.
         self.packed, self.article_loss, self.cuda_graphs = args.packing, article_loss, cuda_graphs
         self.update_in_backward, self.added_callbacks, self.added = update_in_backward, list(callbacks), named
+        self.early_stopping_patience = early_stopping_patience
+        stopping = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
         self.clock, self.signals, self._is_silent = Clock(), SaveOnSignal(), False
         adapted = getattr(model, "peft_config", None)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -205,7 +210,7 @@ class PackedSFTTrainer(SFTTrainer):
             processing_class=processing_class,
             train_dataset=Dataset.from_list([row.row(supervised) for row in encoded]),
             eval_dataset=Dataset.from_list([row.row() for row in watched]),
-            callbacks=[self.clock, EvaluateAtTheEnd(), StopOnNonFiniteLoss(), *callbacks, self.signals],
+            callbacks=[self.clock, EvaluateAtTheEnd(), StopOnNonFiniteLoss(), *stopping, *callbacks, self.signals],
             **named,
         )
         shell = get_ipython()
@@ -255,12 +260,19 @@ class PackedSFTTrainer(SFTTrainer):
         self._is_silent = self.args.eval_on_start and resume_from_checkpoint is not None
         try:
             with self.signals:
-                return super().train(resume_from_checkpoint, **named)
+                ended = super().train(resume_from_checkpoint, **named)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"out of memory after step {self.state.global_step}: gradients and optimiser do not fit beside the "
                 "model. Use LoRA or QLoRA, optim=adamw_8bit, or end other programs and kernels"
             ) from error
+        if self.args.load_best_model_at_end:
+            self.checks["kept weights"] = (
+                f"those of step {self.state.best_global_step} of {self.state.global_step}, with "
+                f"{self.state.best_metric:.1%} of the validation rows right"
+            )
+            print(f"kept weights: {self.checks['kept weights']}")
+        return ended
 
     def preview(self) -> pd.DataFrame:
         """The tokens of the first rows that carry loss, decoded from the batch that the model gets."""
