@@ -127,7 +127,16 @@ def choose_backbone(model, sequences: Sequence[Sequence[int]]) -> tuple[Backbone
             tolerance, context = LARGEST_BF16_ERROR, torch.autocast("cuda", dtype=torch.bfloat16)
         with context:
             device = model.get_output_embeddings().weight.device
-            own = [model(input_ids=torch.tensor([ids], device=device)).logits[0] for ids in (longest, shortest)]
+            try:
+                own = [model(input_ids=torch.tensor([ids], device=device)).logits[0] for ids in (longest, shortest)]
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                # Mamba reads weights past their layers, which in 4 bits are of another shape.
+                raise UserError(
+                    f"{model.config.name_or_path} cannot run its own forward pass ({str(error).splitlines()[0]}); "
+                    "choose another model, or a method without 4-bit weights"
+                ) from error
             together = _Sample([longest, shortest])
             try:
                 backbone = kind(model)

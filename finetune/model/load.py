@@ -98,7 +98,7 @@ def add_lora(model, config: LoraConfig):
 
     Raises:
         UserError: The model has no module of a name in `target_modules`, and an adapter on the others alone is another
-            method; or the engine puts it outside the language model.
+            method; PEFT refuses it; or the engine puts it outside the language model.
     """
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -114,7 +114,13 @@ def add_lora(model, config: LoraConfig):
     if model.config.get_text_config() is not model.config:
         # A vision tower has layers of the same names.
         config.exclude_modules = rf"(?!{re.escape(language)}\.).*"
-    adapted = unsloth.add_lora(model, config) if unsloth.has_loaded(model) else get_peft_model(model, config)
+    try:
+        adapted = unsloth.add_lora(model, config) if unsloth.has_loaded(model) else get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            f"PEFT puts no such adapter on this model ({error}); set target_modules to some of "
+            f"{', '.join(sorted(linear))}, or train all weights"
+        ) from error
     places = [path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if outside := [path for path in places if not path.startswith(f"{language}.")]:
         raise UserError(f"{outside[0]} got an adapter, and is not in the language model: set engine=transformers")

@@ -46,6 +46,14 @@ def test_a_layer_of_the_vision_tower_alone_is_refused(reads_images):
         add_lora(reads_images, LoraConfig(target_modules=["q_proj", "out_proj"]))
 
 
+def test_an_adapter_that_peft_refuses_is_refused_in_a_sentence(tiny_model):
+    model = families.tiny_family("state space", AutoTokenizer.from_pretrained(tiny_model))
+    with pytest.raises(
+        UserError, match=r"^PEFT puts no such adapter on this model \(.*out_proj.*\); set target_modules"
+    ):
+        add_lora(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
 @pytest.mark.parametrize(
     ("name", "modules", "said"),
     [
