@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from data_prep import UserError
@@ -143,7 +143,7 @@ def check_loaded(found: Found, model, ids: Sequence[int]) -> None:
 
     Raises:
         UserError: It was loaded from another place, the artefact was changed meanwhile, its adapter's base was changed
-            since the training, or its adapter is not in the model or changes nothing.
+            since the training, or its adapter is not in the model, not as it was trained, or changes nothing.
     """
     is_adapter = found.trained.get("adapter", False)
     place = found.artefact if found.artefact and not is_adapter else model_path(found.experiment.model)
@@ -171,6 +171,13 @@ def check_loaded(found: Found, model, ids: Sequence[int]) -> None:
         raise UserError(
             f"the adapter in {found.artefact} was not applied: the model lacks {len(lacking)} of its {len(adapter)} "
             f"matrices, such as {lacking[0]}; load it by PeftModel.from_pretrained(model, found.artefact)"
+        )
+    as_saved, as_loaded = LoraConfig.from_pretrained(found.artefact), model.peft_config["default"]
+    scales = ("lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern")
+    if model.active_adapters != ["default"] or any(getattr(as_saved, of) != getattr(as_loaded, of) for of in scales):
+        raise UserError(
+            f"the adapter in {found.artefact} was not applied as it was trained: another one is active, or its scale "
+            "was changed; load it by PeftModel.from_pretrained(model, found.artefact)"
         )
     row = torch.tensor([list(ids)], device=model.device)
     tuned = model(input_ids=row).logits

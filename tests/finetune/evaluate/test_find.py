@@ -173,6 +173,21 @@ def test_the_base_of_a_hub_model_is_its_files_in_the_cache_whatever_the_commit(t
     assert found[0] == found[1] == base_digest(AutoConfig.from_pretrained(tiny_model)) != base_digest(config)
 
 
+def test_another_adapter_beside_it_or_another_scale_is_not_judged_under_its_name(trained, adapter):
+    found, wanted = find_run("lora", "cpu"), "was not applied as it was trained: another one is active, or its scale"
+    model = on_base(trained, adapter)
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    check_loaded(found, model, IDS)
+    model.set_adapter("other")
+    with pytest.raises(UserError, match=wanted):
+        check_loaded(found, model, IDS)
+    config = LoraConfig.from_pretrained(adapter)
+    config.lora_alpha *= 2
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(trained / "base"), adapter, config=config)
+    with pytest.raises(UserError, match=wanted):
+        check_loaded(found, model, IDS)
+
+
 def test_keys_that_do_not_match_and_an_adapter_that_changes_nothing_are_refused(trained, adapter):
     """Though they are recorded: peft loads both without an error."""
     found = find_run("lora", "cpu")
