@@ -60,6 +60,8 @@ def test_an_adapter_that_peft_refuses_is_refused_in_a_sentence(tiny_model):
         ("hybrid", ["q_proj", "in_proj"], "adapter: 1 x in_proj, q_proj; the model has 2 layers"),
         ("experts", ["q_proj", "gate_proj"], "adapter: 2 x gate_proj, q_proj; the model has 2 layers"),
         ("learned positions", ["c_attn"], "adapter: 2 x c_attn; the model has 2 layers"),
+        # transformers finds no decoder in it.
+        ("chunks", ["q_proj", "o_proj"], "adapter: 2 x o_proj, q_proj; the model has 2 layers"),
     ],
 )
 def test_it_says_how_many_layers_got_it(tiny_model, capsys, name, modules, said):
