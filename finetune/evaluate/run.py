@@ -182,7 +182,7 @@ def _evaluate_model(
         seconds=seconds,
         articles_per_second=len(examples) / seconds,
         peak_memory_bytes=machine.peak_memory()[0],
-        batch_size=experiment.per_device_eval_batch_size,
+        batch_size=scorer.batch_size,
         dtype=precision.name,
         precision=str(precision),
         scoring=metrics.compute(labels, predicted, task.labels),
