@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,8 @@ from finetune.resampling import Counts
 # The level of all tests, and the power with which a difference should be found.
 SIGNIFICANT = 0.05
 POWER = 0.8
+# Tables and pictures show so many classes one by one; of more, the worst.
+MOST_CLASSES = 10
 
 
 class ClassMetrics(BaseModel):
@@ -166,6 +168,17 @@ def compute_without(
     """The same on the rows that are not marked as repeated; None where all are."""
     alone = [row for row, is_repeated in enumerate(repeated) if not is_repeated]
     return compute([labels[row] for row in alone], [predictions[row] for row in alone], classes) if alone else None
+
+
+def shown_classes(scorings: Iterable[Metrics]) -> list[str]:
+    """The classes that tables and pictures of these figures show: of more than MOST_CLASSES those with the lowest mean
+    F1, the worst first."""
+    found = list(scorings)
+    names = list(found[0].classes)
+    if len(names) <= MOST_CLASSES:
+        return names
+    there = [name for name in names if found[0].classes[name].rows]
+    return sorted(there, key=lambda name: sum(of.classes[name].f1 for of in found))[:MOST_CLASSES]
 
 
 def first_difference(recorded: Metrics, labels: Sequence[str], predictions: Sequence[str]) -> str | None:

@@ -85,6 +85,13 @@ class TestEvaluate:
         # The 32 training rows are eight of each class, so that the first in the alphabet is as frequent as any.
         assert {row.prediction for row in rows["majority"]} == {"Business"}
 
+    def test_the_majority_is_that_of_all_training_rows(self, evaluated, tiny, monkeypatch):
+        data, _ = evaluated
+        # Those that are trained on are drawn evenly from the classes.
+        monkeypatch.setitem(data.manifest.rows, "train", {"World": 80, "Sports": 120, "Business": 50, "Sci/Tech": 120})
+        settings = plan("base", "cpu", {"model": tiny["model"]})
+        assert baselines.fit_majority(settings, data).scoring.confusion == [[0, 0, 0, 6]] * 4
+
     def test_few_shots_are_training_rows(self, evaluated):
         _, rows = baseline_records.read_all(paths.results_folder("cpu"))
         assert all(row.probabilities == {} for name in ("majority", "svm") for row in rows[name])
