@@ -79,6 +79,23 @@ class LabelScorer:
         # Once, at the end: to wait for a batch would leave the GPU idle while the next one is laid out.
         return torch.cat(scores).double().softmax(dim=1).cpu().numpy()
 
+    @torch.inference_mode()
+    def states(self, prompts: Sequence[list[int]], progress: str | None = None) -> np.ndarray:
+        """The last hidden state where a label would begin, as the output layer gets it, shape (prompts, width)."""
+        shared, found = shared_length(prompts), []
+        handle = self.backbone.head.register_forward_hook(lambda _, given, __: found.append(given[0][0].float().cpu()))
+        try:
+            for start in tqdm(range(0, len(prompts), self.batch_size), desc=progress, disable=progress is None):
+                forest = Forest()
+                root = forest.add(prompts[0][:shared]) if shared else None
+                batch = prompts[start : start + self.batch_size]
+                places = [forest.last(forest.add(prompt[shared:] + self._prefix, root)) for prompt in batch]
+                row = forest.row().to(self.backbone.device)
+                self.backbone(row, _on(places, row.input_ids))
+        finally:
+            handle.remove()
+        return torch.cat(found).numpy()
+
     def _score_batch(self, prompts: Sequence[list[int]], shared: int) -> torch.Tensor:
         """Log-probabilities of the labels, shape (prompts, labels), of prompts with `shared` common tokens."""
         row, places, tokens = self._layout(prompts, shared)

@@ -7,8 +7,14 @@ from collections import Counter
 from dataclasses import replace
 
 import factories
+import numpy as np
 import pytest
+import torch
 from factories import right_on, write_run
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep import DataError, Example
 from data_prep.sources import sample
@@ -67,12 +73,13 @@ class TestEvaluate:
         data = load_data(settings)
         model, tokenizer = load_model(settings.experiment.model, dtype="float32")
         fitted = baselines.fit_majority(settings, data), baselines.fit_svm(settings, data)
-        return data, baselines.table(*fitted, baselines.few_shot(settings, data, model, tokenizer))
+        asked = (fit(settings, data, model, tokenizer) for fit in (baselines.fit_logistic, baselines.few_shot))
+        return data, baselines.table(*fitted, *asked)
 
     def test_all_are_recorded_with_figures_that_their_predictions_give(self, evaluated):
         data, table = evaluated
         found, rows = baseline_records.read_all(paths.results_folder("cpu"))
-        assert list(found) == ["majority", "svm", "few_shot"]
+        assert list(found) == ["majority", "svm", "logistic", "few_shot"]
         for name, baseline in found.items():
             right = sum(row.prediction == row.label for row in rows[name])
             assert baseline.scoring.accuracy == pytest.approx(right / 24)
@@ -91,6 +98,31 @@ class TestEvaluate:
         monkeypatch.setitem(data.manifest.rows, "train", {"World": 80, "Sports": 120, "Business": 50, "Sci/Tech": 120})
         settings = plan("base", "cpu", {"model": tiny["model"]})
         assert baselines.fit_majority(settings, data).scoring.confusion == [[0, 0, 0, 6]] * 4
+
+    def test_the_logistic_regression_reads_the_models_own_states(self, evaluated, tiny):
+        data, _ = evaluated
+        tokenizer = AutoTokenizer.from_pretrained(tiny["model"])
+        model = AutoModelForCausalLM.from_pretrained(tiny["model"])
+
+        before = tokenizer('{"category":"', add_special_tokens=False)["input_ids"]
+
+        @torch.no_grad()
+        def state(row) -> np.ndarray:
+            written = tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(written, add_special_tokens=False)["input_ids"] + before
+            return model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1].numpy()
+
+        states = {split: np.array([state(row) for row in getattr(data, split)]) for split in ("train", "validation")}
+        labels = {split: [row.label for row in getattr(data, split)] for split in states}
+        scores = {
+            value: make_pipeline(StandardScaler(), LogisticRegression(C=value, max_iter=1000))
+            .fit(states["train"], labels["train"])
+            .score(states["validation"], labels["validation"])
+            for value in baselines.LOGISTIC_C
+        }
+        found = baseline_records.read_all(paths.results_folder("cpu"))[0]["logistic"]
+        assert found.validation_accuracy == pytest.approx(max(scores.values()))
+        assert found.description.endswith(f"C = {max(scores, key=scores.get):g}") and found.fit_seconds > 0
 
     def test_few_shots_are_training_rows(self, evaluated):
         _, rows = baseline_records.read_all(paths.results_folder("cpu"))
@@ -232,16 +264,20 @@ class TestInTheComparison:
         write_baseline(results, "majority", right_on(10, 40))
         write_baseline(results, "svm", right_on(28, 40))
         write_baseline(results, "few_shot", right_on(24, 40))
+        write_baseline(results, "logistic", right_on(26, 40))
         compared = load("cpu")
         assert list(tables.quality(compared).index) == [
             "majority class",
             "TF-IDF + linear SVM",
             "base model",
+            "base, logistic regression",
             "base, few-shot",
             "LoRA",
         ]
         assert tables.quality(compared).loc["TF-IDF + linear SVM", "accuracy %"] == "70.0"
-        assert [(pair.first, pair.second) for pair in compared.pairs] == [("lora", "base"), ("lora", "svm")]
+        assert [(pair.first, pair.second) for pair in compared.pairs] == [
+            ("lora", name) for name in ("base", "svm", "logistic")
+        ]
         # Rows 28 to 35 are LoRA's alone: 2/2⁸, the larger of the two.
         assert compared.pairs[1].corrected_p == pytest.approx(2 / 2**8)
 
