@@ -84,8 +84,8 @@ class Manifest(BaseModel):
 
     `fingerprint` has 12 hexadecimal digits that change when any row, label or prompt changes. `rows` maps split to
     label to count; `files` maps split to the SHA-256 of its JSONL file; `tokens` maps prompt to statistics of the whole
-    example in tokens, or is None where no tokenizer was at hand. `recognised` says how the source is written, and
-    `version` which version of this package read it.
+    example in tokens, or is None where no tokenizer was at hand. `recognised` says how the source is written,
+    `version` which version of this package read it, and `description` is the digest of the task's description.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -103,6 +103,7 @@ class Manifest(BaseModel):
     tokens: dict[str, Any] | None
     recognised: list[str] = []
     version: int = 1
+    description: str = ""
 
     def total(self, split: Split) -> int:
         return sum(self.rows[split].values())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.clean import repaired
 from data_prep.duplicates import DuplicateFinder
 from data_prep.errors import DataError, UserError
 from data_prep.files import (
@@ -28,6 +29,7 @@ from data_prep.files import (
     write_json,
 )
 from data_prep.sources import Row, Source
+from data_prep.splits import shares
 
 TokenCounter = Callable[[Sequence[list[Message]]], list[int]]
 
@@ -72,12 +74,13 @@ def prepare(
         "task": task.name,
         "source": provenance,
         "prompt": task.find_prompt(prompt).id,
-        "normalised": clean and task.clean is not None,
+        "normalised": clean and bool(task.repairs),
+        "description": task.digest,
         "seed": seed,
         "version": VERSION,
     }
     existing = _existing(folder, provenance)
-    cut = None if "validation" in source.splits() else validation_rows
+    cut = None if "validation" in source.splits() else _rows_to_cut(source, validation_rows)
     if existing and _answers(existing, request, cut, folder, count_tokens is not None):
         return existing, True
 
@@ -143,6 +146,13 @@ def prepare(
     return manifest, False
 
 
+def _rows_to_cut(source: Source, validation_rows: int) -> int:
+    """How many training rows become validation rows: the task's share of them, if it names one."""
+    if source.task.splits is None:
+        return validation_rows
+    return round(source.task.splits.validation * sum(1 for _ in source.rows("train")))
+
+
 def _existing(folder: Path, provenance: dict) -> Manifest | None:
     """The manifest that is there already, None if there is none; refuses a folder that holds something else."""
     if (folder / MANIFEST).is_file():
@@ -191,13 +201,13 @@ def _validation_mask(source: Source, validation_rows: int, seed: int) -> np.ndar
             f"choose between {len(indices)} and {len(labels) // 2}"
         )
     counts = np.bincount(labels, minlength=len(indices))
-    cut = _shares(counts, validation_rows)
+    cut = shares(counts, validation_rows)
     if rare := [index for index in indices.values() if counts[index] and not 0 < cut[index] < counts[index]]:
         label, there = source.task.labels[rare[0]], counts[rare[0]]
         enough = [
             rows
             for rows in range(len(indices), len(labels) // 2 + 1)
-            if all(0 < share < count for share, count in zip(_shares(counts, rows), counts, strict=True))
+            if all(0 < share < count for share, count in zip(shares(counts, rows), counts, strict=True))
         ]
         remedy = (
             f"choose validation_rows={min(enough, key=lambda rows: abs(rows - validation_rows))}"
@@ -216,17 +226,11 @@ def _validation_mask(source: Source, validation_rows: int, seed: int) -> np.ndar
     return mask
 
 
-def _shares(counts: np.ndarray, rows: int) -> np.ndarray:
-    """`rows` divided among the classes by their counts; cumulative rounding makes the sum exact."""
-    ends = np.rint(np.cumsum(counts) * rows / counts.sum()).astype(int)
-    return np.diff(ends, prepend=0)
-
-
 def _cleaned(source: Source, split: Split, clean: bool, step: int = 1) -> Iterator[Row]:
     """Every `step`-th row of a split, repaired if that is wanted; the others are not even repaired."""
-    repair = source.task.clean if clean else None
+    repairs = source.task.repairs if clean else ()
     for number, row in enumerate(islice(source.rows(split), 0, None, step)):
-        cleaned = Row(tuple(map(repair, row.texts)), row.label) if repair else row
+        cleaned = Row(tuple(repaired(text, repairs) for text in row.texts), row.label) if repairs else row
         if not cleaned.text:
             raise DataError(f"{source.place(split)}, row {number * step + 1}", "empty text: nothing but markup")
         yield cleaned

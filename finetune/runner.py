@@ -272,6 +272,7 @@ class Suite:
             *(cell.encode() for cell in cells),
             # The comparison has no settings of its own: the records that it reads hold those of the runs.
             {"train": plan.training_digest, "evaluate": plan.digest, "compare": ""}[step.kind].encode(),
+            plan.task.digest.encode(),
             manifest.read_bytes() if manifest.is_file() else b"",
             *(keys.code(path) for path in sorted(keys.sources(step.kind))),
             *([] if step.kind == "compare" else keys.model_files(plan.experiment.model)),

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from data_prep import TASKS
+from data_prep import find_task, known_tasks
 from data_prep.files import replacing
 from finetune import metrics
 from finetune.baseline_records import Baseline
@@ -110,7 +110,8 @@ def render(
 def notes(comparison: Comparison) -> list[str]:
     """What a reader has to know of the figures, in sentences; each only where it is so."""
     record, tuned = comparison.any_record, comparison.tuned()
-    data, found, task = record.data, [], TASKS.get(record.data.task)
+    data, found = record.data, []
+    task = find_task(data.task) if data.task in known_tasks() else None
     if data.source == "sample":
         found.append(
             "We wrote the built-in sample for this project. It shows that everything works and what the methods cost "
@@ -184,7 +185,7 @@ def _suspected(comparison: Comparison, articles: Mapping[str, str], suspects: Se
 def _prompt(comparison: Comparison) -> list[dict[str, str]]:
     """The messages of an article's prompt and answer with placeholders; empty where the code has it no more."""
     data = comparison.any_record.data
-    return TASKS[data.task].form(data.prompt) if data.task in TASKS else []
+    return find_task(data.task).form(data.prompt) if data.task in known_tasks() else []
 
 
 def _software(comparison: Comparison) -> dict[str, str]:

@@ -50,19 +50,20 @@ class Experiment:
     model: Annotated[str, Field(min_length=1)] = "embedded"
     """A causal chat model: a hub name, a folder, or `embedded` (SmolLM2-135M-Instruct from a PyPI wheel)."""
     task: str = "ag_news"
-    """Texts and labels: a task of data_prep/task.py."""
-    source: Literal["sample", "csv", "hub"] = "sample"
-    """Where the rows come from."""
+    """Texts and labels: `ag_news`, or a file `tasks/NAME.yaml` of your own."""
+    source: Literal["sample", "files", "hub", "csv"] = "sample"
+    """Where the rows come from, of the sources that the task has; its own where it lacks this one. `csv` is a folder in
+    the task's form."""
     data_path: str | None = None
-    """The CSV folder for source=csv; for source=hub a data set's name, or a folder of it (default: the task's)."""
+    """The folder for source=csv; else other files or another data set than the task's."""
     prompt: str = "lean"
-    """The prompt before every text: AG News has `lean` and `verbose`."""
+    """The prompt before every text: `lean` asks for one of the labels, `verbose` explains them."""
     normalise: bool = True
     """Repair the task's text artefacts (AG News: #39; &lt;b&gt; and backslashes)."""
     train_rows: Count | None = None
     """Training rows to use, drawn evenly from the classes; all if not given."""
     validation_rows: Annotated[int, Field(ge=4)] = 2000
-    """Training rows to set aside for validation, if the source has no validation split."""
+    """Training rows to set aside for validation, if the source has no validation split and the task names no share."""
     test_rows: Count | None = None
     """Test rows to use, drawn evenly from the classes; all if not given."""
     generation_rows: Annotated[int, Field(ge=0)] = 1000
@@ -140,7 +141,7 @@ class Settings:
         """Parameter, value, origin and meaning, one row a parameter: what was asked for first, defaults last."""
         import pandas as pd
 
-        rank = {"override": 0, "environment": 1, f"profile {self.profile}": 2}
+        rank = {"override": 0, "environment": 1, f"profile {self.profile}": 2, f"task {self.task.name}": 2}
         names = sorted(self.values, key=lambda name: rank.get(self.origins[name], 3))
         rows = [(name, str(self.values[name]), self.origins[name], meaning(name)) for name in names]
         return pd.DataFrame(rows, columns=["parameter", "value", "from", "meaning"]).set_index("parameter")
@@ -187,10 +188,15 @@ def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = 
     profile, reason = choose_profile(profile)
     asked = [("environment", _from_environment()), ("override", dict(overrides or {}))]
     chosen, name = PROFILES[profile], method.like or run
-    source = _merge([("profile", chosen.values_for(name)), *asked])[0].get("source", Experiment.source)
-    values, origins = _merge([(f"profile {profile}", chosen.values_for(name, source)), *asked])
+    first, layers = _merge([("profile", chosen.values_for(name)), *asked]), []
+    task, source = find_task(str(first[0].get("task", Experiment.task))), first[0].get("source", Experiment.source)
+    if source not in task.kinds and first[1].get("source", "profile") == "profile":
+        # The profile's source is AG News'.
+        source = next(iter(task.sources))
+        layers = [(f"task {task.name}", {"source": source})]
+    values, origins = _merge([(f"profile {profile}", chosen.values_for(name, source)), *layers, *asked])
     experiment = _build(Experiment, values, None)
-    find_task(experiment.task).find_prompt(experiment.prompt)
+    task.find_prompt(experiment.prompt)
     recipe = _build(Recipe, values, method.recipe) if method.recipe else None
     if recipe:
         if recipe.lora_alpha is None:

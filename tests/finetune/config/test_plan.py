@@ -202,7 +202,7 @@ class TestRefusals:
             ("max_length", 8, "greater than or equal to 64"),
             ("warmup_steps", 1.0, "less than 1"),
             ("packing", "perhaps", "boolean"),
-            ("source", "kaggle", "'sample', 'csv' or 'hub'"),
+            ("source", "kaggle", "'sample', 'files', 'hub' or 'csv'"),
             ("target_modules", 3, "list"),
             ("compute_dtype", "float16", "'bfloat16' or 'float32'"),
             ("validation_rows", 3, "greater than or equal to 4"),
