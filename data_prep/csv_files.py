@@ -123,8 +123,11 @@ def recognise(path: Path, wanted: Sequence[Wanted], names: Sequence[str], labels
     best = max(forms, key=lambda form: form.fit)
     if not best.places:
         _, _, rows = max(sampled(path), key=lambda sample: len(sample[2][0]) if sample[2] else 0)
-        there = ", ".join(name.strip() for name in rows[0]) if rows else "nothing that is CSV"
-        lacking = [name for name in wanted[0].names if name not in (rows[0] if rows else ())]
+        if not rows:
+            # Its fault is in its first row.
+            next(read_rows(path, best, labels))
+        there = ", ".join(name.strip() for name in rows[0])
+        lacking = [name for name in wanted[0].names if name not in rows[0]]
         raise DataError(path, f"no column {' and no column '.join(lacking)} in the first line, which has: {there}", 1)
     return best
 

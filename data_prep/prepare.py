@@ -80,11 +80,13 @@ def prepare(
         "version": VERSION,
     }
     existing = _existing(folder, provenance)
-    cut = None if "validation" in source.splits() else _rows_to_cut(source, validation_rows)
+    has_validation = "validation" in source.splits()
+    # A share is in the task's description.
+    cut = None if has_validation or task.splits else validation_rows
     if existing and _answers(existing, request, cut, folder, count_tokens is not None):
         return existing, True
 
-    in_validation = None if cut is None else _validation_mask(source, cut, seed)
+    in_validation = None if has_validation else _validation_mask(source, cut, seed)
     duplicates = DuplicateFinder(row.text for row in _cleaned(source, "test", clean))
     indices = {label: index for index, label in enumerate(task.labels)}
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -146,13 +148,6 @@ def prepare(
     return manifest, False
 
 
-def _rows_to_cut(source: Source, validation_rows: int) -> int:
-    """How many training rows become validation rows: the task's share of them, if it names one."""
-    if source.task.splits is None:
-        return validation_rows
-    return round(source.task.splits.validation * sum(1 for _ in source.rows("train")))
-
-
 def _existing(folder: Path, provenance: dict) -> Manifest | None:
     """The manifest that is there already, None if there is none; refuses a folder that holds something else."""
     if (folder / MANIFEST).is_file():
@@ -180,7 +175,7 @@ def _short(source: dict) -> str:
 def _answers(manifest: Manifest, request: dict, validation_rows: int | None, folder: Path, tokens: bool) -> bool:
     """Whether an existing result is what `request` asks for, its files untouched.
 
-    `validation_rows` is None for a source that has a validation split of its own.
+    `validation_rows` is None where the source has a validation split of its own, or the task names a share.
     """
     same = all(getattr(manifest, key) == value for key, value in request.items())
     same_split = validation_rows in (None, manifest.total("validation"))
@@ -191,17 +186,22 @@ def _answers(manifest: Manifest, request: dict, validation_rows: int | None, fol
     return same and same_split and whole and (manifest.tokens is not None or not tokens)
 
 
-def _validation_mask(source: Source, validation_rows: int, seed: int) -> np.ndarray:
-    """Which training rows go to validation, as a mask of shape (rows,)."""
+def _validation_mask(source: Source, validation_rows: int | None, seed: int) -> np.ndarray:
+    """Which training rows go to validation, as a mask of shape (rows,); None: the task's share of them."""
     indices = {label: index for index, label in enumerate(source.task.labels)}
     labels = np.fromiter((indices[row.label] for row in source.rows("train")), np.uint16)
-    if not len(indices) <= validation_rows <= len(labels) // 2:
+    counts = np.bincount(labels, minlength=len(indices))
+    if validation_rows is None:
+        validation_rows = round(source.task.splits.validation * len(labels))
+        # At least one row of a rare class.
+        cut = np.clip(shares(counts, validation_rows), np.minimum(counts, 1), counts)
+    elif len(indices) <= validation_rows <= len(labels) // 2:
+        cut = shares(counts, validation_rows)
+    else:
         raise UserError(
             f"validation_rows={validation_rows} cannot be cut from {len(labels)} training rows; "
             f"choose between {len(indices)} and {len(labels) // 2}"
         )
-    counts = np.bincount(labels, minlength=len(indices))
-    cut = shares(counts, validation_rows)
     if rare := [index for index in indices.values() if counts[index] and not 0 < cut[index] < counts[index]]:
         label, there = source.task.labels[rare[0]], counts[rare[0]]
         enough = [
@@ -211,7 +211,7 @@ def _validation_mask(source: Source, validation_rows: int, seed: int) -> np.ndar
         ]
         remedy = (
             f"choose validation_rows={min(enough, key=lambda rows: abs(rows - validation_rows))}"
-            if enough
+            if enough and not source.task.splits
             else "add rows of this class"
         )
         raise UserError(

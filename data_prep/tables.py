@@ -69,7 +69,7 @@ def records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     return _json(path) if ending == ".json" else _json_lines(path)
 
 
-def cell(path: Path, number: int, name: str, value: Any) -> str:
+def cell(path: Path | str, number: int, name: str, value: Any) -> str:
     """A cell as text: `true`, `1` for 1.0, and nothing for a missing value."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""

@@ -29,7 +29,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 SourceKind = Literal["files", "hub", "csv"]
 Repair = Literal[tuple(REPAIRS)]
 BUILT_IN = Path(__file__).parent / "tasks"
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
 def _several(value: Any) -> Any:
@@ -213,8 +213,12 @@ def _compact(answer: Mapping[str, str]) -> str:
 
 def known_tasks() -> dict[str, Path]:
     """The files of all tasks by name: the built-in ones, then the user's."""
-    own = Path(os.environ.get("FINETUNE_HOME") or BUILT_IN.parent.parent) / "tasks"
-    return {path.stem: path for folder in (own, BUILT_IN) for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for folder in (own_folder(), BUILT_IN) for path in sorted(folder.glob("*.yaml"))}
+
+
+def own_folder() -> Path:
+    """Where the user's tasks are: beside the outputs."""
+    return Path(os.environ.get("FINETUNE_HOME") or BUILT_IN.parent.parent) / "tasks"
 
 
 def find_task(name: str) -> Task:
@@ -225,7 +229,7 @@ def find_task(name: str) -> Task:
     """
     known = known_tasks()
     if name not in known:
-        hint = "" if _NAME.fullmatch(name) else "; a name has lower-case letters, digits, - and _"
+        hint = "" if NAME.fullmatch(name) else "; a name has lower-case letters, digits, - and _"
         raise UserError(f"unknown task '{name}'; the tasks are: {', '.join(sorted(known))}{hint}")
     state = known[name].stat()
     return _read(known[name], state.st_mtime_ns, state.st_size)
@@ -235,14 +239,30 @@ def find_task(name: str) -> Task:
 def _read(path: Path, *_: int) -> Task:
     """The task in a file; read again when its time or size change."""
     try:
-        written = yaml.load(path.read_text(encoding="utf-8-sig"), _AsText)
+        return parse_task(path.read_text(encoding="utf-8-sig"), path)
+    except UnicodeDecodeError as error:
+        raise DataError(path, f"not UTF-8 ({error.reason}); save the file as UTF-8") from error
+
+
+def parse_task(text: str, path: Path) -> Task:
+    """The task that a file describes.
+
+    Args:
+        text: What is in the file.
+        path: Where it is or will be: the task's name, and what its relative paths begin at.
+
+    Raises:
+        DataError: It is no such description; with the key and what is allowed.
+    """
+    try:
+        written = yaml.load(text, _AsText)
     except yaml.MarkedYAMLError as error:
         raise DataError(path, f"not YAML: {error.problem}", error.problem_mark.line + 1) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(path, f"not YAML in UTF-8: {' '.join(str(error).split())}") from error
+    except yaml.YAMLError as error:
+        raise DataError(path, f"not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(written, dict):
         raise DataError(path, f"not a task; it has the keys {_keys(Task)}")
-    written = {"title": path.stem, "folder": path.parent.parent, **written, "name": path.stem}
+    written = {"title": path.stem, **written, "name": path.stem, "folder": path.parent.parent}
     labels, prompts = written.get("labels"), written.get("prompts", {})
     if isinstance(labels, dict):
         written |= {"labels": list(labels), "meanings": labels}

@@ -9,6 +9,7 @@ python -m finetune report   FOLDER [--margin POINTS] [--save WHAT]
 python -m finetune ablation FOLDER OTHER
 python -m finetune publish  [--profile P] [--name NAME]
 python -m finetune results
+python -m finetune new      FILE [--name NAME] [--text COLUMN ...] [--label COLUMN] [--group COLUMN | --time COLUMN]
 """
 
 from __future__ import annotations
@@ -111,6 +112,17 @@ def _parser() -> argparse.ArgumentParser:
     publish = commands.add_parser("publish", parents=[common], help="copy a profile's records to results/reference")
     publish.add_argument("--name", metavar="NAME", help="folder in results/reference (default: the profile's name)")
     publish.set_defaults(command=_publish)
+
+    new = commands.add_parser("new", help="describe a task of your own, from a table of texts and labels")
+    new.add_argument("file", metavar="FILE", help="a file, a folder with train and test files, or a hub data set")
+    new.add_argument("--name", metavar="NAME", help="the task's name (default: the file's)")
+    new.add_argument("--text", action="append", default=[], metavar="COLUMN", help="a text column; repeat for several")
+    new.add_argument("--label", metavar="COLUMN", help="the label's column")
+    split = new.add_mutually_exclusive_group()
+    split.add_argument("--group", metavar="COLUMN", help="rows with the same value here stay in one split")
+    split.add_argument("--time", metavar="COLUMN", help="the latest rows become the test")
+    new.add_argument("--merge-spellings", action="store_true", help="'sports ' and 'Sports' are one label")
+    new.set_defaults(command=_new)
 
     results = commands.add_parser("results", help="write the figures of README and docs from results/reference")
     results.set_defaults(command=_results)
@@ -280,6 +292,15 @@ def _publish(options: argparse.Namespace) -> int:
 
     profile = plan("base", options.profile).profile
     print(publish(profile, options.name or profile))
+    return 0
+
+
+def _new(options: argparse.Namespace) -> int:
+    from finetune.new import new
+
+    by = "group" if options.group else "time" if options.time else None
+    column = options.group or options.time
+    new(options.file, options.name, options.text, options.label, by, column, options.merge_spellings)
     return 0
 
 
