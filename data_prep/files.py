@@ -24,6 +24,8 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Message = dict[str, str]
 
 MANIFEST = "manifest.json"
+# Of a class in a split: a figure of fewer rows says little.
+FEW = 5
 DATA_FILES = tuple(f"{split}.jsonl" for split in SPLITS)
 
 # Made once: json.dumps with an option makes an encoder for every row.
@@ -107,6 +109,12 @@ class Manifest(BaseModel):
 
     def total(self, split: Split) -> int:
         return sum(self.rows[split].values())
+
+    @property
+    def rare(self) -> list[str]:
+        """The classes with fewer than FEW rows in a split."""
+        rows = ((split, label, count) for split, of in self.rows.items() for label, count in of.items())
+        return [f"{label} has {count} {split} rows" for split, label, count in rows if count < FEW]
 
 
 def file_digest(path: Path) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pandas as pd
 
 from data_prep import UserError, find_task, known_tasks, prepare
-from data_prep.files import SPLITS, Manifest, replacing
+from data_prep.files import FEW, SPLITS, Manifest, replacing
 from data_prep.look import Look, choose, describe, look
+from data_prep.rows import some
 from data_prep.sources import open_source
 from data_prep.task import NAME, Task, own_folder, parse_task
 from finetune import metrics
@@ -107,6 +108,8 @@ def _show_task(task: Task, manifest: Manifest) -> None:
     print(f"Text: {' + '.join(columns.texts)}. Label: {columns.label}, {len(task.labels)} classes.\n")
     print(pd.DataFrame({split: manifest.rows[split] for split in SPLITS}).to_string())
     print(f"\nDuplicates: {manifest.duplicates}")
+    if manifest.rare:
+        print(f"Fewer than {FEW} rows: {some(manifest.rare)}")
     rows = manifest.total("test")
     points = metrics.detectable_difference(rows, DISCORDANT)
     print(

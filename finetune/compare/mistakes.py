@@ -18,7 +18,7 @@ from data_prep.sources import sample
 from finetune import metrics, paths
 from finetune.compare.calibration import arrays
 from finetune.metrics import Metrics
-from finetune.records import DataReference
+from finetune.records import DataReference, RunRecord
 
 if TYPE_CHECKING:
     from finetune.compare.comparison import Comparison
@@ -112,9 +112,10 @@ def without_suspects(comparison: Comparison) -> dict[str, Metrics]:
     }
 
 
-def articles(data: DataReference) -> dict[str, str]:
+def articles(record: RunRecord) -> dict[str, str]:
     """Texts of the test rows by id; empty where the prepared data is not at hand, or is not the records' data."""
-    folder = paths.dataset_folder(data.source)
+    data = record.data
+    folder = paths.dataset_folder(data.source, record.profile)
     if data.source == "sample":
         return publishable_articles(data)
     if not (folder / MANIFEST).is_file() or load_manifest(folder).fingerprint != data.fingerprint:

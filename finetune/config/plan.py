@@ -20,7 +20,7 @@ from data_prep import Task, UserError, find_task
 from finetune import machine, paths
 from finetune.config import embedded
 from finetune.config.methods import METHODS
-from finetune.config.profiles import PROFILES, choose_profile
+from finetune.config.profiles import MODEL, PROFILES, TASK, choose_profile, place
 from finetune.config.recipes import STRICT, Count, Recipe, check
 from finetune.files import short_digest
 
@@ -39,6 +39,8 @@ EVALUATION_ONLY = {
     "per_device_eval_batch_size",
     "evaluation_kernels",
 }
+# What tells which training an evaluation is of.
+NAMING = {"task", "model", "variant"}
 # Settings of the process, not parameters of an experiment.
 NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND"}
 
@@ -47,9 +49,9 @@ NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND"}
 class Experiment:
     """What is asked: which model, which rows, which prompt, evaluated how."""
 
-    model: Annotated[str, Field(min_length=1)] = "embedded"
+    model: Annotated[str, Field(min_length=1)] = MODEL
     """A causal chat model: a hub name, a folder, or `embedded` (SmolLM2-135M-Instruct from a PyPI wheel)."""
-    task: str = "ag_news"
+    task: str = TASK
     """Texts and labels: `ag_news`, or a file `tasks/NAME.yaml` of your own."""
     source: Literal["sample", "files", "hub", "csv"] = "sample"
     """Where the rows come from, of the sources that the task has; its own where it lacks this one. `csv` is a folder in
@@ -123,16 +125,21 @@ class Settings:
         return self._digest_of({name: value for name, value in self.values.items() if name not in EVALUATION_ONLY})
 
     @property
+    def place(self) -> str:
+        """The name of its folders."""
+        return place(self.profile, self.experiment.task, self.experiment.model)
+
+    @property
     def run_folder(self) -> Path:
-        return paths.run_folder(self.profile, self.run, self.experiment.variant)
+        return paths.run_folder(self.place, self.run, self.experiment.variant)
 
     @property
     def state_folder(self) -> Path:
-        return paths.state_folder(self.profile, self.run, self.experiment.variant)
+        return paths.state_folder(self.place, self.run, self.experiment.variant)
 
     @property
     def artefact_folder(self) -> Path:
-        return paths.artefact_folder(self.profile, self.run, self.recipe.adapter, self.experiment.variant)
+        return paths.artefact_folder(self.place, self.run, self.recipe.adapter, self.experiment.variant)
 
     def _digest_of(self, values: dict[str, Any]) -> str:
         return short_digest([self.run, self.engine, values])
@@ -167,13 +174,14 @@ def left_aligned(table: pd.DataFrame) -> Styler:
     return plain.set_table_attributes('class="dataframe tex2jax_ignore mathjax_ignore"')
 
 
-def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> Settings:
+def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None, task: str = TASK) -> Settings:
     """Settle what will run.
 
     Args:
         run: A method's name in METHODS: `base`, `full`, `lora`, ...
         profile: A profile's name, or `auto` to choose by the hardware (or by FINETUNE_PROFILE).
         overrides: Parameter values that win over everything else.
+        task: A task's name; for AG News, FINETUNE_TASK or an override may name another.
 
     Raises:
         UserError: An unknown run, profile, parameter or value; an engine that this machine does not have; or one of
@@ -186,17 +194,19 @@ def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = 
         raise UserError(f"unknown run '{run}'; the runs are: {', '.join(METHODS)}")
     method = METHODS[run]
     profile, reason = choose_profile(profile)
-    asked = [("environment", _from_environment()), ("override", dict(overrides or {}))]
+    named = {"task": task} if task != TASK else {}
+    asked = [("environment", _from_environment()), ("override", named | dict(overrides or {}))]
     chosen, name = PROFILES[profile], method.like or run
     first, layers = _merge([("profile", chosen.values_for(name)), *asked]), []
-    task, source = find_task(str(first[0].get("task", Experiment.task))), first[0].get("source", Experiment.source)
-    if source not in task.kinds and first[1].get("source", "profile") == "profile":
+    chosen_task = find_task(str(first[0].get("task", Experiment.task)))
+    source = first[0].get("source", Experiment.source)
+    if source not in chosen_task.kinds and first[1].get("source", "profile") == "profile":
         # The profile's source is AG News'.
-        source = next(iter(task.sources))
-        layers = [(f"task {task.name}", {"source": source})]
+        source = next(iter(chosen_task.sources))
+        layers = [(f"task {chosen_task.name}", {"source": source})]
     values, origins = _merge([(f"profile {profile}", chosen.values_for(name, source)), *layers, *asked])
     experiment = _build(Experiment, values, None)
-    task.find_prompt(experiment.prompt)
+    chosen_task.find_prompt(experiment.prompt)
     recipe = _build(Recipe, values, method.recipe) if method.recipe else None
     if recipe:
         if recipe.lora_alpha is None:

@@ -86,9 +86,7 @@ def svm_is_fitted(settings: HasExperiment, data: PreparedData) -> bool:
 
 
 def _folder(settings: HasExperiment, name: Name) -> Path:
-    return (
-        baseline_records.baselines_folder(paths.results_folder(settings.profile)) / name / settings.experiment.variant
-    )
+    return baseline_records.baselines_folder(paths.results_folder(settings.place)) / name / settings.experiment.variant
 
 
 def _svm() -> Pipeline:

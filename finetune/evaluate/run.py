@@ -68,7 +68,7 @@ def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunR
     values = values_of(found)
     record = records.RunRecord(
         run=found.run,
-        profile=found.profile,
+        profile=found.place,
         engine=found.record.engine if found.record else "transformers",
         model=found.record.model if found.record else found.experiment.model_name,
         seed=values["seed"],

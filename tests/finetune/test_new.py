@@ -69,8 +69,9 @@ def test_six_classes_in_json_lines(tickets, tiny_model, capsys):
     assert [len(data.train), len(data.validation), len(data.test)] == [168, 24, 48]
 
 
-def test_three_imbalanced_classes_under_odd_headers(reviews, tiny_model):
+def test_three_imbalanced_classes_under_odd_headers(reviews, tiny_model, capsys):
     new(str(reviews))
+    assert "\nFewer than 5 rows: odd has 1 validation rows, odd has 2 test rows\n" in capsys.readouterr().out
     data = prepared("my-reviews", tiny_model)
     assert data.task.sources["files"].texts == ("The Review",) and data.task.labels == ("bad", "good", "odd")
     assert data.manifest.rows["test"] == {"bad": 10, "good": 48, "odd": 2}

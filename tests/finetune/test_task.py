@@ -88,12 +88,12 @@ def test_six_classes_go_from_the_files_to_the_report(settings, tiny_model):
     assert record.evaluation.without_duplicates.rows == 23
 
     # The comparison, its tables and pictures.
-    compared = load("cpu")
+    compared = load(settings.place)
     assert compared.classes == LABELS
     assert list(tables.classes(compared).columns)[::2] == [f"{label} F1 %" for label in LABELS]
     assert len(tables.confusions(compared)) == 30
     assert len(tables.quality(compared)) == len(compared.predictions) == 3
-    texts = mistakes.articles(compared.any_record.data)
+    texts = mistakes.articles(compared.any_record)
     assert texts == {row.id: row.text for row in data.test}
     html = report.render(compared, texts)
     assert all(label in html for label in LABELS)

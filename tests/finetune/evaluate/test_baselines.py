@@ -76,9 +76,9 @@ class TestEvaluate:
         asked = (fit(settings, data, model, tokenizer) for fit in (baselines.fit_logistic, baselines.few_shot))
         return data, baselines.table(*fitted, *asked)
 
-    def test_all_are_recorded_with_figures_that_their_predictions_give(self, evaluated):
+    def test_all_are_recorded_with_figures_that_their_predictions_give(self, evaluated, place):
         data, table = evaluated
-        found, rows = baseline_records.read_all(paths.results_folder("cpu"))
+        found, rows = baseline_records.read_all(paths.results_folder(place))
         assert list(found) == ["majority", "svm", "logistic", "few_shot"]
         for name, baseline in found.items():
             right = sum(row.prediction == row.label for row in rows[name])
@@ -99,7 +99,7 @@ class TestEvaluate:
         settings = plan("base", "cpu", {"model": tiny["model"]})
         assert baselines.fit_majority(settings, data).scoring.confusion == [[0, 0, 0, 6]] * 4
 
-    def test_the_logistic_regression_reads_the_models_own_states(self, evaluated, tiny):
+    def test_the_logistic_regression_reads_the_models_own_states(self, evaluated, tiny, place):
         data, _ = evaluated
         tokenizer = AutoTokenizer.from_pretrained(tiny["model"])
         model = AutoModelForCausalLM.from_pretrained(tiny["model"])
@@ -120,12 +120,12 @@ class TestEvaluate:
             .score(states["validation"], labels["validation"])
             for value in baselines.LOGISTIC_C
         }
-        found = baseline_records.read_all(paths.results_folder("cpu"))[0]["logistic"]
+        found = baseline_records.read_all(paths.results_folder(place))[0]["logistic"]
         assert found.validation_accuracy == pytest.approx(max(scores.values()))
         assert found.description.endswith(f"C = {max(scores, key=scores.get):g}") and found.fit_seconds > 0
 
-    def test_few_shots_are_training_rows(self, evaluated):
-        _, rows = baseline_records.read_all(paths.results_folder("cpu"))
+    def test_few_shots_are_training_rows(self, evaluated, place):
+        _, rows = baseline_records.read_all(paths.results_folder(place))
         assert all(row.probabilities == {} for name in ("majority", "svm") for row in rows[name])
         assert len({row.prediction for row in rows["few_shot"]}) > 1
 
@@ -146,17 +146,17 @@ class TestOnFewerRows:
             fitted[count] = baselines.fit_svm(settings, load_data(settings))
         return fitted
 
-    def read(self):
-        return list(baseline_records.read_svm_curve(paths.results_folder("cpu"))[0].values())
+    def read(self, place):
+        return list(baseline_records.read_svm_curve(paths.results_folder(place))[0].values())
 
-    def test_each_is_recorded_beside_the_one_on_all(self, curve, planned):
-        assert self.read() == [curve[8], curve[16]]
-        assert [fitted.data.train_rows for fitted in self.read()] == [8, 16]
+    def test_each_is_recorded_beside_the_one_on_all(self, curve, planned, place):
+        assert self.read(place) == [curve[8], curve[16]]
+        assert [fitted.data.train_rows for fitted in self.read(place)] == [8, 16]
         rows = load_data(planned(train_rows=8, variant="rows-8"))
         assert Counter(row.label for row in rows.train) == dict.fromkeys(AG_NEWS.labels, 2)
         model = baselines._svm().fit(*baselines._texts_and_labels(rows.train))
         answers = model.predict([row.text for row in rows.test])
-        folder = paths.results_folder("cpu") / "baselines/svm/rows-8"
+        folder = paths.results_folder(place) / "baselines/svm/rows-8"
         recorded = predictions.read(folder, curve[8].predictions_digest)
         assert [row.prediction for row in recorded] == list(answers)
 
@@ -169,7 +169,7 @@ class TestOnFewerRows:
         monkeypatch.setattr(baselines, "SVM_DESCRIPTION", "another")
         assert not baselines.svm_is_fitted(settings, data)
 
-    def test_the_command_fits_what_is_missing_and_says_so(self, tiny, home, monkeypatch, capsys):
+    def test_the_command_fits_what_is_missing_and_says_so(self, tiny, place, home, monkeypatch, capsys):
         monkeypatch.delenv("FINETUNE_COMMAND", raising=False)
         known = [part for name in ("model", "train_rows", "test_rows") for part in ("--set", f"{name}={tiny[name]}")]
         command = ["curve", "--profile", "cpu", "--only", "svm", *known, "--rows", "8", "--rows", "16"]
@@ -179,7 +179,7 @@ class TestOnFewerRows:
         printed = capsys.readouterr().out
         assert "reused: the linear SVM on 8 rows" in printed and "the linear SVM on 16 rows: " in printed
         record = Baseline.model_validate_json(
-            (paths.results_folder("cpu") / "baselines/svm/rows-8/record.json").read_bytes()
+            (paths.results_folder(place) / "baselines/svm/rows-8/record.json").read_bytes()
         )
         assert record.environment.command == shlex.join(["python", "-m", "finetune", *command[:-2]])
         assert main([*command, "--rows", "4000"]) == 2
