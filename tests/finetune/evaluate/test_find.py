@@ -181,7 +181,8 @@ def test_the_base_of_a_hub_model_is_its_files_in_the_cache_whatever_the_commit(t
 
 
 def test_another_adapter_beside_it_or_another_scale_is_not_judged_under_its_name(trained, adapter, model):
-    found, wanted = find_run("lora", "cpu", model), "was not applied as it was trained: another one is active, or its scale"
+    found = find_run("lora", "cpu", model)
+    wanted = "was not applied as it was trained: another one is active, or its scale"
     loaded = on_base(trained, adapter)
     loaded.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     check_loaded(found, loaded, IDS)
