@@ -36,6 +36,7 @@ EVALUATION_ONLY = {
     "test_rows",
     "generation_rows",
     "few_shot_examples",
+    "logistic_rows",
     "per_device_eval_batch_size",
     "evaluation_kernels",
 }
@@ -70,6 +71,8 @@ class Experiment:
     """Test rows to use, drawn evenly from the classes; all if not given."""
     generation_rows: Annotated[int, Field(ge=0)] = 1000
     """Test rows that the model also answers by generation; 0: none."""
+    logistic_rows: Annotated[int, Field(ge=0)] = 20_000
+    """Training rows that the logistic regression on the untuned model's states reads, at most; 0: there is none."""
     few_shot_examples: Annotated[int, Field(ge=1)] = 8
     """Training rows in the prompt of the few-shot baseline, drawn evenly from the classes."""
     per_device_eval_batch_size: Count = 64

@@ -37,13 +37,11 @@ NGRAMS, LEAST_ROWS, C = (1, 2), 2, 0.5
 SHOT_TOKENS = 256
 # Of the logistic regression, to choose from: the smaller, the simpler.
 LOGISTIC_C = (0.001, 0.01, 0.1, 1.0)
-# Training rows that it reads, at most: all 120,000 of AG News are about 8 million tokens.
-LOGISTIC_ROWS = 20_000
 SVM_DESCRIPTION = f"TF-IDF of words and pairs of words, linear SVM, C = {C}"
 
 
-def table(*found: Baseline) -> pd.DataFrame:
-    """The figures of baselines, a line each."""
+def table(*found: Baseline | None) -> pd.DataFrame:
+    """The figures of baselines, a line each; None is one that was skipped."""
     return pd.DataFrame(
         {
             NAMES[baseline.name]: {
@@ -53,6 +51,7 @@ def table(*found: Baseline) -> pd.DataFrame:
                 **metrics.figures(baseline.scoring),
             }
             for baseline in found
+            if baseline
         }
     ).T
 
@@ -107,13 +106,18 @@ def _classifier(name: Name, description: str, classifier, settings: HasExperimen
     return _record(name, description, settings, data, predicted, model=None, **fitted)
 
 
-def fit_logistic(settings: HasExperiment, data: PreparedData, model, tokenizer) -> Baseline:
+def fit_logistic(settings: HasExperiment, data: PreparedData, model, tokenizer) -> Baseline | None:
     """Logistic regression on the untuned model's last hidden state where it would begin to write a label.
 
-    Every row is read once, and no weight of the model changes. Its C is the best on the validation rows.
+    Every row is read once, and no weight of the model changes. Its C is the best on the validation rows. None where
+    `logistic_rows` is 0.
     """
+    rows = settings.experiment.logistic_rows
+    if rows == 0:
+        print("Logistic regression skipped: logistic_rows=0")
+        return None
     start = time.perf_counter()
-    chosen = data.train[:: -(-len(data.train) // LOGISTIC_ROWS)]
+    chosen = data.train[:: -(-len(data.train) // rows)]
     encoded = encode.encode(tokenizer, [*chosen, *data.validation, *data.test], MAX_LENGTH)
     prompts = [row.prompt for row in encoded]
     checks.check_model(model.config, tokenizer, data.task, prompts)

@@ -68,7 +68,8 @@ class TestEvaluate:
         settings = plan(
             "base",
             "cpu",
-            {name: value for name, value in tiny.items() if name not in ("num_train_epochs", "eval_steps")},
+            {name: value for name, value in tiny.items() if name not in ("num_train_epochs", "eval_steps")}
+            | {"logistic_rows": 100},
         )
         data = load_data(settings)
         model, tokenizer = load_model(settings.experiment.model, dtype="float32")
