@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from data_prep import Task
+from data_prep import Task, UserError
 from finetune.model.encode import answer_tokens, common_prefix, shared_length
 from finetune.model.packing import Backbone, Forest, Row
 from finetune.model.padded import Padded
@@ -67,13 +67,26 @@ class LabelScorer:
         Args:
             prompts: Token ids, each ending where the answer begins.
             progress: Text of a progress bar; none is shown without it.
+
+        Raises:
+            UserError: One prompt does not fit into the memory.
         """
         shared = shared_length(prompts)
-        scores = []
+        scores, done = [], 0
         bar = tqdm(total=len(prompts), desc=progress, unit="article", disable=progress is None)
-        for start in range(0, len(prompts), self.batch_size):
-            batch = prompts[start : start + self.batch_size]
-            scores.append(self._score_batch(batch, shared))
+        while done < len(prompts):
+            batch = prompts[done : done + self.batch_size]
+            try:
+                scores.append(self._score_batch(batch, shared))
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise UserError(
+                        "out of memory: one article does not fit beside the model; end other programs and kernels"
+                    ) from None
+                self.batch_size = (len(batch) + 1) // 2
+                print(f"out of memory with {len(batch)} articles in a batch; from here on {self.batch_size}", flush=True)
+                continue
+            done += len(batch)
             bar.update(len(batch))
         bar.close()
         # Once, at the end: to wait for a batch would leave the GPU idle while the next one is laid out.

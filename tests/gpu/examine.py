@@ -87,7 +87,7 @@ def _step(trainer, batches, loss_of):
     count = sum(int((batch["labels"] >= 0).sum()) for batch in batches)
     total = 0.0
     for batch in batches:
-        batch = {name: value.to("cuda") for name, value in batch.items()}
+        batch = trainer._prepare_inputs(batch)
         total += loss_of(trainer, batch, torch.tensor(count, device="cuda"))
     gradients = torch.cat([p.grad.float().flatten() for p in trainer.model.parameters() if p.grad is not None])
     trainer.model.zero_grad()

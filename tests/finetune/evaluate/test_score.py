@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data_prep import UserError
 from data_prep.sources import sample
 from data_prep.task import AG_NEWS
 from finetune.evaluate import score
@@ -61,6 +62,25 @@ def test_scores_do_not_depend_on_the_batch_size(model, tokenizer, prompts, batch
     scored = LabelScorer(Backbone(model), tokenizer, AG_NEWS, batch_size).score(prompts)
     np.testing.assert_allclose(scored, reference, atol=1e-5)
     assert (scored.argmax(axis=1) == reference.argmax(axis=1)).all()
+
+
+def test_scores_are_the_same_where_memory_runs_out(model, tokenizer, prompts, monkeypatch):
+    reference = LabelScorer(Backbone(model), tokenizer, AG_NEWS, batch_size=7).score(prompts)
+    scorer, sizes = LabelScorer(Backbone(model), tokenizer, AG_NEWS, batch_size=16), []
+    score_batch, most = scorer._score_batch, 5
+
+    def limited(batch, shared):
+        sizes.append(len(batch))
+        if len(batch) > most:
+            raise torch.OutOfMemoryError("simulated")
+        return score_batch(batch, shared)
+
+    monkeypatch.setattr(scorer, "_score_batch", limited)
+    np.testing.assert_allclose(scorer.score(prompts), reference, atol=1e-5)
+    assert sizes == [16, 8, 4, 4, 4, 4, 4, 1]
+    most = 0
+    with pytest.raises(UserError, match="out of memory: one article does not fit"):
+        scorer.score(prompts)
 
 
 def test_scores_do_not_depend_on_the_other_rows(model, tokenizer, prompts):
