@@ -84,7 +84,8 @@ class LabelScorer:
                         "out of memory: one article does not fit beside the model; end other programs and kernels"
                     ) from None
                 self.batch_size = (len(batch) + 1) // 2
-                print(f"out of memory with {len(batch)} articles in a batch; from here on {self.batch_size}", flush=True)
+                now = f"from here on {self.batch_size}"
+                print(f"out of memory with {len(batch)} articles in a batch; {now}", flush=True)
                 continue
             done += len(batch)
             bar.update(len(batch))

@@ -96,7 +96,7 @@ def test_one_article_that_does_not_fit_ends_the_training_in_a_sentence(wide_mode
     # Enough for small tensors, which share 2 MB.
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 6e6) / total)
     try:
-        with pytest.raises(UserError, match="out of memory.* one article does not fit"):
+        with pytest.raises(UserError, match=r"out of memory.* one article does not fit"):
             trainer.train()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
