@@ -184,7 +184,7 @@ def _load(run: str, overrides: dict) -> dict:
     from finetune.model import load, packing
 
     notebook = "full" if run.startswith("full") else run
-    given = {"test_rows": overrides["test_rows"]}
+    given = {"test_rows": overrides["test_rows"], "model": overrides["model"]}
     names = run_cells(f"{notebook}_finetuning_performance", "class_table", PROFILE="gpu", OVERRIDES=given, RUN=run)
     found, record = names["found"], names["record"]
     data = load_data(found)
