@@ -39,7 +39,7 @@ EVALUATION_ONLY = {
     "evaluation_kernels",
 }
 # Settings of the process, not parameters of an experiment.
-NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND"}
+NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND", "FINETUNE_FORCE"}
 
 
 @dataclass(frozen=True, config=STRICT)
