@@ -145,16 +145,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     os.environ.setdefault("FINETUNE_COMMAND", shlex.join(["python", "-m", "benchmarks.memory", *arguments]))
     cases = tuple(case for case in cases if not options.only or case.shape in options.only)
-    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch, ThreadPoolExecutor(2) as pool:
-        # Beside one that computes, the next one imports its libraries.
-        lines = list(pool.map(lambda case: _in_process(case, options.device, scratch), cases))
-    content = {"environment": records.environment().model_dump(), "cases": lines}
     out = options.out or FOLDER / f"{options.device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-    for line in lines:
-        print(shown(line))
+    lines: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch, ThreadPoolExecutor(2) as pool:
+        # Beside one that computes, the next one imports its libraries.
+        for line in pool.map(lambda case: _in_process(case, options.device, scratch), cases):
+            print(shown(line), flush=True)
+            lines.append(line)
+            # What was measured before an interruption is not lost.
+            with replacing(out) as file:
+                content = {"environment": records.environment().model_dump(), "cases": lines}
+                file.write(json.dumps(content, indent=1) + "\n")
     return int(any("failure" in line for line in lines))
 
 
@@ -175,9 +177,7 @@ def _in_process(case: Case, device: str, scratch: str) -> dict[str, Any]:
     ran = subprocess.run(command, env=os.environ | given, capture_output=True, text=True, check=False)
     for line in ran.stdout.splitlines():
         if line.startswith(RESULT):
-            found = json.loads(line.removeprefix(RESULT))
-            print(shown(found), flush=True)
-            return found
+            return json.loads(line.removeprefix(RESULT))
     return {"case": case.key, "failure": (ran.stderr.strip().splitlines() or ["no output"])[-1][:300]}
 
 
