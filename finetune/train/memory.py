@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import torch
-from torch import nn
 
 from data_prep import Task, UserError
 from finetune import machine
@@ -20,16 +18,11 @@ from finetune.config.recipes import Recipe
 from finetune.model import encode
 from finetune.model.encode import Encoded
 from finetune.train import simulate
-from finetune.train.simulate import Batch, Work
+from finetune.train.held import Held, Work, build
+from finetune.train.simulate import Batch
 
-# bitsandbytes' 4-bit weights: a byte for each block of 64, fp32 for each 256 of these (double quantisation), and two
-# tables of 16 and 256 numbers.
-BLOCK, BLOCKS = 64, 256
-# 8-bit moments: fp32 for each block of 256; tensors under 4,096 numbers keep fp32 moments. torchao's 4-bit ones have
-# blocks of 128.
-MOMENT_BLOCKS, LEAST = {"adamw_8bit": 256, "adamw_torch_8bit": 256, "adamw_torch_4bit": 128}, 4096
 # What CUDA holds for a process, with the kernels of a training: measured on an H100 (benchmarks/memory.py).
-CONTEXT = 600_000_000
+CONTEXT = 790_000_000
 # cuBLAS' workspaces of two threads, forward and backward: 32 MiB each on Hopper, as PyTorch's notes on CUDA say.
 WORKSPACES = 2 * 32 * 2**20
 # The batches of an epoch are drawn anew so often to find the longest one.
@@ -39,7 +32,7 @@ KEPT_CHECKPOINTS = 2
 # The scheduler, random states, arguments and a tokenizer's files.
 SMALL_FILES = 15_000_000
 # By how much an estimate may be too low (docs/memory.md).
-SHORT = 0.05
+SHORT = 0.06
 # Changes that a refusal names.
 WAYS = 3
 
@@ -53,12 +46,14 @@ class Rows:
         shared: Tokens that all begin with, which a packed row computes once.
         answer: Tokens of an answer.
         scored: Places that scoring takes to the vocabulary, an article.
+        read: Tokens of the labels that it reads behind an article.
     """
 
     own: Sequence[int]
     shared: int
     answer: int
     scored: int
+    read: int
 
     @classmethod
     def of(cls, encoded: Sequence[Encoded], tokenizer, task: Task) -> Rows:
@@ -66,9 +61,9 @@ class Rows:
         shared = encode.shared_length([row.prompt for row in encoded])
         answers = [encode.answer_tokens(tokenizer, task.answer_for(label))[:-1] for label in task.labels]
         prefix = len(encode.common_prefix(answers))
-        scored = 1 + sum(len(answer) - prefix - 1 for answer in answers)
+        branches = sum(len(answer) - prefix - 1 for answer in answers)
         answer = max(len(row.answer) for row in encoded)
-        return cls([len(row) - shared for row in encoded], shared, answer, scored + prefix)
+        return cls([len(row) - shared for row in encoded], shared, answer, 1 + branches, prefix + branches)
 
     def training(self, recipe: Recipe) -> Batch:
         """The longest micro-batch that an epoch is likely to hold."""
@@ -85,7 +80,8 @@ class Rows:
     def scoring(self, size: int) -> Batch:
         """The longest batch of the validation rows, which are as long as those of the training."""
         size = min(size, len(self.own))
-        return Batch(size, -(-max(self.batches(size)) // size) + self.scored, self.shared, self.scored)
+        own = -(-max(self.batches(size)) // size) - self.answer + self.read
+        return Batch(size, own, self.shared, self.scored)
 
     def batches(self, size: int) -> np.ndarray:
         """Own tokens of the batches of some shuffled epochs."""
@@ -97,7 +93,7 @@ class Rows:
 
 
 # Of AG News with its lean prompt and SmolLM2's or Qwen2.5's tokenizer, where no rows are at hand.
-TYPICAL = Rows(own=[75], shared=22, answer=7, scored=9)
+TYPICAL = Rows(own=[75] * 512, shared=22, answer=7, scored=7, read=11)
 
 
 @dataclass(frozen=True)
@@ -141,8 +137,7 @@ def estimate(configuration, work: Work, rows: Rows, eval_batch: int, program: in
         Exception: As `simulate.run`.
     """
     recipe = work.recipe
-    model = simulate.build(configuration, recipe, work.dtype)
-    held = _Held(model, work)
+    held = Held(build(configuration, recipe, work.dtype), work)
     passed = simulate.run(configuration, work, rows.training(recipe), rows.scoring(eval_batch))
     if program is None:
         program = CONTEXT if work.cuda else psutil.Process().memory_info().rss
@@ -153,27 +148,21 @@ def estimate(configuration, work: Work, rows: Rows, eval_batch: int, program: in
         "adapter": held.adapter,
     }
     trains = always | {"optimiser": held.optimizer}
-    # Gradients of the passes before stay until the update.
     accumulated = held.gradients if recipe.gradient_accumulation_steps > 1 else 0
-    graphs = {"CUDA graphs": held.gradients * _recorded(recipe, rows) + passed.start} if recipe.cuda_graphs else {}
+
+    def within(size: float, gradients: float, logits: float = 0) -> dict[str, float]:
+        kept = max(accumulated + gradients, held.apart if work.cuda else 0)
+        return trains | {"gradients": kept, "activations": size - gradients - logits, "logits": logits} | graphs
+
+    longest, shortest = (rows.shared + edge for edge in (max(rows.own), min(rows.own)))
+    graphs = {"CUDA graphs": held.gradients * _recorded(recipe, rows)} if recipe.cuda_graphs and work.cuda else {}
     moments = [
-        (
-            "training",
-            trains
-            | {"gradients": accumulated + passed.start_gradients, "logits": passed.logits}
-            | {"activations": passed.start - passed.start_gradients - passed.logits}
-            | graphs,
-        ),
-        (
-            "training",
-            trains
-            | {"gradients": accumulated + passed.end_gradients, "activations": passed.end - passed.end_gradients}
-            | graphs,
-        ),
-        # PyTorch's AdamW makes a copy of all second moments, unless it is fused.
-        ("training", trains | {"gradients": held.step, "activations": held.step_copies} | graphs),
+        ("training", within(passed.forward, 0)),
+        ("training", within(passed.start, passed.start_gradients, passed.logits)),
+        ("training", within(passed.end, passed.end_gradients)),
+        ("training", trains | {"gradients": held.gradients, "copies of moments": held.step} | graphs),
         ("validation", trains | {"a batch of validation rows": passed.scoring} | graphs),
-        ("the check of the model", always | {"copies in fp32": held.check(rows)}),
+        ("the check of the model", always | {"copies in fp32": held.check(longest, shortest)}),
     ]
     moment, parts = max(moments, key=lambda moment: sum(moment[1].values()))
     return Estimate(
@@ -183,85 +172,6 @@ def estimate(configuration, work: Work, rows: Rows, eval_batch: int, program: in
         checkpoint=held.trained + held.optimizer + SMALL_FILES,
         artefact=(held.trained if recipe.adapter else 2 * held.parameters) + SMALL_FILES,
     )
-
-
-class _Held:
-    """What a model's tensors and their optimiser hold, counted on the meta device."""
-
-    def __init__(self, model: nn.Module, work: Work):
-        self.model, self.work, recipe = model, work, work.recipe
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        base = [*model.parameters(), *model.buffers()]
-        base = {id(tensor): tensor for tensor in base if not (recipe.adapter and tensor.requires_grad)}
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.trained = sum(parameter.nbytes for parameter in trained)
-        self.adapter = sum(map(self._rounded, (p.nbytes for p in trained))) if recipe.adapter else 0
-        self.gradients = sum(self._rounded(parameter.nbytes) for parameter in trained)
-        self.constants = 0
-        if recipe.load_in_4bit:
-            for weight in self._quantized():
-                del base[id(weight)]
-                blocks = -(-weight.numel() // BLOCK)
-                constants = (blocks, 4 * -(-blocks // BLOCKS), 16 * 4, 256 * 4, 4)
-                self.constants += sum(map(self._rounded, constants))
-        self.weights = sum(self._rounded(tensor.nbytes) for tensor in base.values())
-        if recipe.load_in_4bit:
-            self.weights += sum(self._rounded(weight.numel() // 2) for weight in self._quantized())
-        if recipe.offload_embedding == "on":
-            self.weights -= model.get_input_embeddings().weight.nbytes
-        embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-        self.optimizer = sum(
-            self._rounded(size) for p in trained for size in moment_bytes(p, recipe.optim, id(p) in embeddings)
-        )
-        self.step = 0 if recipe.update_in_backward else self.gradients
-        self.step_copies = self.step if work.cuda and recipe.optim == "adamw_torch" else 0
-
-    def check(self, rows: Rows) -> int:
-        """What the check of a model's logits takes beside it: in fp32, what is outside of its blocks, the largest of
-        these, and the logits of two sequences."""
-        lists = [part for part in self.model.modules() if isinstance(part, nn.ModuleList)]
-        blocks = max(lists, key=lambda part: sum(p.numel() for p in part.parameters()))
-        inside = {id(parameter) for parameter in blocks.parameters()}
-        halves = [p for p in self.model.parameters() if p.element_size() == 2]
-        packed = {id(weight) for weight in self._quantized()} if self.work.recipe.load_in_4bit else set()
-        outside = sum(4 * p.numel() for p in halves if id(p) not in inside)
-        block = max(
-            sum(4 * p.numel() for p in part.parameters() if p.element_size() == 2 and id(p) not in packed)
-            for part in blocks
-        )
-        # The logits of the longest and of a short one, and a copy while they are made.
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        longest, shortest = (rows.shared + rows.answer + edge for edge in (max(rows.own), min(rows.own)))
-        copies = 0 if self.work.kernels == "unsloth" else outside + block
-        return copies + 4 * vocabulary * (longest + shortest)
-
-    def _quantized(self) -> Iterator[torch.Tensor]:
-        """The weights that `load_in_4bit` packs: of all linear layers but the output layer."""
-        from transformers.pytorch_utils import Conv1D
-
-        # GPT-2's Conv1D is a linear layer, its weight transposed.
-        for name, part in self.model.named_modules():
-            is_linear = isinstance(part, nn.Linear | Conv1D) and part is not self.model.get_output_embeddings()
-            if is_linear and ".lora_" not in name:
-                yield part.weight
-
-    def _rounded(self, size: float) -> int:
-        return -(-int(size) // simulate.ROUNDED) * simulate.ROUNDED if self.work.cuda else int(size)
-
-
-def moment_bytes(parameter: torch.Tensor, optim: str, is_embedding: bool) -> list[float]:
-    """Bytes of AdamW's two moments of a weight, and of their blocks' constants.
-
-    transformers has bitsandbytes keep an embedding's in fp32; torchao keeps small or uneven tensors' in their type.
-    """
-    count, block = parameter.numel(), MOMENT_BLOCKS.get(optim)
-    if block is None:
-        return [parameter.nbytes] * 2
-    if optim == "adamw_8bit" and (is_embedding or count < LEAST):
-        return [4 * count] * 2
-    if optim != "adamw_8bit" and (count < LEAST or count % block):
-        return [parameter.nbytes] * 2
-    return [count * (0.5 if optim == "adamw_torch_4bit" else 1), 4 * -(-count // block)] * 2
 
 
 def _recorded(recipe: Recipe, rows: Rows) -> int:
@@ -321,6 +231,11 @@ class Fit:
     available: int
     checkpointing: str
     memory: str
+
+    @property
+    def parts(self) -> Mapping[str, int] | None:
+        """Bytes by part; None if they are not known."""
+        return self.estimate.parts if self.estimate else None
 
 
 def fit(configuration, work: Work, rows: Rows, eval_batch: int, origin: str, force: bool = False) -> Fit:

@@ -16,8 +16,8 @@ from finetune.data import PreparedData
 from finetune.model import checks, encode, load
 from finetune.model.template import Template
 from finetune.train import memory
+from finetune.train.held import Work
 from finetune.train.memory import Fit
-from finetune.train.simulate import Work
 
 # Set by `run --force`, for the notebooks' processes.
 FORCE = "FINETUNE_FORCE"

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 import weakref
 from dataclasses import dataclass
-from typing import Literal
 from unittest import mock
 
 import torch
@@ -21,14 +21,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.integrations.moe import ExpertsInterface
 
-from finetune.config.plan import Settings
 from finetune.config.recipes import Recipe
 from finetune.model import packing
-from finetune.model.precision import DTYPES
+from finetune.train import held
+from finetune.train.held import Work
 
-# PyTorch's allocators round each tensor up to this.
-ROUNDED = 512
+BALANCED = "balanced"
+MIB = 2**20
+# What the model's code raises is ours to say.
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Pass:
-    """Bytes of a pass besides weights and optimiser, at its fullest moments: where the backward pass leaves the last
-    layer, with all activations, and where it leaves the first one, with all gradients.
+    """Bytes of a pass besides weights and optimiser, at its fullest moments: in the forward pass, where the backward
+    pass leaves the last layer, with all activations, and where it leaves the first one, with all gradients.
 
     Attributes:
+        forward: Bytes in the forward pass.
         start: Bytes when the backward pass begins, gradients that are there by then included.
         start_gradients: Those gradients.
         end: Bytes when it ends.
@@ -62,6 +66,7 @@ class Pass:
         scoring: Bytes of a scoring batch.
     """
 
+    forward: float
     start: float
     start_gradients: float
     end: float
@@ -70,65 +75,19 @@ class Pass:
     scoring: float
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is run: a recipe on a kind of machine.
-
-    Attributes:
-        checkpointing: `off`, or how activations are recomputed.
-        dtype: The type of the weights, and of the matrix products.
-        kernels: Whose kernels replace the model's code.
-        cuda: Whether it is for a GPU.
-    """
-
-    recipe: Recipe
-    checkpointing: str
-    dtype: str
-    compute_dtype: str
-    kernels: Literal["none", "liger", "unsloth"]
-    cuda: bool
-
-    @classmethod
-    def of(cls, settings: Settings, dtype: str, compute_dtype: str, liger: bool, cuda: bool) -> Work:
-        """A plan's work on this machine; checkpointing is decided later."""
-        kernels = "liger" if liger else "none"
-        if settings.engine == "unsloth":
-            # Its full fine-tuning compiles transformers' own layers, to about what Liger's kernels are.
-            kernels = "unsloth" if settings.recipe.adapter else "liger"
-        return cls(settings.recipe, "off", dtype, compute_dtype, kernels, cuda)
-
-
 def run(configuration, work: Work, batch: Batch, scored: Batch) -> Pass:
     """Simulate a training's micro-batch and a scoring batch of any language model that transformers builds.
 
     Raises:
         Exception: Whatever the model's code raises where it needs numbers, or cannot read packed rows.
     """
-    two, three = (_trace(_shortened(configuration, layers), work, batch, scored) for layers in (2, 3))
-    more = configuration.get_text_config().num_hidden_layers - 2
-    found = {name: two[name] + more * (three[name] - two[name]) for name in two}
+    layers = configuration.get_text_config().num_hidden_layers
+    two, three = (_trace(_shortened(configuration, min(layers, count)), work, batch, scored) for count in (2, 3))
+    found = {name: two[name] + (layers - 2) * (three[name] - two[name]) for name in two}
     if work.checkpointing == "unsloth":
         # Each layer's input goes to the host's memory.
-        found["start"] = three["start"]
+        found |= {name: three[name] for name in ("forward", "start")}
     return Pass(**found)
-
-
-def build(configuration, recipe: Recipe, dtype: str) -> nn.Module:
-    """The model with its adapter on the meta device, where tensors have sizes and no memory."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(configuration, dtype=DTYPES[dtype])
-        if recipe.adapter:
-            adapter = LoraConfig(
-                r=recipe.r, target_modules=recipe.target_modules, use_dora=recipe.use_dora, task_type="CAUSAL_LM"
-            )
-            model = get_peft_model(model, adapter)
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-    return model
 
 
 def _shortened(configuration, layers: int):
@@ -141,11 +100,20 @@ def _shortened(configuration, layers: int):
     return short
 
 
+def _block(size: int) -> int:
+    """Bytes of the block that CUDA's caching allocator takes for a tensor that comes and goes: from 1 MiB on one of
+    equal parts of 20 MiB, from 10 MiB on a multiple of 2 MiB (PyTorch's c10/cuda/CUDACachingAllocator)."""
+    if size <= MIB:
+        return held.on_device(size, cuda=True)
+    return 20 * MIB // (20 * MIB // size) if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+
+
 class _Meter(TorchDispatchMode):
     """Adds up the bytes of all tensors that are alive, by the storages that operations return."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, cuda: bool):
         super().__init__()
+        self.cuda = cuda
         self.now, self.gradients, self.phase = 0, 0, ""
         self.peaks: dict[str, tuple[int, int]] = {}
         # What is there before is counted apart.
@@ -158,7 +126,7 @@ class _Meter(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self._seen:
                 storage = tensor.untyped_storage()
-                size = -(-storage.nbytes() // ROUNDED) * ROUNDED
+                size = _block(storage.nbytes()) if self.cuda else storage.nbytes()
                 self._seen.add(storage)
                 weakref.finalize(storage, self._free, size)
                 self.now += size
@@ -179,7 +147,7 @@ class _Meter(TorchDispatchMode):
 
 def _trace(configuration, work: Work, batch: Batch, scored: Batch) -> dict[str, float]:
     recipe = work.recipe
-    model = build(configuration, recipe, work.dtype)
+    model = held.build(configuration, recipe, work.dtype)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # Tied weights stay one.
     fake = functools.cache(
@@ -197,8 +165,9 @@ def _trace(configuration, work: Work, batch: Batch, scored: Batch) -> dict[str, 
             if recipe.adapter:
                 model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.config.get_text_config()._experts_implementation = BALANCED
         backbone = packing.Backbone(model)
-        meter = _Meter(model)
+        meter = _Meter(model, work.cuda)
         _mark_phases(model, meter)
         for parameter in trained:
             if recipe.gradient_accumulation_steps == 1:
@@ -230,17 +199,16 @@ def _trace(configuration, work: Work, batch: Batch, scored: Batch) -> dict[str, 
         for parameter in trained:
             parameter.grad = None
         meter.enter("scoring")
-        row, places = _row(scored, work.cuda)
         left = meter.now
+        row, places = _row(scored, work.cuda)
         with torch.no_grad(), autocast:
             # The last hidden states alone: logits of these places are added.
             backbone(row, places[:1])
-    phases = {phase: meter.peaks.get(phase, (0, 0)) for phase in ("forward", "start", "end")}
-    start, end = max(phases["forward"], phases["start"]), phases["end"]
-    vocabulary = configuration.get_text_config().vocab_size
+    start, end = (meter.peaks.get(phase, (0, 0)) for phase in ("start", "end"))
     # Logits and their log-softmax, both in fp32.
-    tables = 8 * scored.articles * scored.predicted * vocabulary
+    tables = 8 * scored.articles * scored.predicted * configuration.get_text_config().vocab_size
     return {
+        "forward": meter.peaks["forward"][0],
         "start": start[0],
         "start_gradients": start[1],
         "end": end[0],
@@ -292,15 +260,31 @@ def _mark_phases(model: nn.Module, meter: _Meter) -> None:
         if hidden.requires_grad:
             hidden.register_hook(lambda _: meter.enter(phase))
 
-    layers[-2].register_forward_hook(functools.partial(hook, "between"))
+    layers[-min(2, len(layers))].register_forward_hook(functools.partial(hook, "between"))
     layers[0].register_forward_hook(functools.partial(hook, "end"))
+
+
+def _balanced(module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """A mixture of experts without a routing that needs numbers: all tokens go through one expert's matrices, as often
+    as they are sent to one."""
+    rows = hidden.repeat_interleave(index.shape[-1], dim=0)
+    up, down = (module.gate_up_proj if module.has_gate else module.up_proj)[0], module.down_proj[0]
+    if not module.is_transposed:
+        up, down = up.T, down.T
+    inner = module._apply_gate(rows @ up) if module.has_gate else module.act_fn(rows @ up)
+    outer = (inner @ down) * weights.reshape(-1, 1)
+    return outer.view(*index.shape, -1).sum(dim=1).to(hidden.dtype)
+
+
+ExpertsInterface.register(BALANCED, _balanced)
 
 
 def _count(meter: _Meter, recipe: Recipe, parameter: torch.Tensor) -> None:
     if recipe.update_in_backward:
         parameter.grad = None
     else:
-        meter.gradients += parameter.grad.untyped_storage().nbytes()
+        size = parameter.grad.untyped_storage().nbytes()
+        meter.gradients += _block(size) if meter.cuda else size
 
 
 def _replace_kernels(model: nn.Module, work: Work) -> None:
