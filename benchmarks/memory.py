@@ -3,6 +3,7 @@ tiny and the embedded model on a CPU.
 
     python -m benchmarks.memory gpu    # one GPU of 80 GB, random weights, no network; 5 minutes
     python -m benchmarks.memory cpu    # 10 minutes on two cores
+    python -m benchmarks.memory gpu --again FILE    # the estimates of a measured file by today's code; no GPU
 
 Every training is a notebook's own cells in a process of its own, on the built-in sample. Writes
 results/reference/memory/gpu.json or cpu.json, from which `python -m benchmarks.render` makes docs/memory.md.
@@ -19,16 +20,20 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from benchmarks.ladder import QWEN_7B
+from benchmarks.records import recipe_of
+from data_prep import Example
 from data_prep.files import replacing
+from data_prep.task import AG_NEWS
 from finetune import machine, paths, records
 from finetune.config.methods import METHODS
+from finetune.train.held import Work
 
 FOLDER = paths.PROJECT / "results" / "reference" / "memory"
 # What a line that reports a measurement begins with.
@@ -132,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", default=[], metavar="SHAPE", help="shapes; all if none is named")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"default: {FOLDER.relative_to(paths.PROJECT)}/...")
     parser.add_argument("--scratch", type=Path, default=Path("/dev/shm" if Path("/dev/shm").is_dir() else "/tmp"))
+    parser.add_argument("--again", type=Path, metavar="FILE", help="estimate a measured file's cases on a GPU again")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
@@ -140,6 +146,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(RESULT + json.dumps(measure(next(case for case in cases if case.key == options.case), options.scratch)))
         return 0
     os.environ.setdefault("FINETUNE_COMMAND", shlex.join(["python", "-m", "benchmarks.memory", *arguments]))
+    if options.again:
+        estimate_again(options.again)
+        return 0
     cases = tuple(case for case in cases if not options.only or case.shape in options.only)
     out = options.out or FOLDER / f"{options.device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -154,6 +163,40 @@ def main(arguments: list[str] | None = None) -> int:
                 content = {"environment": records.environment().model_dump(), "cases": lines}
                 file.write(json.dumps(content, indent=1) + "\n")
     return int(any("failure" in line for line in lines))
+
+
+def estimate_again(file: Path) -> None:
+    """Replace the estimates in a file that was measured on a GPU by those of today's code, and name its commit.
+
+    The file's measured figures stay; the rows are the built-in sample's, as they were.
+    """
+    from transformers import CONFIG_MAPPING
+
+    from benchmarks.families import tiny_tokenizer
+    from data_prep.sources import sample
+    from finetune.model import encode
+    from finetune.train.memory import Rows, estimate
+
+    content, tokenizer = json.loads(file.read_bytes()), tiny_tokenizer()
+    # The rows that a training takes are drawn by seed from these.
+    examples = [
+        Example(str(number), row.text, row.label, AG_NEWS.messages("lean", row.text, row.label))
+        for number, row in enumerate(sample(AG_NEWS).rows("train"))
+    ]
+    rows = Rows.of(encode.encode(tokenizer, examples, 512), tokenizer, AG_NEWS)
+    for line in content["cases"]:
+        recipe = recipe_of(line["run"], line["overrides"] | {"lora_alpha": 32})
+        dtype = "bfloat16" if recipe.dtype == "auto" else recipe.dtype
+        work = Work(recipe, recipe.gradient_checkpointing, dtype, "bfloat16", "none", cuda=True)
+        kind, values = SHAPES[line["shape"]]
+        chosen = replace(rows, own=rows.own[: line["overrides"]["train_rows"]])
+        eval_batch = line["overrides"]["per_device_eval_batch_size"]
+        found = estimate(CONFIG_MAPPING[kind](**values), work, chosen, eval_batch)
+        line["estimate"] = {"moment": found.moment, "parts": dict(found.parts)}
+        print(shown(line), flush=True)
+    content["estimated"] = records.environment().model_dump()
+    with replacing(file) as target:
+        target.write(json.dumps(content, indent=1) + "\n")
 
 
 def shown(line: Mapping[str, Any]) -> str:

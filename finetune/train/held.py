@@ -106,8 +106,8 @@ class Held:
         )
         if recipe.update_in_backward:
             self.gradients = max(self._rounded(parameter.nbytes) for parameter in trained)
-        # CUDA's allocator takes memory for each block of 10 MiB or more, and keeps it: the blocks that activations leave
-        # are too small for such gradients. Smaller ones share memory and are joined again.
+        # CUDA's allocator takes memory for each block of 10 MiB or more, and keeps it: what activations leave is too
+        # small for such gradients. Smaller blocks share memory and are joined again.
         large = [parameter.nbytes for parameter in trained if parameter.nbytes >= 10 * 2**20]
         self.apart = min(self.gradients, sum(large))
         # PyTorch's AdamW makes a copy of all second moments, unless it is fused.
