@@ -64,13 +64,14 @@ class DuplicateFinder:
         self._in_validation |= exact | near
 
     @property
+    def in_train(self) -> set[int]:
+        """The test rows that a training row repeats, exactly or nearly."""
+        return self.exact | self.near
+
+    @property
     def in_validation(self) -> set[int]:
         """The test rows that a validation row repeats, exactly or nearly, and no training row."""
-        return self._in_validation - self.exact - self.near
-
-    def has_duplicate(self, row: int) -> bool:
-        """Whether a training row that was seen repeats this test row."""
-        return row in self.near or row in self.exact
+        return self._in_validation - self.in_train
 
     def _repeated(self, text: str) -> tuple[int, set[int], set[int]]:
         """The key of a text, and the test rows that it repeats exactly and nearly."""

@@ -34,7 +34,8 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 class Example:
     """A prepared row: its text and label, and the chat of system, user and assistant message made of them.
 
-    `has_duplicate` marks a test row whose text is repeated, exactly or nearly, in the training rows.
+    `has_duplicate` marks a test row whose text is repeated, exactly or nearly, in the training rows, and
+    `in_validation` one that is repeated in the validation rows alone.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Example:
     label: str
     messages: list[Message]
     has_duplicate: bool = False
+    in_validation: bool = False
 
     @property
     def prompt(self) -> list[Message]:
@@ -53,7 +55,7 @@ class Example:
 
     def identity(self) -> bytes:
         """What the fingerprint sees of a row. These are the lines of the first version of the files, with its word for
-        a duplicate: the same data keeps the fingerprint that published records hold."""
+        a duplicate in train: the same data keeps the fingerprint that published records hold."""
         row = {"id": self.id, "messages": self.messages, "has_twin": self.has_duplicate}
         return (_encode(row) + "\n").encode()
 

@@ -35,8 +35,8 @@ TokenCounter = Callable[[Sequence[list[Message]]], list[int]]
 # tokens, where counting all 120,000 rows under two prompts would take as long as everything else.
 TOKEN_SAMPLE = 2000
 
-# One more when the same source gives other rows than before: data of an older version is prepared again.
-VERSION = 2
+# One more when the same source gives other rows or marks than before: data of an older version is prepared again.
+VERSION = 3
 
 
 def prepare(
@@ -95,9 +95,9 @@ def prepare(
     ):
         files = dict(zip(SPLITS, (train, validation, test), strict=True))
 
-        def write(split: Split, origin: str, row: Row, has_duplicate: bool = False) -> None:
+        def write(split: Split, origin: str, row: Row, *duplicate: bool) -> None:
             messages = task.messages(prompt, row.text, row.label)
-            example = Example(origin, row.text, row.label, messages, has_duplicate)
+            example = Example(origin, row.text, row.label, messages, *duplicate)
             counts[split][row.label] += 1
             identities[split].update(example.identity())
             files[split].write(example.to_json())
@@ -113,8 +113,9 @@ def prepare(
             for number, row in enumerate(_cleaned(source, "validation", clean)):
                 duplicates.see_validation(row.text)
                 write("validation", f"validation-{number}", row)
+        in_train, only_in_validation = duplicates.in_train, duplicates.in_validation
         for number, row in enumerate(_cleaned(source, "test", clean)):
-            write("test", f"test-{number}", row, duplicates.has_duplicate(number))
+            write("test", f"test-{number}", row, number in in_train, number in only_in_validation)
         for split, label in ((split, label) for split in SPLITS for label in task.labels):
             if not counts[split][label]:
                 there = ", ".join(f"{name} {count}" for name, count in counts[split].items())
@@ -133,7 +134,7 @@ def prepare(
             test_exact_in_train=len(duplicates.exact),
             test_near_in_train=len(duplicates.near - duplicates.exact),
             train_contradicting=duplicates.contradicting(),
-            test_in_validation=len(duplicates.in_validation),
+            test_in_validation=len(only_in_validation),
         ),
         recognised=source.recognised(),
         tokens=_token_statistics(source, source_rows, clean, count_tokens) if count_tokens else None,

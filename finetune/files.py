@@ -101,21 +101,24 @@ def sync_folder(folder: Path) -> None:
         sync(path)
 
 
-def file_digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file in a folder, by its path within."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): file_digest(path) for path in paths}
+# The files of an artefact: all but README.md and hidden ones.
+ARTEFACT = re.compile(r"(?!README\.md$)(?!(.*/)?\.).+")
+# Those of a base model that its outputs come from. An adapter brings its own tokenizer.
+BASE = re.compile(r"config\.json|[^/.][^/]*\.(safetensors|bin)")
 
 
-def folder_digest(folder: Path) -> str:
-    """12 hexadecimal digits that change with the name or content of any file that a model may be loaded from.
+def file_digests(folder: Path, names: re.Pattern = re.compile(".+")) -> dict[str, str]:
+    """The SHA-256 of every file in a folder whose path within is one of `names`, by this path."""
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: file_digest(found[name]) for name in sorted(found) if names.fullmatch(name)}
 
-    README.md and hidden files do not count. `start_docker.sh` forms the same digits with `sha256sum`.
+
+def folder_digest(folder: Path, names: re.Pattern = ARTEFACT) -> str:
+    """12 hexadecimal digits that change with the name or content of any of these files.
+
+    `start_docker.sh` forms the same digits of an artefact with `sha256sum`.
     """
-    digests = {
-        name: digest for name, digest in file_digests(folder).items() if not re.search(r"(^|/)\.|^README\.md$", name)
-    }
-    lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
+    lines = [f"{digest}  {name}\n" for name, digest in file_digests(folder, names).items()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
 
 

@@ -145,6 +145,14 @@ def compute(labels: Sequence[str], predictions: Sequence[str | None], classes: S
     )
 
 
+def compute_without(
+    repeated: Sequence[bool], labels: Sequence[str], predictions: Sequence[str | None], classes: Sequence[str]
+) -> Metrics | None:
+    """The same on the rows that are not marked as repeated; None where all are."""
+    alone = [row for row, is_repeated in enumerate(repeated) if not is_repeated]
+    return compute([labels[row] for row in alone], [predictions[row] for row in alone], classes) if alone else None
+
+
 def first_difference(recorded: Metrics, labels: Sequence[str], predictions: Sequence[str]) -> str | None:
     """The name of the first of the recorded figures that these predictions do not give; None if there is none.
 

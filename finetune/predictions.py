@@ -25,7 +25,10 @@ FILE = "predictions.parquet"
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One row: its label, the label that scoring found, all probabilities if any, the generated answer if any."""
+    """One row: its label, the label that scoring found, all probabilities if any, the generated answer if any.
+
+    `has_duplicate` and `in_validation` are those of the prepared row; older files do not know the second.
+    """
 
     id: str
     label: str
@@ -33,6 +36,7 @@ class Prediction:
     probabilities: dict[str, float]
     generated: str | None
     has_duplicate: bool
+    in_validation: bool = False
 
 
 def write(folder: Path, test: Sequence[Prediction], validation: Sequence[Prediction] = ()) -> str:
@@ -47,6 +51,8 @@ def write(folder: Path, test: Sequence[Prediction], validation: Sequence[Predict
         "prediction": [row.prediction for row in rows],
         "generated": pa.array([row.generated for row in rows], pa.string()),
         "has_duplicate": [row.has_duplicate for row in rows],
+        # Null and not False: a column of nulls is none, and the digest is that of a file without it.
+        "in_validation": pa.array([row.in_validation or None for row in rows], pa.bool_()),
     }
     if classes := list(rows[0].probabilities):
         logits = _logits(np.array([list(row.probabilities.values()) for row in rows]))
@@ -76,6 +82,7 @@ def read(folder: Path, digest: str, split: Literal["test", "validation"] = "test
     probabilities = (odds / odds.sum(axis=0)).round(9).T.tolist()
     columns["probabilities"] = [dict(zip(classes, of, strict=True)) for of in probabilities]
     columns.setdefault("generated", [None] * len(table))
+    columns["in_validation"] = [bool(mark) for mark in columns.get("in_validation", [None] * len(table))]
     rows = zip(columns["split"], *(columns[name] for name in Prediction.__slots__), strict=True)
     return [Prediction(*row) for of, *row in rows if of == split]
 

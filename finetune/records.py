@@ -74,7 +74,8 @@ class Training(Part):
     """Cost of a training. Seconds and energy exclude validation and model loading; tokens exclude padding.
 
     `energy_joules` is the GPU's own count, and None where it has none. `rendered_prompt` is the prompt with the
-    columns' names for a text, as the model's template wrote it; older records have none.
+    columns' names for a text, as the model's template wrote it. `base_digest` says which weights were tuned
+    (`model.hub.base_digest`), `base_revision` a hub model's commit. Older records have none of these.
     """
 
     environment: Environment
@@ -98,6 +99,8 @@ class Training(Part):
     history: list[LogPoint]
     energy_joules: float | None = None
     rendered_prompt: str = ""
+    base_digest: str = ""
+    base_revision: str = ""
 
 
 class Generation(Part):
@@ -110,9 +113,10 @@ class Generation(Part):
 
 
 class Evaluation(Part):
-    """Test metrics by scoring, on all rows and on those without a duplicate in train; and by generation.
+    """Test metrics by scoring, on all rows and on those without a duplicate; and by generation.
 
-    `dtype` is the type of matrix products, and `precision` the reason for it, which older records do not hold.
+    `artefact_digest` is the base's own where nothing was tuned. `dtype` is the type of matrix products, and `precision`
+    the reason for it. Older records hold neither a base's digest nor this reason.
     """
 
     environment: Environment

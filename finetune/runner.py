@@ -274,7 +274,7 @@ class Suite:
             {"train": plan.training_digest, "evaluate": plan.digest, "compare": ""}[step.kind].encode(),
             manifest.read_bytes() if manifest.is_file() else b"",
             *(keys.code(path) for path in sorted(keys.sources(step.kind))),
-            *([] if step.kind == "compare" else keys.template(plan.experiment.model)),
+            *([] if step.kind == "compare" else keys.model_files(plan.experiment.model)),
             *self._reads(step),
         ]
         return hashlib.sha256(b"\0".join(parts)).hexdigest()

@@ -191,19 +191,26 @@ class Comparison:
         return found
 
     @cached_property
-    def repeated(self) -> int:
-        """How many test rows have their article in a training row, exactly or nearly."""
-        return sum(row.has_duplicate for row in self.predictions["base"])
+    def repeated(self) -> list[bool]:
+        """Which test rows have their article in a training or a validation row, exactly or nearly."""
+        return [row.has_duplicate or row.in_validation for row in self.predictions["base"]]
+
+    @property
+    def repeated_splits(self) -> str:
+        """In which rows these articles are: `training`, `validation`, or `training or validation`."""
+        rows = self.predictions["base"]
+        found = {
+            "training": any(row.has_duplicate for row in rows),
+            "validation": any(row.in_validation for row in rows),
+        }
+        return " or ".join(split for split, is_there in found.items() if is_there)
 
     @cached_property
     def without_duplicates(self) -> dict[str, Metrics | None]:
-        """The same on the rows whose article is in no training row; None where there is no such row."""
-        alone = [number for number, row in enumerate(self.predictions["base"]) if not row.has_duplicate]
-        labels = [self.labels[row] for row in alone]
-        answers = {name: self.answers(name) for name in self.predictions}
+        """Metrics on the other rows; None where there is none."""
         return {
-            name: metrics.compute(labels, [of[row] for row in alone], self.classes) if alone else None
-            for name, of in answers.items()
+            name: metrics.compute_without(self.repeated, self.labels, self.answers(name), self.classes)
+            for name in self.predictions
         }
 
 
@@ -350,6 +357,12 @@ def _read_evaluated(places: dict[str, Path], folder: Path) -> dict[str, RunRecor
     evaluated = {run: record for run, record in read.items() if record.evaluation}
     if "base" not in evaluated:
         raise DataError(folder, "the base model was not evaluated; run base_model_performance.ipynb first")
+    weights = {
+        run: record.training.base_digest if record.training else record.evaluation.artefact_digest
+        for run, record in evaluated.items()
+    }
+    # Older records do not know them.
+    check_comparable({places[run]: {"base weights": digest} for run, digest in weights.items() if digest})
     return evaluated
 
 

@@ -123,11 +123,11 @@ def notes(comparison: Comparison) -> list[str]:
             )
         else:
             found.append(f"Training and validation used {train_rows:,} rows, the test {data.test_rows:,}.")
-    if repeated := comparison.repeated:
+    if repeated := sum(comparison.repeated):
         best = max(comparison.answering(), key=lambda name: comparison.scoring[name].accuracy)
         alone = comparison.without_duplicates[best]
         rest = f": without them, {spoken(best)} gets {percent(alone.accuracy)} %" if alone else ""
-        found.append(f"{repeated:,} test rows repeat a training row, exactly or nearly{rest}.")
+        found.append(f"{repeated:,} test rows repeat a {comparison.repeated_splits} row, exactly or nearly{rest}.")
     if record.settings.get("model") == "embedded":
         found.append(
             f"{record.model} comes from a 4-bit file ({embedded.QUANTISATION}), so every method starts from weights "

@@ -49,7 +49,7 @@ def summary(comparison: Comparison) -> pd.DataFrame:
 
 def quality(comparison: Comparison) -> pd.DataFrame:
     """Accuracy and all METRICS of the first seed with their differences to the base, and accuracy on the rows whose
-    article is not in the training rows too."""
+    article is in no training or validation row."""
     base, lines = comparison.scoring["base"], {}
     for name, of in comparison.scoring.items():
         alone = comparison.without_duplicates[name]
@@ -155,9 +155,10 @@ def costs(record: RunRecord, *others: Training) -> pd.DataFrame:
 
 
 def all_costs(comparison: Comparison) -> pd.DataFrame:
-    """The costs of every tuned run."""
+    """The costs of every tuned run, without those that none of them measured."""
     lines = [costs(record, *comparison.trainings(run)[1:]) for run, record in comparison.tuned().items()]
-    return pd.concat(lines) if lines else pd.DataFrame()
+    table = pd.concat(lines) if lines else pd.DataFrame()
+    return table.loc[:, (table != "-").any()]
 
 
 def _rate(value: float) -> str:
@@ -182,11 +183,15 @@ def seconds_to(training: Training, target: float) -> float | None:
 
 def time_to_accuracy(comparison: Comparison) -> pd.DataFrame:
     """Training time until each target was first seen on the validation rows, a column a target; of several seeds the
-    median and the range. Runs whose validations were not timed are left out."""
+    median and the range. Runs that were validated once, or not timed, are left out."""
     lines = {}
     for run in comparison.tuned():
         trainings = comparison.trainings(run)
-        if all(any(point.training_seconds is not None for point in one.history) for one in trainings):
+        timed = [
+            sum(None not in (point.training_seconds, point.validation_accuracy) for point in one.history)
+            for one in trainings
+        ]
+        if min(timed) > 1:
             lines[NAMES[run]] = {f"{target:.0%}": _reached(trainings, target) for target in TARGETS}
     svm = comparison.baselines.get("svm")
     if lines and svm:

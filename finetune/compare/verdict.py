@@ -157,15 +157,16 @@ def decide(comparison: Comparison, margin: float = MARGIN, save: str = "time") -
 
 
 def _caution(comparison: Comparison, names: Iterable[str]) -> str:
-    """A sentence where many test rows repeat training rows, with the accuracy on the others."""
-    rows, repeated = len(comparison.labels), comparison.repeated
+    """A sentence where many test rows repeat rows of other splits, with the accuracy on the others."""
+    rows, repeated = len(comparison.labels), sum(comparison.repeated)
     if repeated < MANY * rows:
         return ""
+    places = f"{comparison.repeated_splits} rows"
     if repeated == rows:
-        return " But all test rows repeat training rows: these figures show memory alone."
+        return f" But all test rows repeat {places}: these figures show memory alone."
     alone = {spoken(name): percent(comparison.without_duplicates[name].accuracy) for name in names}
     found = listed([f"{name} gets {accuracy} %" for name, accuracy in alone.items()])
-    return f" But {repeated:,} of {rows:,} test rows repeat training rows. On the other {rows - repeated:,}, {found}."
+    return f" But {repeated:,} of {rows:,} test rows repeat {places}. On the other {rows - repeated:,}, {found}."
 
 
 def _round_up(rows: float) -> int:

@@ -27,6 +27,7 @@ from finetune.files import short_digest
 if TYPE_CHECKING:
     # It takes most of the time of `import finetune`; a plan needs it for its table alone.
     import pandas as pd
+    from pandas.io.formats.style import Styler
 
 ENVIRONMENT_PREFIX = "FINETUNE_"
 # Origins of values that nobody chose: of the experiment, and of a method's recipe.
@@ -151,15 +152,18 @@ class Settings:
         return (
             f"<p><b>{METHODS[self.run].title}</b>: "
             f"profile <code>{self.profile}</code> ({self.profile_reason}){engine}</p>"
-            f"{_left(table[~is_default])}"
+            f"{left_aligned(table[~is_default]).to_html()}"
             f"<details><summary>{is_default.sum()} parameters have their default values</summary>"
-            f"{_left(table[is_default])}</details>"
+            f"{left_aligned(table[is_default]).to_html()}</details>"
         )
 
 
-def _left(table: pd.DataFrame) -> str:
+def left_aligned(table: pd.DataFrame) -> Styler:
+    """A table for a notebook, its texts as they are: neither markup nor formulas in them work."""
     aligned = [{"selector": "th, td", "props": "text-align: left"}]
-    return table.style.format(escape="html").set_table_styles(aligned).to_html()
+    plain = table.style.format(escape="html").format_index(escape="html").set_table_styles(aligned)
+    # What MathJax 2 and 3 pass by.
+    return plain.set_table_attributes('class="dataframe tex2jax_ignore mathjax_ignore"')
 
 
 def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> Settings:

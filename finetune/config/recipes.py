@@ -110,6 +110,12 @@ class Recipe:
     """Measure validation accuracy before the first step too; with CUDA graphs we always do."""
     save_steps: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Share of the steps between two checkpoints; 0: only when a training is interrupted."""
+    load_best_model_at_end: bool = False
+    """Keep the weights with the highest validation accuracy, not the last ones. We then save a checkpoint at each
+    measurement."""
+    early_stopping_patience: Count | None = None
+    """End the training after so many measurements without a new highest validation accuracy; needs
+    load_best_model_at_end."""
 
 
 # bfloat16 has 8 bits of precision: an update below 1/256 of a weight is lost. With fp32 weights the same run ended
@@ -140,6 +146,8 @@ def check(recipe: Recipe, run: str, its_own: Recipe) -> None:
         raise UserError("load_in_4bit=True contradicts dtype=float32: set dtype=auto")
     if not recipe.packing and (recipe.article_loss or recipe.label_smoothing_factor):
         raise UserError("article_loss and label_smoothing_factor need packing=True: padded batches have TRL's own loss")
+    if recipe.early_stopping_patience and not recipe.load_best_model_at_end:
+        raise UserError("early_stopping_patience needs load_best_model_at_end=True: the last weights are not the best")
     if not recipe.update_in_backward:
         return
     if recipe.adapter:

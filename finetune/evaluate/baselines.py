@@ -52,7 +52,7 @@ def table(*found: Baseline) -> pd.DataFrame:
 
 
 def without_duplicates(baseline: Baseline) -> str:
-    """The accuracy on the test rows that repeat no training row, and how many these are."""
+    """The accuracy on the test rows that repeat no training or validation row, and how many these are."""
     alone = baseline.without_duplicates
     return f"{alone.accuracy:.1%} of {alone.rows:,} rows" if alone else "no such row"
 
@@ -141,7 +141,7 @@ def _record(
 ) -> Baseline:
     folder = _folder(settings, name)
     labels = [row.label for row in data.test]
-    alone = [row for row, example in enumerate(data.test) if not example.has_duplicate]
+    repeated = [row.has_duplicate or row.in_validation for row in data.test]
     rows = [
         # A classifier that is no model of probabilities has none.
         Prediction(
@@ -151,6 +151,7 @@ def _record(
             probabilities={},
             generated=None,
             has_duplicate=example.has_duplicate,
+            in_validation=example.in_validation,
         )
         for example, answer in zip(data.test, predicted, strict=True)
     ]
@@ -160,9 +161,7 @@ def _record(
         data=data.reference,
         environment=records.environment(),
         scoring=metrics.compute(labels, predicted, data.task.labels),
-        without_duplicates=metrics.compute([labels[r] for r in alone], [predicted[r] for r in alone], data.task.labels)
-        if alone
-        else None,
+        without_duplicates=metrics.compute_without(repeated, labels, predicted, data.task.labels),
         predictions_digest=predictions.write(folder, rows),
         **how,
     )

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from data_prep import UserError
 from finetune import machine, paths, records
 from finetune.config.methods import METHODS
-from finetune.config.plan import EVALUATION_ONLY, Experiment, plan
+from finetune.config.plan import EVALUATION_ONLY, Experiment, left_aligned, plan
 from finetune.files import folder_digest
 from finetune.model import load
-from finetune.model.hub import model_path
+from finetune.model.hub import base_digest, model_path
 from finetune.records import RunRecord, Training
 from finetune.wording import duration
 
@@ -82,7 +82,7 @@ class Found:
         return pd.DataFrame({"": facts})
 
     def _repr_html_(self) -> str:
-        return self.table().style.set_properties(**{"text-align": "left"}).to_html()
+        return left_aligned(self.table()).to_html()
 
 
 def find_run(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> Found:
@@ -142,8 +142,8 @@ def check_loaded(found: Found, model, ids: Sequence[int]) -> None:
         ids: Token ids of a row that it will read.
 
     Raises:
-        UserError: It was loaded from another place, the artefact was changed meanwhile, or its adapter is not in the
-            model or changes nothing.
+        UserError: It was loaded from another place, the artefact was changed meanwhile, its adapter's base was changed
+            since the training, or its adapter is not in the model or changes nothing.
     """
     is_adapter = found.trained.get("adapter", False)
     place = found.artefact if found.artefact and not is_adapter else model_path(found.experiment.model)
@@ -153,6 +153,11 @@ def check_loaded(found: Found, model, ids: Sequence[int]) -> None:
         check_artefact(found)
     if not is_adapter:
         return
+    if found.training.base_digest not in ("", base_digest(model.config)):
+        raise UserError(
+            f"{place} holds other weights than those that the {found.run} adapter was trained on: put these back, or "
+            f"run {METHODS[found.run].notebook}.ipynb again"
+        )
     saved = load_file(found.artefact / "adapter_model.safetensors")
     own = get_peft_model_state_dict(model, save_embedding_layers=False) if isinstance(model, PeftModel) else {}
     adapter = {name: tensor.float() for name, tensor in saved.items() if ".lora_" in name}

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from data_prep import Example, Task, UserError
 from finetune import machine, metrics, paths, predictions, records
 from finetune.config.methods import METHODS
-from finetune.config.plan import Experiment
+from finetune.config.plan import Experiment, left_aligned
 from finetune.data import PreparedData
 from finetune.evaluate import score
 from finetune.evaluate.find import Found, check_loaded, values_of
 from finetune.files import short_digest
 from finetune.model import checks, encode, load, packing, padded
+from finetune.model.hub import base_digest
 from finetune.model.precision import Precision
 from finetune.model.template import Template
 from finetune.predictions import Prediction
@@ -100,7 +102,7 @@ def summary(record: records.RunRecord) -> pd.DataFrame:
     result = record.evaluation
     rows = {
         "scoring, all test rows": result.scoring,
-        "scoring, rows without a duplicate in train": result.without_duplicates,
+        "scoring, rows without a duplicate": result.without_duplicates,
         "generation, valid JSON or wrong": result.generation and result.generation.metrics,
     }
     return pd.DataFrame(
@@ -131,12 +133,12 @@ def class_table(record: records.RunRecord) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def confident_errors(record: records.RunRecord, data: PreparedData, rows: int = 8) -> pd.DataFrame:
-    """The wrong answers that the model was surest of, with their text."""
+def confident_errors(record: records.RunRecord, data: PreparedData, rows: int = 8) -> Styler:
+    """The wrong answers that the model was surest of, with their text, as a table for a notebook."""
     articles = {example.id: example.text for example in data.test}
     wrong = [row for row in _read_predictions(record) if row.prediction != row.label]
     wrong.sort(key=lambda row: row.probabilities[row.prediction], reverse=True)
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "probability": [f"{row.probabilities[row.prediction]:.2f}" for row in wrong[:rows]],
             "predicted": [row.prediction for row in wrong[:rows]],
@@ -144,6 +146,7 @@ def confident_errors(record: records.RunRecord, data: PreparedData, rows: int = 
             "article": [articles[row.id] for row in wrong[:rows]],
         }
     )
+    return left_aligned(table).hide(axis="index")
 
 
 def _read_predictions(record: records.RunRecord) -> list[Prediction]:
@@ -172,10 +175,10 @@ def _evaluate_model(
         _predictions(task, examples, probabilities, answers),
         _predictions(task, data.validation, validation, []),
     )
-    alone = [row for row, example in enumerate(examples) if not example.has_duplicate]
+    repeated = [example.has_duplicate or example.in_validation for example in examples]
     return records.Evaluation(
         environment=records.environment(),
-        artefact_digest=found.training.artefact_digest if found.training else None,
+        artefact_digest=found.training.artefact_digest if found.training else base_digest(backbone.model.config),
         seconds=seconds,
         articles_per_second=len(examples) / seconds,
         peak_memory_bytes=machine.peak_memory()[0],
@@ -184,9 +187,7 @@ def _evaluate_model(
         precision=str(precision),
         scoring=metrics.compute(labels, predicted, task.labels),
         log_loss=metrics.log_loss(labels, probabilities, task.labels),
-        without_duplicates=metrics.compute([labels[r] for r in alone], [predicted[r] for r in alone], task.labels)
-        if alone
-        else None,
+        without_duplicates=metrics.compute_without(repeated, labels, predicted, task.labels),
         generation=generation,
         predictions_digest=digest,
     )
@@ -239,6 +240,7 @@ def _predictions(
             probabilities=dict(zip(task.labels, probabilities[row], strict=True)),
             generated=generated[row],
             has_duplicate=example.has_duplicate,
+            in_validation=example.in_validation,
         )
         for row, example in enumerate(examples)
     ]

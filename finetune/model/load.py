@@ -79,7 +79,6 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES[dtype],
-            attn_implementation="sdpa",
             quantization_config=four_bit if load_in_4bit else None,
             device_map={"": machine.device()},
         )

@@ -95,11 +95,12 @@ class Clock(TrainerCallback):
 
 
 class EvaluateAtTheEnd(TrainerCallback):
-    """Evaluates after the last step, which is not always a multiple of `eval_steps`."""
+    """Evaluates after the last step, which is not always a multiple of `eval_steps`, and saves what may be the best."""
 
     def on_step_end(self, args, state, control, **_) -> None:
         if state.global_step >= state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
+            control.should_save |= args.load_best_model_at_end
 
 
 class ShowProgress(NotebookProgressCallback):

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from finetune import machine
-from finetune.config.plan import Settings
+from finetune.config.plan import Settings, left_aligned
 from finetune.config.recipes import Recipe
 from finetune.data import PreparedData
 from finetune.model import checks, encode, load
@@ -49,7 +49,7 @@ class Resolved:
         return pd.DataFrame({"choice and reason": self.reasons})
 
     def _repr_html_(self) -> str:
-        return self.table().style.set_properties(**{"text-align": "left"}).to_html()
+        return left_aligned(self.table()).to_html()
 
 
 def resolve(settings: Settings, data: PreparedData, force: bool = False) -> Resolved:
@@ -113,7 +113,9 @@ def housekeeping(settings: Settings) -> dict[str, Any]:
     """What an `SFTConfig` needs besides the method: folders, logs and how often a checkpoint is written."""
     # transformers 5 takes the folder of TensorBoard's logs from the environment alone.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(settings.run_folder / "tensorboard")
-    saves = settings.recipe.save_steps
+    recipe = settings.recipe
+    # The best weights are those of a checkpoint.
+    saves = recipe.eval_steps if recipe.load_best_model_at_end else recipe.save_steps
     return {
         "output_dir": str(settings.state_folder),
         "logging_steps": 0.02,

@@ -19,7 +19,7 @@ from finetune.config.recipes import ADAPTER_ONLY, Recipe
 from finetune.data import PreparedData
 from finetune.files import disown, file_digests, folder_bytes, folder_digest, own, replacing_folder, short_digest
 from finetune.model import load, unsloth
-from finetune.model.hub import model_path
+from finetune.model.hub import base_digest, model_path
 from finetune.model.packing import Backbone
 from finetune.model.template import Template
 from finetune.records import RunRecord
@@ -95,6 +95,7 @@ def observed(trainer: PackedSFTTrainer) -> dict[str, Any]:
         ),
         "save_steps": found["save_steps"] if given["save_strategy"] == "steps" else 0.0,
         "seed": args.seed,
+        "early_stopping_patience": trainer.early_stopping_patience,
         "callbacks": [type(callback).__name__ for callback in trainer.added_callbacks],
     }
     other = {name: value for name, value in given.items() if name not in known | HOUSEKEEPING | {"seed"}}
@@ -213,6 +214,8 @@ def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer
         why = "the model cannot read packed rows" if trainer.packed else "packing=False"
         choices |= {name: f"off: {why}" for name in ("packing", "CUDA graphs") if choices[name].startswith("on")}
         choices["attention"] = f"{model.config._attn_implementation}: padded batches"
+    if trainer.packed and trainer.portions.note:
+        choices["memory"] += f"; {trainer.portions.note}"
     clock = trainer.clock
     training = records.Training(
         environment=records.environment(),
@@ -235,6 +238,8 @@ def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer
         artefact=str(folder.relative_to(paths.home())),
         artefact_bytes=folder_bytes(folder),
         artefact_digest=folder_digest(folder),
+        base_digest=base_digest(model.config),
+        base_revision=model.config._commit_hash or "",
         history=_history(trainer.state.log_history),
     )
     record = record.model_copy(update={"training": training})

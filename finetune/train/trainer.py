@@ -15,11 +15,11 @@ import torch
 from datasets import Dataset
 from IPython import get_ipython
 from torch.nn import functional
-from transformers import ProgressCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 from transformers.utils.notebook import NotebookProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from data_prep import Example, Task
+from data_prep import Example, Task, UserError
 from finetune import files, machine, metrics
 from finetune.evaluate import score
 from finetune.model import encode, load, packing
@@ -28,6 +28,7 @@ from finetune.model.encode import IGNORED
 from finetune.train import checks
 from finetune.train.callbacks import Clock, EvaluateAtTheEnd, SaveOnSignal, ShowProgress, StopOnNonFiniteLoss
 from finetune.train.graphs import GraphedPasses
+from finetune.train.portions import Articles, Portions
 from finetune.train.updates import update_in_backward
 
 # A row's tokens are the inner dimension of gradients' products, and tensor cores want 16 bytes of it: without, those of
@@ -66,7 +67,7 @@ class RowCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
         """A batch: `input_ids` and `labels` of shape (1, T), the `row`, and for what carries loss: the place that
-        `predicts` it, the `targets` and their `weights`."""
+        `predicts` it, the `targets` and their `weights`; and the `articles` themselves."""
         forest, labels, targets = packing.Forest(), [], []
         parent = None
         if self._shared:
@@ -91,6 +92,7 @@ class RowCollator:
             "labels": torch.tensor([labels]),
             **self._supervised(labels, targets, len(examples)),
             "row": row,
+            "articles": Articles(examples),
         }
 
     def _padding(self, tokens: int) -> int:
@@ -133,6 +135,8 @@ class PackedSFTTrainer(SFTTrainer):
         article_loss: Weight of the article's own loss beside the answer's.
         cuda_graphs: Replay each step as one CUDA graph.
         update_in_backward: Update each weight in the backward pass (`updates`), unclipped.
+        early_stopping_patience: Ends the training after so many measurements without a new best one, as
+            `args.metric_for_best_model` has it.
         named: What SFTTrainer takes besides, such as `optimizers`.
 
     Raises:
@@ -152,11 +156,14 @@ class PackedSFTTrainer(SFTTrainer):
         article_loss: float = 0.0,
         cuda_graphs: bool = False,
         update_in_backward: bool = False,
+        early_stopping_patience: int | None = None,
         **named: Any,
     ):
         # What save_run reads of what ran.
         self.packed, self.article_loss, self.cuda_graphs = args.packing, article_loss, cuda_graphs
         self.update_in_backward, self.added_callbacks, self.added = update_in_backward, list(callbacks), named
+        self.early_stopping_patience = early_stopping_patience
+        stopping = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
         self.clock, self.signals, self._is_silent = Clock(), SaveOnSignal(), False
         adapted = getattr(model, "peft_config", None)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -201,7 +208,7 @@ class PackedSFTTrainer(SFTTrainer):
             processing_class=processing_class,
             train_dataset=Dataset.from_list([row.row(supervised) for row in encoded]),
             eval_dataset=Dataset.from_list([row.row() for row in watched]),
-            callbacks=[self.clock, EvaluateAtTheEnd(), StopOnNonFiniteLoss(), *callbacks, self.signals],
+            callbacks=[self.clock, EvaluateAtTheEnd(), StopOnNonFiniteLoss(), *stopping, *callbacks, self.signals],
             **named,
         )
         shell = get_ipython()
@@ -230,6 +237,7 @@ class PackedSFTTrainer(SFTTrainer):
         self._adds_rows &= self.packed and isinstance(self.backbone, packing.Backbone) and not update_in_backward
         if self.packed:
             self._passes = GraphedPasses(self._loss, self._trained) if cuda_graphs else None
+            self.portions = Portions(self.data_collator, self._trained)
             # The trainer calls it at each step; see floating_point_ops.
             model.zero_grad = self._forget_gradients
             # The loss divides by the whole update's supervised tokens itself.
@@ -242,14 +250,27 @@ class PackedSFTTrainer(SFTTrainer):
         this process until `save_run` has saved the model.
 
         Raises:
-            UserError: Another process trains there; or SIGINT, SIGTERM or SIGHUP came, and the sentence says where the
-                training goes on.
+            UserError: Another process trains there; one article does not fit into the memory, or the optimiser does
+                not; or SIGINT, SIGTERM or SIGHUP came, and the sentence says where the training goes on.
         """
         files.own(Path(self.args.output_dir))
         # Where the training goes on is no point of the uninterrupted one's history.
         self._is_silent = self.args.eval_on_start and resume_from_checkpoint is not None
-        with self.signals:
-            return super().train(resume_from_checkpoint, **named)
+        try:
+            with self.signals:
+                ended = super().train(resume_from_checkpoint, **named)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory after step {self.state.global_step}: gradients and optimiser do not fit beside the "
+                "model. Use LoRA or QLoRA, optim=adamw_8bit, or end other programs and kernels"
+            ) from error
+        if self.args.load_best_model_at_end:
+            self.checks["kept weights"] = (
+                f"those of step {self.state.best_global_step} of {self.state.global_step}, with "
+                f"{self.state.best_metric:.1%} of the validation rows right"
+            )
+            print(f"kept weights: {self.checks['kept weights']}")
+        return ended
 
     def preview(self) -> pd.DataFrame:
         """The tokens of the first rows that carry loss, decoded from the batch that the model gets."""
@@ -290,7 +311,17 @@ class PackedSFTTrainer(SFTTrainer):
         """Forward and backward pass; the row is active in both, because checkpointed layers run again in the second."""
         if not self.packed:
             return super().training_step(model, inputs, num_items_in_batch)
+        # Updated in the backward pass, a part of the weights is new already when it fails: nothing can be repeated.
+        if self.update_in_backward or "articles" not in inputs:
+            return self._pass(model, inputs, num_items_in_batch)
+        step = self.state.global_step + 1
+        return self.portions.run(inputs, lambda batch: self._pass(model, batch, num_items_in_batch), step)
+
+    def _pass(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         inputs = self._prepare_inputs(inputs)
+        if self.portions.largest:
+            # What was recorded holds memory, and its shapes are those of whole batches.
+            self._passes = None
         if self._passes:
             tokens = torch.as_tensor(num_items_in_batch, device=self.args.device)
             return self._passes({**inputs, **self._embedded(inputs["row"]), "tokens": tokens})

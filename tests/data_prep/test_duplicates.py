@@ -2,6 +2,7 @@
 
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -65,7 +66,7 @@ def test_duplicates_are_those_of_brute_force(seed):
     assert finder.exact == exact
     assert finder.near | finder.exact == near | exact
     assert 0 < len(exact) < len(near) < len(test), "the corpus must hold every kind of row"
-    assert [finder.has_duplicate(row) for row in range(len(test))] == [row in near | exact for row in range(len(test))]
+    assert finder.in_train == near | exact
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -82,7 +83,7 @@ def test_rows_repeated_under_the_same_label_do_not_contradict():
 
 def test_texts_without_latin_letters_are_told_apart():
     finder = found([("東京で株価が上昇した", 2), ("선수가 금메달을 땄다", 1)], [("Выборы прошли в воскресенье", 0)])
-    assert not finder.has_duplicate(0)
+    assert not finder.in_train
     assert finder.contradicting() == 0
 
 
@@ -110,7 +111,10 @@ def test_a_duplicate_in_validation_is_none_in_train(make_source, tmp_path):
     rows, folder = rows_of("row", 40), tmp_path / "out"
     manifest, _ = prepare(make_source(rows, rows), folder, prompt="lean", validation_rows=8)
     in_validation = {row.id.removeprefix("train-") for row in read_examples(folder, "validation")}
-    without = {row.id.removeprefix("test-") for row in read_examples(folder, "test") if not row.has_duplicate}
-    assert without == in_validation
+    test = list(read_examples(folder, "test"))
+    assert {row.id.removeprefix("test-") for row in test if not row.has_duplicate} == in_validation
+    assert {row.id.removeprefix("test-") for row in test if row.in_validation} == in_validation
+    # The mark is younger than published fingerprints, and no part of them.
+    assert all(replace(row, in_validation=False).identity() == row.identity() for row in test)
     assert manifest.duplicates.test_exact_in_train == 32
     assert manifest.duplicates.test_in_validation == 8

@@ -98,7 +98,7 @@ class TestOutput:
     def test_the_file_format_is_that_of_the_documentation(self, make_source, folder):
         prepare(make_source(), folder, prompt="lean", validation_rows=8)
         row = json.loads((folder / "test.jsonl").read_text(encoding="utf-8").splitlines()[0])
-        assert row.keys() == {"id", "text", "label", "messages", "has_duplicate"}
+        assert row.keys() == {"id", "text", "label", "messages", "has_duplicate", "in_validation"}
         assert [message.keys() for message in row["messages"]] == [{"role", "content"}] * 3
         assert row["messages"][1]["content"].startswith("Classify the following news article")
         assert row["messages"][2]["content"] == '{"category":"World"}'

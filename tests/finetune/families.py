@@ -27,6 +27,7 @@ PADDED = {
         "jamba",
         {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
     ),
+    "sinks": ("gpt_oss", {"num_local_experts": 4, "head_dim": 8, "tie_word_embeddings": False}),
     "own attention": ("falcon", {"new_decoder_architecture": True}),
 }
 FAMILIES = PACKED | PADDED

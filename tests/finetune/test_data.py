@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from finetune import paths, predictions
 from finetune.config.plan import plan
 from finetune.data import load_data
 from finetune.evaluate import baselines
@@ -21,12 +22,13 @@ def write(path, rows, **dialect) -> None:
 def load(home, tiny_model, tmp_path):
     """Prepares 40 training rows of random words and as many test rows, so many of which are training rows."""
 
-    def load(repeated: int):
+    def load(repeated: int, in_validation: int = 0):
         generator = random.Random(0)
         rows = [(str(1 + row % 4), f"T{row}", " ".join(generator.choices(WORDS, k=9))) for row in range(88)]
         write(tmp_path / "train.csv", rows[:40], delimiter=";")
         write(tmp_path / "validation.csv", rows[80:])
-        write(tmp_path / "test.csv", rows[:repeated] + rows[40 + repeated : 80])
+        others = rows[40 + repeated : 80 - in_validation]
+        write(tmp_path / "test.csv", rows[:repeated] + others + rows[80 : 80 + in_validation])
         values = {"source": "csv", "data_path": str(tmp_path), "model": str(tiny_model)}
         settings = plan("base", "cpu", values)
         return settings, load_data(settings)
@@ -61,6 +63,16 @@ def test_the_svm_s_accuracy_is_told_without_the_rows_that_it_knows(load):
     assert (
         baselines.table(fitted).loc["TF-IDF + linear SVM", "without duplicates"] == f"{sum(right) / 10:.1%} of 10 rows"
     )
+
+
+def test_rows_that_are_validation_rows_are_not_among_the_others(load, capsys):
+    settings, data = load(20, in_validation=8)
+    assert "WARNING: 20 of 40 test rows repeat training rows, exactly or nearly, and 8 more" in capsys.readouterr().out
+    fitted = baselines.fit_svm(settings, data)
+    rows = predictions.read(paths.results_folder("cpu") / "baselines" / "svm", fitted.predictions_digest)
+    right = [row.label == row.prediction for row in rows[20:32]]
+    assert (fitted.without_duplicates.rows, fitted.without_duplicates.accuracy) == (12, sum(right) / 12)
+    assert [row.in_validation for row in rows] == [False] * 32 + [True] * 8
 
 
 def test_where_the_svm_knows_all_test_rows_there_is_no_other_accuracy(load):

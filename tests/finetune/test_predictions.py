@@ -5,6 +5,7 @@ from dataclasses import replace
 import factories
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep import DataError
@@ -52,6 +53,15 @@ class TestRoundTrip:
     def test_a_generated_answer_may_hold_anything(self, folder, generated):
         rows = [replace(of, generated=generated) for of in factories.predictions([True, False])]
         assert alike(predictions.read(folder, predictions.write(folder, rows)), rows)
+
+    def test_rows_that_are_in_validation_too_are_marked_and_older_files_know_none(self, folder):
+        rows = factories.predictions([True, False])
+        digest = predictions.write(folder, rows)
+        table = pq.read_table(folder / "predictions.parquet").drop_columns("in_validation")
+        pq.write_table(table, folder / "predictions.parquet")
+        assert alike(predictions.read(folder, digest), rows)
+        marked = [replace(rows[0], in_validation=True), rows[1]]
+        assert alike(predictions.read(folder, predictions.write(folder, marked)), marked)
 
     def test_a_classifier_has_no_probabilities(self, folder):
         rows = [replace(of, probabilities={}) for of in factories.predictions([True, False])]

@@ -182,6 +182,18 @@ class TestAgainstBase:
         (results / "base" / "record.json").unlink()
         assert "run base_model_performance.ipynb" in comparison.against_base(record)
 
+    def test_of_other_weights_under_the_same_name(self, results):
+        record = compare(results, base=right_on(20, 40), lora=right_on(30, 40)).records["lora"]
+        trained = record.training.model_copy(update={"base_digest": "aaaaaaaaaaaa"})
+        records.write(record.model_copy(update={"training": trained}), results / "lora")
+        # An older record of the base does not say which weights it judged.
+        assert comparison.against_base(record).points == 25
+        base = records.read(results / "base")
+        judged = base.evaluation.model_copy(update={"artefact_digest": "bbbbbbbbbbbb"})
+        records.write(base.model_copy(update={"evaluation": judged}), results / "base")
+        with pytest.raises(DataError, match=r"cpu/lora: base weights is a{12}, and b{12} in .*cpu/base"):
+            comparison.against_base(record)
+
     def test_of_another_question(self, results):
         record = compare(results, base=right_on(20, 40), lora=right_on(30, 40)).records["lora"]
         write_run(results, "base", right_on(20, 40), data={"prompt": "verbose-1"})

@@ -146,31 +146,35 @@ class TestVerdict:
         assert decide(load("cpu")).text == "Only the base model was evaluated. It gets 50.0 %."
 
     @pytest.mark.parametrize(
-        ("repeated", "caution"),
+        ("in_train", "repeated", "splits", "caution"),
         [
-            (1, ""),
-            (20, " But 20 of 40 test rows repeat training rows. On the other 20, LoRA gets 75.0 %."),
-            (40, " But all test rows repeat training rows: these figures show memory alone."),
+            (1, 1, "training", ""),
+            (20, 20, "training", " But 20 of 40 test rows repeat {} rows. On the other 20, LoRA gets 75.0 %."),
+            (0, 20, "validation", " But 20 of 40 test rows repeat {} rows. On the other 20, LoRA gets 75.0 %."),
+            (9, 20, "training or validation", " But 20 of 40 test rows repeat {} rows. On the other 20, LoRA gets 75"),
+            (40, 40, "training", " But all test rows repeat {} rows: these figures show memory alone."),
         ],
     )
-    def test_many_test_rows_that_are_training_rows_are_told_with_the_accuracy_on_the_others(
-        self, home, repeated, caution
+    def test_many_test_rows_that_are_in_other_splits_are_told_with_the_accuracy_on_the_others(
+        self, home, in_train, repeated, splits, caution
     ):
         def rows(count, confidence):
             found = enumerate(predictions(right_on(count, 40), confidence))
-            return [replace(row, has_duplicate=number < repeated) for number, row in found]
+            return [
+                replace(row, has_duplicate=number < in_train, in_validation=in_train <= number < repeated)
+                for number, row in found
+            ]
 
         results = paths.results_folder("cpu")
         write_run(results, "base", [], rows=rows(0, 0.4))
         write_run(results, "lora", [], rows=rows(35, 0.7))
         compared = load("cpu")
         text = decide(compared).text
-        assert text.startswith("Take LoRA. It gets 87.5 %") and text.endswith(
-            caution or "No cheaper method is shown to be within 1 point."
-        )
+        assert text.startswith("Take LoRA. It gets 87.5 %")
+        assert (caution or "No cheaper method is shown to be within 1 point.").format(splits) in text
         assert ("But" in text) == bool(caution)
-        noted = {1: "1 test rows repeat a training row, exactly or nearly: without them, LoRA gets 87.2 %."}
-        assert noted.get(repeated, f"{repeated} test rows repeat a training row") in " ".join(notes(compared))
+        noted = {1: ", exactly or nearly: without them, LoRA gets 87.2 %."}
+        assert f"{repeated} test rows repeat a {splits} row{noted.get(repeated, '')}" in " ".join(notes(compared))
 
     @pytest.mark.parametrize("margin", [0, -1, 100, float("nan")])
     def test_a_margin_that_means_nothing_is_refused(self, results, margin):

@@ -28,6 +28,8 @@ EVALUATION_ONLY = {
 # A second value for every parameter that can be changed.
 OTHER_VALUES = {
     "model": "another/model",
+    "load_best_model_at_end": True,
+    "early_stopping_patience": 3,
     "source": "hub",
     "data_path": "/data",
     "prompt": "verbose",
@@ -279,9 +281,11 @@ class TestDigest:
     @pytest.mark.parametrize(("name", "value"), OTHER_VALUES.items())
     def test_it_changes_with_every_parameter(self, name, value):
         run = "full" if name == "update_in_backward" else "lora"
-        before = plan(run, "cpu")
+        # It is for the best weights alone.
+        given = {"load_best_model_at_end": True} if name == "early_stopping_patience" else {}
+        before = plan(run, "cpu", given)
         assert before.values[name] != value, "this test needs a value that is not the present one"
-        after = plan(run, "cpu", {name: value})
+        after = plan(run, "cpu", given | {name: value})
         assert after.digest != before.digest
         assert (after.training_digest == before.training_digest) == (name in EVALUATION_ONLY)
 

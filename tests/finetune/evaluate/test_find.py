@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_prep import UserError
 from finetune import paths, records
@@ -17,6 +17,7 @@ from finetune.evaluate.find import check_loaded, find_run
 from finetune.evaluate.merge import merge
 from finetune.evaluate.run import evaluate
 from finetune.files import folder_digest
+from finetune.model.hub import base_digest
 from finetune.model.load import load_tokenizer
 from finetune.notebooks import run_cells
 
@@ -118,6 +119,58 @@ def test_what_is_in_memory_must_be_the_artefact_on_its_base(trained, adapter, ti
     CHANGES["zeros"](adapter)
     with pytest.raises(UserError, match=r"cpu-lora is not the one that"):
         check_loaded(found, model, IDS)
+
+
+def other_weights(base):
+    file = base / "model.safetensors"
+    save_file({name: tensor + 0.01 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+
+
+def other_configuration(base):
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 0.1}))
+
+
+@pytest.mark.parametrize("change", [other_weights, other_configuration])
+def test_an_adapter_is_judged_on_the_weights_that_it_was_trained_on(trained, adapter, tmp_path, change):
+    found, base = find_run("lora", "cpu"), trained / "base"
+    # Nobody's output comes from these.
+    (base / "README.md").write_text("my notes")
+    (base / "generation_config.json").write_text("{}")
+    check_loaded(found, on_base(trained, adapter), IDS)
+    shutil.copytree(base, tmp_path / "kept")
+    try:
+        change(base)
+        with pytest.raises(UserError) as refused:
+            check_loaded(found, on_base(trained, adapter), IDS)
+        assert str(refused.value) == (
+            f"{base} holds other weights than those that the lora adapter was trained on: put these back, or run "
+            "fine_tuning_lora.ipynb again"
+        )
+        older = found.record.training.model_copy(update={"base_digest": ""})
+        check_loaded(
+            replace(found, record=found.record.model_copy(update={"training": older})), on_base(trained, adapter), IDS
+        )
+    finally:
+        shutil.copytree(tmp_path / "kept", base, dirs_exist_ok=True)
+
+
+def test_the_base_of_a_hub_model_is_its_files_in_the_cache_whatever_the_commit(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--someone--a-model"
+    (cached / "refs").mkdir(parents=True)
+    found = []
+    for commit in ("0" * 40, "1" * 40):
+        shutil.copytree(tiny_model, cached / "snapshots" / commit)
+        (cached / "refs" / "main").write_text(commit)
+        config = AutoModelForCausalLM.from_pretrained("someone/a-model").config
+        assert config._commit_hash == commit
+        found.append(base_digest(config))
+    other_weights(cached / "snapshots" / commit)
+    gone = AutoConfig.from_pretrained(tiny_model)
+    gone.name_or_path = str(tmp_path / "gone")
+    assert base_digest(gone) == ""
+    assert found[0] == found[1] == base_digest(AutoConfig.from_pretrained(tiny_model)) != base_digest(config)
 
 
 def test_keys_that_do_not_match_and_an_adapter_that_changes_nothing_are_refused(trained, adapter):

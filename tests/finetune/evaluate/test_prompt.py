@@ -56,15 +56,25 @@ def test_a_model_that_was_trained_with_another_template_is_refused_by_name(data,
 
 def test_a_changed_template_makes_a_step_anew(tmp_path, monkeypatch):
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    before = [*keys.template(str(tmp_path))]
+    before = [*keys.model_files(str(tmp_path))]
     (tmp_path / "chat_template.jinja").write_text(chats.CHATML)
-    assert [*keys.template(str(tmp_path))] == [chats.CHATML.encode(), *before] == [chats.CHATML.encode(), b"{}"]
+    assert [*keys.model_files(str(tmp_path))] == [chats.CHATML.encode(), *before] == [chats.CHATML.encode(), b"{}"]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert [*keys.template("someone/a-model")] == []
+    assert [*keys.model_files("someone/a-model")] == []
     cached = tmp_path / "hub/models--someone--a-model/snapshots/0123/chat_template.jinja"
     cached.parent.mkdir(parents=True)
     cached.write_text(chats.OLMO2)
-    assert [*keys.template("someone/a-model")] == [chats.OLMO2.encode()]
+    assert [*keys.model_files("someone/a-model")] == [chats.OLMO2.encode()]
+
+
+def test_changed_weights_of_a_folder_make_a_step_anew(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"some")
+    before = [*keys.model_files(str(tmp_path))]
+    (tmp_path / "model.safetensors").write_bytes(b"more")
+    assert len(before) == 1 and [*keys.model_files(str(tmp_path))] != before
+    (tmp_path / "model.safetensors").write_bytes(b"some")
+    (tmp_path / "README.md").write_text("notes")
+    assert [*keys.model_files(str(tmp_path))] == before
 
 
 def test_examples_are_cut_and_articles_as_without_them(data, tokenizer, tiny, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import torch
 from chats import CHATML
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
+from benchmarks.families import tiny_model as built
 from data_prep import UserError
 from data_prep.task import AG_NEWS
 from finetune.config.recipes import FULL, QLORA
@@ -93,6 +94,22 @@ def test_the_longest_article_decides_whether_a_window_matters(tokenizer):
     assert isinstance(checks.choose_backbone(model, [ROWS[0], ROWS[0][:8]])[0], Backbone)
     backbone, reason = checks.choose_backbone(families.tiny_family("window", tokenizer), ROWS)
     assert isinstance(backbone, Padded) and "window" in reason
+
+
+@pytest.mark.parametrize(("cap", "kind"), [(1.0, Padded), (5.0, Padded), (None, Backbone)])
+def test_attention_that_transformers_sdpa_leaves_a_part_of_out_is_the_models_own(tokenizer, cap, kind):
+    family = "gemma2", {"head_dim": 8, "attn_logit_softcapping": cap}
+    own, model = built(*family, tokenizer), built(*family, tokenizer)
+    own.set_attn_implementation("eager")
+    with torch.no_grad():
+        wanted = [own(torch.tensor([row])).logits[0, 3:] for row in ROWS]
+    backbone, _ = checks.choose_backbone(model, ROWS)
+    assert type(backbone) is kind
+    forest, places, lengths = row_of(ROWS)
+    with torch.no_grad():
+        found = backbone(forest.row(), places).split(lengths)
+    for ours, logits in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_without_its_own_logits_is_refused(tokenizer):
