@@ -25,6 +25,8 @@ from finetune.train.simulate import Batch
 CONTEXT = 790_000_000
 # cuBLAS' workspaces of two threads, forward and backward: 32 MiB each on Hopper, as PyTorch's notes on CUDA say.
 WORKSPACES = 2 * 32 * 2**20
+# What a CPU's process imports and starts later (TensorBoard, threads of autograd): measured with the tiny model.
+LATER = 75_000_000
 # The batches of an epoch are drawn anew so often to find the longest one.
 SHUFFLES = 4
 # Checkpoints that a training keeps; a further one is written before the oldest goes.
@@ -142,7 +144,7 @@ def estimate(configuration, work: Work, rows: Rows, eval_batch: int, program: in
     if program is None:
         program = CONTEXT if work.cuda else psutil.Process().memory_info().rss
     always = {
-        "program": program + (WORKSPACES if work.cuda else 0),
+        "program": program + (WORKSPACES if work.cuda else LATER),
         "weights": held.weights,
         "quantisation constants": held.constants,
         "adapter": held.adapter,

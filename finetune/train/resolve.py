@@ -95,7 +95,8 @@ def resolve(settings: Settings, data: PreparedData, force: bool = False) -> Reso
         "CUDA graphs": _graphs(recipe, graphs),
     }
     if fit.estimate:
-        reasons["disk"] = memory.disk(fit.estimate, recipe.save_steps > 0, settings.state_folder, force)
+        saves = recipe.save_steps > 0 or recipe.load_best_model_at_end
+        reasons["disk"] = memory.disk(fit.estimate, saves, settings.state_folder, force)
     for name, reason in reasons.items():
         print(f"{name}: {reason}")
     loading: dict[str, Any] = {"engine": engine, "compute_dtype": precision.name, "use_liger_kernel": liger}

@@ -1,7 +1,7 @@
 """What a training takes, known before anything is loaded: expected values are those of real tensors."""
 
-import gc
-import weakref
+import re
+import sys
 from dataclasses import replace
 
 import bitsandbytes
@@ -14,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from data_prep import UserError
 from finetune import machine
+from finetune.__main__ import main
+from finetune.compare import plots
 from finetune.config.recipes import FULL, LORA, QLORA
 from finetune.config.shapes import SHAPES
 from finetune.model import packing
@@ -151,7 +153,7 @@ def test_the_backward_pass_ends_with_all_gradients_and_starts_without():
     embedding, layer = 600 * 64 * 4, sum(p.nbytes for p in LlamaForCausalLM(llama(1)).model.layers.parameters())
     assert weights - embedding - layer <= found.end_gradients <= weights
     thrifty = simulate.run(llama(4), work(replace(FULL_ONE, update_in_backward=True)), BATCH, BATCH)
-    assert thrifty.end_gradients == 0 and thrifty.end < 0.5 * found.end
+    assert thrifty.end_gradients == 0 and thrifty.end < found.end - 0.9 * found.end_gradients
 
 
 @pytest.mark.parametrize("family", sorted(PACKED))
@@ -180,7 +182,7 @@ def bare(monkeypatch):
 def test_activations_are_kept_where_they_fit(monkeypatch, bare, asked, enough, mode):
     recipe = replace(ALL, per_device_train_batch_size=4, gradient_checkpointing=asked)
     done = work(recipe, dtype="bfloat16", products="bfloat16", cuda=True)
-    needs = round(memory.estimate(llama(4), done, ROWS, 1).total * 1.05) + 1
+    needs = round(memory.estimate(llama(4), done, ROWS, 1).total * (1 + memory.SHORT)) + 1
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: needs if enough else needs - 1000)
     found = memory.fit(llama(4), done, ROWS, 1, "default")
     assert found.work.checkpointing == mode, found.checkpointing
@@ -193,7 +195,7 @@ def test_what_cannot_fit_is_refused_with_the_cheapest_changes_that_do(monkeypatc
     done = work(recipe, dtype="bfloat16", products="bfloat16", cuda=True)
     needs, less = memory.estimate(llama(4), done, rows, 1), replace(recipe, per_device_train_batch_size=2)
     half = memory.estimate(llama(4), replace(done, recipe=replace(less, gradient_accumulation_steps=2)), rows, 1)
-    monkeypatch.setattr(machine, "available_memory_bytes", lambda: round(half.total * 1.05) + 1)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: round(half.total * (1 + memory.SHORT)) + 1)
     with pytest.raises(UserError) as refused:
         memory.fit(llama(4), done, rows, 1, "you")
     said = str(refused.value)
@@ -248,9 +250,53 @@ def test_listed_models_have_the_parameters_of_their_cards(name, count):
     assert model.num_parameters() / 1e9 == pytest.approx(count, rel=0.01)
 
 
-def test_nothing_of_a_simulation_stays(tiny_model):
-    model = held.build(llama(2), FULL_ONE, "float32")
-    left = weakref.ref(model)
-    del model
-    gc.collect()
-    assert left() is None
+def test_plan_memory_fits_into_80_columns(monkeypatch, capsys):
+    """A model of a layer stands for the list."""
+    small = {"model_type": "llama", **{name: value for name, value in llama(1).to_dict().items() if name in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads",
+    )}}  # fmt: skip
+    monkeypatch.setattr(outlook, "SHAPES", {"Qwen2.5-0.5B-Instruct": small})
+    monkeypatch.setattr(outlook, "COLUMNS", {"full": {}, "lora": {}})
+    assert main(["plan", "--memory", "24GB"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"Qwen2.5-0.5B-Instruct +64 +64", said) and "fit into 24 GB on a GPU" in said
+    assert max(map(len, said.splitlines())) <= 80
+    # Nothing is simulated where weights and moments alone are too large.
+    assert main(["plan", "--memory", "1MB"]) == 0
+    assert capsys.readouterr().out.count("no: 1 GB") == 2
+    assert main(["plan"]) == 2 and "--memory 24GB" in capsys.readouterr().err
+
+
+def test_the_picture_holds_every_part_and_what_is_there():
+    figure = plots.memory({"weights": 2 * 10**9, "activations": 10**9}, 4 * 10**9)
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [2, 1]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["there: 4.0 GB", "weights", "activations"]
+    plots.plt.close("all")
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "room"),
+    [
+        ("0::/a/b", {"a/memory.max": "1000", "a/memory.current": "700", "a/memory.stat": "inactive_file 100"}, 400),
+        ("0::/a", {"memory.max": "max"}, sys.maxsize),
+        (
+            "5:cpu,memory:/a",
+            {
+                "memory/a/memory.limit_in_bytes": "1000",
+                "memory/a/memory.usage_in_bytes": "300",
+                "memory/a/memory.stat": "total_inactive_file 0",
+            },
+            700,
+        ),
+        ("3:cpu:/a", {}, sys.maxsize),
+    ],
+)
+def test_control_groups_of_both_versions_leave_what_is_under_their_limit(tmp_path, line, files, room):
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text(f"{line}\n")
+    for name, text in files.items():
+        path = tmp_path / "sys" / "fs" / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    assert machine.control_group_room(tmp_path) == room
