@@ -157,20 +157,20 @@ def memory_page(path: Path) -> str:
     Raises:
         DataError: It was measured on a tree with uncommitted changes.
     """
-    content, lines, errors = repeatable(path), [], {}
+    content, lines, errors = repeatable(path), [], []
     for case in content["cases"]:
         estimate, peak = sum(case["estimate"]["parts"].values()), case["peak_bytes"]
-        changes = [f"{name}={value}" for name, value in case["overrides"].items() if memory.COMMON[name] != value]
+        changes = [f"{name}={value}" for name, value in case["overrides"].items() if memory.COMMON.get(name) != value]
         name = f"{case['shape']}, {NAMES[case['run']]}"
         figures = [f"{size / 1e9:.1f}" for size in (case["allocated_bytes"], peak, estimate)]
-        errors[name] = estimate / peak - 1
-        lines.append([name, " ".join(changes), *figures, f"{100 * errors[name]:+.1f} %"])
-    missed = [f"{name} by {100 * error:+.1f} %" for name, error in errors.items() if not -0.05 <= error <= 0.1]
+        errors.append(estimate / peak - 1)
+        lines.append([name, " ".join(changes), *figures, f"{100 * errors[-1]:+.1f} %"])
+    missed = [f"{line[0]} ({line[-1]})" for line, error in zip(lines, errors, strict=True) if not -0.05 <= error <= 0.1]
     columns = ["model, method", "changed", "tensors GB", "peak GB", "estimate GB", "error"]
     return template("memory.md.jinja").render(
         table=markdown(pd.DataFrame(lines, columns=columns)),
-        lowest=f"{100 * min(errors.values()):+.1f} %",
-        highest=f"{100 * max(errors.values()):+.1f} %",
+        lowest=f"{100 * min(errors):+.1f} %",
+        highest=f"{100 * max(errors):+.1f} %",
         misses=f"These miss it: {', '.join(missed)}." if missed else "All are within.",
         context=f"{CONTEXT / 1e9:.2f}",
         later=f"{LATER / 1e9:.3f}",

@@ -34,7 +34,7 @@ KEPT_CHECKPOINTS = 2
 # The scheduler, random states, arguments and a tokenizer's files.
 SMALL_FILES = 15_000_000
 # By how much an estimate may be too low (docs/memory.md).
-SHORT = 0.06
+SHORT = 0.07
 # Changes that a refusal names.
 WAYS = 3
 
