@@ -272,7 +272,8 @@ def _plan_memory(size: int) -> int:
     cuda = bool(size) or machine.has_cuda()
     size = size or machine.available_memory_bytes()
     kind = "on a GPU" if cuda else "on this CPU"
-    shown = Table(box=SIMPLE, pad_edge=False, title=f"Articles at once that fit into {size / 1e9:.0f} GB {kind}")
+    print(f"Articles at once that fit into {size / 1e9:.0f} GB {kind}:")
+    shown = Table(box=SIMPLE, pad_edge=False)
     shown.add_column("model", no_wrap=True)
     for name in outlook.COLUMNS:
         shown.add_column(name, justify="right")
