@@ -25,7 +25,7 @@ from typing import Any
 from data_prep import UserError
 from finetune import paths
 from finetune.compare import publish
-from finetune.config.plan import parse_assignments, plan
+from finetune.config.plan import applicable, parse_assignments, plan
 from finetune.model import smollm2
 
 # The exit status of a command that Ctrl-C ended.
@@ -66,12 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     try:
         asked = parse_assignments(options.assignments)
-        options.profile = plan("base", options.profile).profile
+        base = plan("base", options.profile, applicable(asked, "base"))
+        options.profile = base.profile
         sets = [each for each in SETS if _is_wanted(each, options.profile, asked)]
         smollm2.ensure()
         failed = [each for each in sets if not _run(each, options)]
         if options.publish:
-            _publish([each for each in sets if each not in failed], options.profile)
+            _publish([each for each in sets if each not in failed], base.profile, base.place)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -143,10 +144,10 @@ def _commands(each: RecordSet, options: argparse.Namespace) -> Iterator[list[str
         yield from (["merge", run, *common] for run in each.runs if run in ("lora", "qlora"))
 
 
-def _publish(sets: Sequence[RecordSet], profile: str) -> None:
+def _publish(sets: Sequence[RecordSet], profile: str, place: str) -> None:
     """Copy whole sets to the reference results, then renew reports and README once."""
     for each in sets:
-        print(publish.copy(_home(profile, each) / "results" / profile, profile + each.suffix))
+        print(publish.copy(_home(profile, each) / "results" / place, place + each.suffix))
     publish.regenerate()
 
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from data_prep import prepare
-from data_prep.sources import CsvFolder
+from data_prep.sources import Files
 from data_prep.task import AG_NEWS
 
 SIZES = (30_000, 120_000)
@@ -40,7 +40,7 @@ def main() -> None:
 
 def _measure(source: Path, target: Path) -> dict[str, float]:
     start = time.perf_counter()
-    prepare(CsvFolder(source, AG_NEWS), target, prompt="lean")
+    prepare(Files(source, AG_NEWS), target, prompt="lean")
     # Linux counts in KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": time.perf_counter() - start, "peak_bytes": peak}

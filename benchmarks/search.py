@@ -23,7 +23,7 @@ from typing import Any
 
 from data_prep import UserError
 from data_prep.files import replacing
-from finetune import paths, plan_training
+from finetune import plan_training
 from finetune.config.methods import METHODS
 from finetune.config.plan import parse_assignments
 
@@ -106,7 +106,7 @@ def _train(run: str, profile: str, overrides: dict[str, str]) -> dict[str, Any]:
         "data": names["data"].reference.model_dump(),
         "environment": records.environment().model_dump(),
     }
-    shutil.rmtree(paths.state_folder(settings.profile, settings.run), ignore_errors=True)
+    shutil.rmtree(settings.state_folder, ignore_errors=True)
     del names, trainer
     _release()
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -13,35 +13,51 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.errors import DataError
-from data_prep.task import Columns, Task
 
 # Python's own limit is 131,072 characters, and an article may be longer.
 csv.field_size_limit(2**31 - 1)
 
 # The first is taken where several fit alike.
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-LABEL_NAMES = ("label", "class", "category")
 # A delimiter and the columns show in so many rows.
 SAMPLE_ROWS = 100
 
 _SEP_LINE = re.compile(r'"?sep=(.)"?')
-_NO_CSV = {
+_NO_TEXT = {
     b"version https://git-lfs": "this is a Git LFS pointer, not the data; fetch the data: git lfs pull",
-    b"\x1f\x8b": "this is gzip, not CSV; unpack it: gunzip",
-    b"PK\x03\x04": "this is a ZIP archive or an Excel workbook, not CSV; unpack it, or save it as CSV",
-    b"PAR1": "this is Parquet, not CSV; take source=hub with the folder as data_path, or save it as CSV",
-    b"<!DOCTYPE": "this is a web page, not CSV; download the file itself",
+    b"\x1f\x8b": "this is gzip, not text; unpack it: gunzip",
+    b"PK\x03\x04": "this is a ZIP archive or an Excel workbook, not text; unpack it, or save it as CSV",
+    b"PAR1": "this is Parquet, not text; give the file the ending .parquet",
+    b"<!DOCTYPE": "this is a web page, not data; download the file itself",
 }
 # What charset_normalizer may guess: on short texts it takes rare encodings for common ones.
 _ENCODINGS = ("cp1252", "mac_roman", "cp1250", "cp1251", "cp1253", "cp932", "euc_jp", "gb18030", "big5", "euc_kr")
 
 
-class CsvRow(NamedTuple):
-    """A row as it is written: the line that it begins on, its label and its texts."""
+class TextRow(NamedTuple):
+    """A row as it is written: the line that it begins on, its label, its texts, and the value that it is split by."""
 
     line: int
     label: str
     texts: list[str]
+    key: str = ""
+
+
+class Wanted(NamedTuple):
+    """The columns to read: the label's, the texts', and perhaps the one that rows are split by."""
+
+    label: str
+    texts: tuple[str, ...]
+    key: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.label, *self.texts, *([self.key] if self.key else []))
+
+    def row(self, line: int, cells: Sequence[str]) -> TextRow:
+        """A row from its cells in the order of the names."""
+        label, *texts = cells
+        return TextRow(line, label, texts[:-1], texts[-1]) if self.key else TextRow(line, label, texts)
 
 
 @dataclass(frozen=True)
@@ -52,8 +68,8 @@ class CsvForm:
         delimiter: Between two columns.
         is_marked: Whether the first line is Excel's `sep=;`.
         header: The names of the columns, if a line holds them.
-        columns: The task's columns that the header names; without a header those of the task's CSV files.
-        places: The label's column, then the texts'.
+        wanted: The columns that the header names; without a header those to look for.
+        places: Where these are in a row.
         width: How many columns each row has.
         fit: How many rows of a sample have this form.
     """
@@ -61,7 +77,7 @@ class CsvForm:
     delimiter: str
     is_marked: bool
     header: tuple[str, ...]
-    columns: Columns
+    wanted: Wanted
     places: tuple[int, ...]
     width: int
     fit: int
@@ -74,7 +90,8 @@ class CsvForm:
         if self.is_marked:
             said = [f"Excel's line sep={self.delimiter}"]
         if self.header:
-            label, *texts = (self.header[place].strip() for place in self.places)
+            names = [self.header[place].strip() for place in self.places]
+            label, texts = names[0], names[1 : 1 + len(self.wanted.texts)]
             said.append(f"a header, with {label} as the label and {' + '.join(texts)} as the text")
             ignored = [name.strip() or "a column without a name" for name in self.header]
             if ignored := [name for place, name in enumerate(ignored) if place not in self.places]:
@@ -82,33 +99,51 @@ class CsvForm:
         return ", ".join(said)
 
 
-def recognise(path: Path, task: Task, labels: Sequence[str]) -> CsvForm:
+def recognise(path: Path, wanted: Sequence[Wanted], names: Sequence[str], labels: Collection[str]) -> CsvForm:
     """How a file is written: its delimiter, and which columns are the label and the texts.
 
     Args:
         path: The file.
-        task: Its columns are looked for.
+        wanted: The columns to look for; where a header lacks one of the first, the next ones are tried.
+        names: The columns of a file without a header, in their order; empty where there must be one.
         labels: How labels may be written, in lower case.
+
+    Raises:
+        DataError: No line holds the columns' names, and without a header nobody knows which they are.
     """
-    marked = _SEP_LINE.fullmatch(next(decoded_lines(path)).rstrip("\r\n"))
     forms = []
+    for delimiter, is_marked, rows in sampled(path):
+        found = _named_columns(rows[0], wanted) if rows else None
+        columns, places = found or (wanted[0], tuple(map(names.index, wanted[0].names)) if names else ())
+        header = tuple(rows[0]) if found else ()
+        width = len(header) or len(names)
+        right = [row for row in rows[bool(found) :] if len(row) == width]
+        fit = len(right) + sum(row[places[0]].strip().lower() in labels for row in right if places) + bool(found)
+        forms.append(CsvForm(delimiter, is_marked, header, columns, places, width, fit))
+    best = max(forms, key=lambda form: form.fit)
+    if not best.places:
+        _, _, rows = max(sampled(path), key=lambda sample: len(sample[2][0]) if sample[2] else 0)
+        if not rows:
+            # Its fault is in its first row.
+            next(read_rows(path, best, labels))
+        there = ", ".join(name.strip() for name in rows[0])
+        lacking = [name for name in wanted[0].names if name not in rows[0]]
+        raise DataError(path, f"no column {' and no column '.join(lacking)} in the first line, which has: {there}", 1)
+    return best
+
+
+def sampled(path: Path) -> Iterator[tuple[str, bool, list[list[str]]]]:
+    """The first rows of a file by each delimiter that it may have, and whether its first line is Excel's mark."""
+    marked = _SEP_LINE.fullmatch(next(decoded_lines(path)).rstrip("\r\n"))
     for delimiter in marked[1] if marked else DELIMITERS:
         rows: list[list[str]] = []
         # The file's first fault shows when it is read.
         with suppress(csv.Error):
             rows.extend(islice(csv.reader(decoded_lines(path), delimiter=delimiter, strict=True), SAMPLE_ROWS))
-        rows = rows[1:] if marked else rows
-        found = _named_columns(rows[0], task) if rows else None
-        columns, places = found or (task.csv, tuple(range(1 + len(task.csv.texts))))
-        header = tuple(rows[0]) if found else ()
-        width = len(header) or len(places)
-        right = [row for row in rows[bool(found) :] if len(row) == width]
-        fit = len(right) + sum(row[places[0]].strip().lower() in labels for row in right) + bool(found)
-        forms.append(CsvForm(delimiter, bool(marked), header, columns, places, width, fit))
-    return max(forms, key=lambda form: form.fit)
+        yield delimiter, bool(marked), rows[1:] if marked else rows
 
 
-def read_rows(path: Path, form: CsvForm, labels: Sequence[str]) -> Iterator[CsvRow]:
+def read_rows(path: Path, form: CsvForm, labels: Collection[str]) -> Iterator[TextRow]:
     """The rows of a file.
 
     Raises:
@@ -124,8 +159,7 @@ def read_rows(path: Path, form: CsvForm, labels: Sequence[str]) -> Iterator[CsvR
                     raise DataError(path, _other_width(row, form, begin), begin)
                 if reader.line_num > begin:
                     _refuse_swallowed_rows(path, row, form, labels, begin)
-                label, *texts = (row[place] for place in form.places)
-                yield CsvRow(begin, label, texts)
+                yield form.wanted.row(begin, [row[place] for place in form.places])
             begin = reader.line_num + 1
     except csv.Error as error:
         raise DataError(path, _not_csv(path, str(error)), begin) from error
@@ -138,7 +172,7 @@ def decoded_lines(path: Path) -> Iterator[str]:
             number = 0
             for number, line in enumerate(file, start=1):
                 if number == 1:
-                    for magic, reason in _NO_CSV.items():
+                    for magic, reason in _NO_TEXT.items():
                         if line.startswith(magic):
                             raise DataError(path, reason, 1)
                 try:
@@ -156,22 +190,25 @@ def decoded_lines(path: Path) -> Iterator[str]:
         raise DataError(path, f"no such file{remedy}") from error
 
 
-def _named_columns(row: list[str], task: Task) -> tuple[Columns, tuple[int, ...]] | None:
-    """The task's columns that a header names, and their places; None where the row is no header."""
-    names = [" ".join(name.replace("_", " ").split()).lower() for name in row]
-    for columns in filter(None, (task.csv, task.hub)):
-        texts = [text.lower() for text in columns.texts]
-        labels = [name for name in (columns.label.lower(), *LABEL_NAMES) if name not in texts]
-        label = next((name for name in labels if name in names), None)
-        if label and all(names.count(name) == 1 for name in (label, *texts)):
-            return columns, tuple(names.index(name) for name in (label, *texts))
+def _named_columns(row: Sequence[str], wanted: Sequence[Wanted]) -> tuple[Wanted, tuple[int, ...]] | None:
+    """The first columns that a header names, and their places; None where the row is no header."""
+    for spelled in (str.strip, _folded):
+        there = [spelled(name) for name in row]
+        for columns in wanted:
+            names = [spelled(name) for name in columns.names]
+            if all(there.count(name) == 1 for name in names):
+                return columns, tuple(map(there.index, names))
     return None
+
+
+def _folded(name: str) -> str:
+    return " ".join(name.replace("_", " ").split()).lower()
 
 
 def _other_width(row: list[str], form: CsvForm, line: int) -> str:
     if not row:
         return "an empty line; delete it"
-    names = form.header or (form.columns.label, *form.columns.texts)
+    names = form.header or form.wanted.names
     what = f"{len(row)} columns instead of {form.width} ({', '.join(names)})"
     what += f", separated by {DELIMITERS.get(form.delimiter, form.delimiter)}"
     if not form.header and len(row) == form.width + 1 and row[0].strip() in ("", "0", str(line), str(line - 1)):
@@ -179,7 +216,7 @@ def _other_width(row: list[str], form: CsvForm, line: int) -> str:
     return what
 
 
-def _refuse_swallowed_rows(path: Path, row: list[str], form: CsvForm, labels: Sequence[str], begin: int) -> None:
+def _refuse_swallowed_rows(path: Path, row: list[str], form: CsvForm, labels: Collection[str], begin: int) -> None:
     """A quote that is not closed takes the next rows into its field, up to the next quote."""
     for field in row:
         for line in field.split("\n")[1:]:

@@ -24,6 +24,8 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Message = dict[str, str]
 
 MANIFEST = "manifest.json"
+# Of a class in a split: a figure of fewer rows says little.
+FEW = 5
 DATA_FILES = tuple(f"{split}.jsonl" for split in SPLITS)
 
 # Made once: json.dumps with an option makes an encoder for every row.
@@ -84,8 +86,8 @@ class Manifest(BaseModel):
 
     `fingerprint` has 12 hexadecimal digits that change when any row, label or prompt changes. `rows` maps split to
     label to count; `files` maps split to the SHA-256 of its JSONL file; `tokens` maps prompt to statistics of the whole
-    example in tokens, or is None where no tokenizer was at hand. `recognised` says how the source is written, and
-    `version` which version of this package read it.
+    example in tokens, or is None where no tokenizer was at hand. `recognised` says how the source is written,
+    `version` which version of this package read it, and `description` is the digest of the task's description.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -103,9 +105,16 @@ class Manifest(BaseModel):
     tokens: dict[str, Any] | None
     recognised: list[str] = []
     version: int = 1
+    description: str = ""
 
     def total(self, split: Split) -> int:
         return sum(self.rows[split].values())
+
+    @property
+    def rare(self) -> list[str]:
+        """The classes with fewer than FEW rows in a split."""
+        rows = ((split, label, count) for split, of in self.rows.items() for label, count in of.items())
+        return [f"{label} has {count} {split} rows" for split, label, count in rows if count < FEW]
 
 
 def file_digest(path: Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.clean import repaired
 from data_prep.duplicates import DuplicateFinder
 from data_prep.errors import DataError, UserError
 from data_prep.files import (
@@ -28,6 +29,7 @@ from data_prep.files import (
     write_json,
 )
 from data_prep.sources import Row, Source
+from data_prep.splits import shares
 
 TokenCounter = Callable[[Sequence[list[Message]]], list[int]]
 
@@ -72,16 +74,19 @@ def prepare(
         "task": task.name,
         "source": provenance,
         "prompt": task.find_prompt(prompt).id,
-        "normalised": clean and task.clean is not None,
+        "normalised": clean and bool(task.repairs),
+        "description": task.digest,
         "seed": seed,
         "version": VERSION,
     }
     existing = _existing(folder, provenance)
-    cut = None if "validation" in source.splits() else validation_rows
+    has_validation = "validation" in source.splits()
+    # A share is in the task's description.
+    cut = None if has_validation or task.splits else validation_rows
     if existing and _answers(existing, request, cut, folder, count_tokens is not None):
         return existing, True
 
-    in_validation = None if cut is None else _validation_mask(source, cut, seed)
+    in_validation = None if has_validation else _validation_mask(source, cut, seed)
     duplicates = DuplicateFinder(row.text for row in _cleaned(source, "test", clean))
     indices = {label: index for index, label in enumerate(task.labels)}
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -170,7 +175,7 @@ def _short(source: dict) -> str:
 def _answers(manifest: Manifest, request: dict, validation_rows: int | None, folder: Path, tokens: bool) -> bool:
     """Whether an existing result is what `request` asks for, its files untouched.
 
-    `validation_rows` is None for a source that has a validation split of its own.
+    `validation_rows` is None where the source has a validation split of its own, or the task names a share.
     """
     same = all(getattr(manifest, key) == value for key, value in request.items())
     same_split = validation_rows in (None, manifest.total("validation"))
@@ -181,27 +186,32 @@ def _answers(manifest: Manifest, request: dict, validation_rows: int | None, fol
     return same and same_split and whole and (manifest.tokens is not None or not tokens)
 
 
-def _validation_mask(source: Source, validation_rows: int, seed: int) -> np.ndarray:
-    """Which training rows go to validation, as a mask of shape (rows,)."""
+def _validation_mask(source: Source, validation_rows: int | None, seed: int) -> np.ndarray:
+    """Which training rows go to validation, as a mask of shape (rows,); None: the task's share of them."""
     indices = {label: index for index, label in enumerate(source.task.labels)}
     labels = np.fromiter((indices[row.label] for row in source.rows("train")), np.uint16)
-    if not len(indices) <= validation_rows <= len(labels) // 2:
+    counts = np.bincount(labels, minlength=len(indices))
+    if validation_rows is None:
+        validation_rows = round(source.task.splits.validation * len(labels))
+        # At least one row of a rare class.
+        cut = np.clip(shares(counts, validation_rows), np.minimum(counts, 1), counts)
+    elif len(indices) <= validation_rows <= len(labels) // 2:
+        cut = shares(counts, validation_rows)
+    else:
         raise UserError(
             f"validation_rows={validation_rows} cannot be cut from {len(labels)} training rows; "
             f"choose between {len(indices)} and {len(labels) // 2}"
         )
-    counts = np.bincount(labels, minlength=len(indices))
-    cut = _shares(counts, validation_rows)
     if rare := [index for index in indices.values() if counts[index] and not 0 < cut[index] < counts[index]]:
         label, there = source.task.labels[rare[0]], counts[rare[0]]
         enough = [
             rows
             for rows in range(len(indices), len(labels) // 2 + 1)
-            if all(0 < share < count for share, count in zip(_shares(counts, rows), counts, strict=True))
+            if all(0 < share < count for share, count in zip(shares(counts, rows), counts, strict=True))
         ]
         remedy = (
             f"choose validation_rows={min(enough, key=lambda rows: abs(rows - validation_rows))}"
-            if enough
+            if enough and not source.task.splits
             else "add rows of this class"
         )
         raise UserError(
@@ -216,17 +226,11 @@ def _validation_mask(source: Source, validation_rows: int, seed: int) -> np.ndar
     return mask
 
 
-def _shares(counts: np.ndarray, rows: int) -> np.ndarray:
-    """`rows` divided among the classes by their counts; cumulative rounding makes the sum exact."""
-    ends = np.rint(np.cumsum(counts) * rows / counts.sum()).astype(int)
-    return np.diff(ends, prepend=0)
-
-
 def _cleaned(source: Source, split: Split, clean: bool, step: int = 1) -> Iterator[Row]:
     """Every `step`-th row of a split, repaired if that is wanted; the others are not even repaired."""
-    repair = source.task.clean if clean else None
+    repairs = source.task.repairs if clean else ()
     for number, row in enumerate(islice(source.rows(split), 0, None, step)):
-        cleaned = Row(tuple(map(repair, row.texts)), row.label) if repair else row
+        cleaned = Row(tuple(repaired(text, repairs) for text in row.texts), row.label) if repairs else row
         if not cleaned.text:
             raise DataError(f"{source.place(split)}, row {number * step + 1}", "empty text: nothing but markup")
         yield cleaned

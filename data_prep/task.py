@@ -1,19 +1,46 @@
-"""The tasks: labels, prompts, the answer's form and where the rows come from. A task is an entry of TASKS, no code."""
+"""The tasks: labels, prompts, the answer's form, where the rows come from and how they are split.
+
+A task is a file `tasks/NAME.yaml`: in this package, or in the folder of outputs (FINETUNE_HOME, or the project).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from data_prep.clean import repair_feed
-from data_prep.errors import UserError
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from data_prep.clean import REPAIRS
+from data_prep.errors import DataError, UserError
 from data_prep.files import Message, Split
 
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+Text = Annotated[str, Field(min_length=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+SourceKind = Literal["files", "hub", "csv"]
+Repair = Literal[tuple(REPAIRS)]
+BUILT_IN = Path(__file__).parent / "tasks"
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
-@dataclass(frozen=True)
+
+def _several(value: Any) -> Any:
+    """One name is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Texts = Annotated[tuple[Text, ...], BeforeValidator(_several), Field(min_length=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
 class Prompt:
     """A system message. Change its text, and its version changes with it: records carry the version."""
 
@@ -26,82 +53,120 @@ class Prompt:
         return f"{self.name}-{self.version}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Columns:
-    """Which columns of a source hold the texts and the label, and what the label column's values stand for.
+    """Where a task's rows are, which columns hold the texts and the label, and what the label's values stand for."""
 
-    Attributes:
-        texts: One column or more; joined by a space they are the row's text.
-        label: The label's column.
-        values: The source's value to the label: `{"1": "World"}`.
-    """
+    texts: Texts
+    """One column or more; joined by a space they are the row's text."""
+    label: Text
+    """The label's column."""
+    at: Text | dict[Split, Text] | None = None
+    """A file, a folder of train, validation and test files, a file for each split, or a name on the hub."""
+    names: tuple[str, ...] = ()
+    """The columns of a CSV file without a header, in their order."""
+    values: dict[str, Text] = Field(default_factory=dict)
+    """The label column's value to the label: `{"1": "World"}`. Values that are not here are labels themselves."""
+    merge_spellings: bool = False
+    """Whether `sports ` and `Sports` are one label."""
 
-    texts: tuple[str, ...]
-    label: str
-    values: Mapping[str, str]
+
+@dataclass(frozen=True, config=STRICT)
+class Splits:
+    """How rows become training, validation and test rows."""
+
+    by: Literal["given", "stratified", "group", "time"]
+    """`given`: by files; `stratified`: at random, with the same share of every class; `group`: rows with the same value
+    of a column stay together; `time`: the latest rows are the test."""
+    column: Text | None = None
+    """The column of the group or time."""
+    validation: Share = 0.1
+    """Share of the rows; of the training rows, if validation rows are not given."""
+    test: Share = 0.2
+    """Share of the rows, if test rows are not given."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+
+    def __post_init__(self) -> None:
+        if (self.by in ("group", "time")) != (self.column is not None):
+            raise ValueError("`column` is for splits by group and by time, which need it")
+        if self.validation + self.test > 0.9:
+            raise ValueError("validation and test take more than 0.9 of the rows; leave some for training")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Task:
     """A classification task.
 
-    Attributes:
-        name: Its key in TASKS.
-        title: What people call it.
-        description: What it is and where it comes from, in a sentence or two.
-        licence: What its data may be used for, in a sentence or two; empty where nothing is known.
-        labels: The labels as they are answered. All tables and matrices have this order.
-        request: Precedes every text in the prompt.
-        prompts: The system messages to choose from, by name.
-        csv: Columns of `train.csv`, `test.csv` and perhaps `validation.csv`; without a header the label comes first.
-        hub_dataset: A data set of the Hugging Face hub, for source=hub.
-        hub: Its columns; None where the task is not on the hub.
-        answer_key: The key of the JSON answer.
-        clean: Repairs the artefacts of a text column; None leaves the texts as they are.
-        sample: Folder of a built-in sample in the CSV form; None where there is none.
-        published_rows: How many rows the whole data set has; empty where that is not known.
-        published_test: The SHA-256 of its `test.csv`. CSV files with another one are the user's own data.
-
     Raises:
-        UserError: There are fewer than two labels, one is there twice, or a column's values are other labels.
+        ValueError: There are fewer than two labels, one is there twice, or a column's values are other labels.
     """
 
     name: str
     title: str
-    description: str
-    labels: tuple[str, ...]
-    request: str
-    prompts: Mapping[str, Prompt]
-    csv: Columns
-    hub_dataset: str | None = None
-    hub: Columns | None = None
+    """What people call it."""
+    labels: tuple[Text, ...]
+    """The labels as they are answered. All tables and matrices have this order."""
+    sources: Annotated[dict[SourceKind, Columns], Field(min_length=1)]
+    """Where rows may come from: `files`, a set on the `hub`, or a folder of `csv` files that data_path names."""
+    prompts: dict[str, Prompt]
+    """The system messages to choose from, by name."""
+    description: str = ""
+    """What it is and where it comes from, in a sentence or two."""
     licence: str = ""
-    answer_key: str = "category"
-    clean: Callable[[str], str] | None = None
+    """What its data may be used for, in a sentence or two; empty where nothing is known."""
+    meanings: dict[str, str] = Field(default_factory=dict)
+    """What each label means, in a line; the verbose prompt lists them."""
+    request: Text = "Classify the following text:"
+    """Precedes every text in the prompt."""
+    answer_key: Text = "category"
+    """The key of the JSON answer."""
+    splits: Splits | None = None
+    """How the rows are split; None: given, with `validation_rows` of the experiment."""
+    repairs: tuple[Repair, ...] = ()
+    """Repairs of the texts' artefacts, see data_prep/clean.py; none leaves the texts as they are."""
     sample: Path | None = None
-    published_rows: Mapping[Split, int] = field(default_factory=dict)
+    """Folder of a built-in sample in the form of the CSV files."""
+    published_rows: dict[Split, int] = Field(default_factory=dict)
+    """How many rows the whole data set has; empty where that is not known."""
     published_test: str = ""
+    """The SHA-256 of its `test.csv`. CSV files with another one are the user's own data."""
+    folder: Path = Path()
+    """What relative paths of files begin at."""
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
-            raise UserError(f"task {self.name}: the labels {list(self.labels)} must be two or more, each once")
-        for columns in filter(None, (self.csv, self.hub)):
-            if set(columns.values.values()) != set(self.labels):
-                raise UserError(f"task {self.name}: the values of column '{columns.label}' must stand for the labels")
+            raise ValueError(f"labels: {list(self.labels)} must be two or more, each once")
+        for kind, columns in self.sources.items():
+            if columns.values and set(columns.values.values()) != set(self.labels):
+                raise ValueError(f"sources.{kind}.values: must stand for the labels, for each of them")
+            if kind == "files" and columns.at is None:
+                raise ValueError("sources.files.at: is missing; name a file or a folder")
+
+    @property
+    def kinds(self) -> list[str]:
+        """The sources that it has."""
+        return [*(["sample"] if self.sample else []), *self.sources]
+
+    @cached_property
+    def digest(self) -> str:
+        """12 hexadecimal digits that change with anything that the prepared rows depend on."""
+        told = {"title", "description", "licence", "published_rows", "published_test", "folder"}
+        seen = {name: value for name, value in asdict(self).items() if name not in told}
+        return hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     def title_of(self, source: Mapping[str, Any]) -> str:
         """What to call the data of a source, by its manifest's entry: other data is never called the data set."""
         if source["kind"] == "sample":
             return f"the built-in sample (not {self.title})"
-        digest = source.get("sha256", {}).get("test.csv", "")
-        is_published = (
-            source.get("dataset") == self.hub_dataset if source["kind"] == "hub" else digest == self.published_test
-        )
+        if source["kind"] == "hub":
+            is_published = "hub" in self.sources and source.get("dataset") == self.sources["hub"].at
+        else:
+            is_published = source.get("sha256", {}).get("test.csv", "") == self.published_test
         return self.title if is_published or not self.published_rows else "your own data"
 
     def answer_for(self, label: str) -> str:
         """The assistant's message for a label: compact JSON, e.g. `{"category":"World"}`."""
-        return json.dumps({self.answer_key: label}, separators=(",", ":"), ensure_ascii=False)
+        return _compact({self.answer_key: label})
 
     def parse_answer(self, text: str) -> str | None:
         """The label in a generated answer, or None if it is not exactly the JSON that was asked for."""
@@ -137,71 +202,136 @@ class Task:
 
         Empty where the task has no such prompt any more.
         """
-        text = " ".join(self.csv.texts).upper()
+        text = " ".join(next(iter(self.sources.values())).texts).upper()
         known = (name for name, prompt in self.prompts.items() if prompt.id == prompt_id)
         return next((self.messages(name, text, self.labels[0]) for name in known), [])
+
+
+def _compact(answer: Mapping[str, str]) -> str:
+    return json.dumps(answer, separators=(",", ":"), ensure_ascii=False)
+
+
+def known_tasks() -> dict[str, Path]:
+    """The files of all tasks by name: the built-in ones, then the user's."""
+    return {path.stem: path for folder in (own_folder(), BUILT_IN) for path in sorted(folder.glob("*.yaml"))}
+
+
+def own_folder() -> Path:
+    """Where the user's tasks are: beside the outputs."""
+    return Path(os.environ.get("FINETUNE_HOME") or BUILT_IN.parent.parent) / "tasks"
 
 
 def find_task(name: str) -> Task:
     """The task of this name.
 
     Raises:
-        UserError: There is none; the message lists those that there are.
+        UserError: There is none, and the message lists those that there are; or its file is wrong.
     """
-    if name not in TASKS:
-        raise UserError(f"unknown task '{name}'; the tasks are: {', '.join(TASKS)}")
-    return TASKS[name]
+    known = known_tasks()
+    if name not in known:
+        hint = "" if NAME.fullmatch(name) else "; a name has lower-case letters, digits, - and _"
+        raise UserError(f"unknown task '{name}'; the tasks are: {', '.join(sorted(known))}{hint}")
+    state = known[name].stat()
+    return _read(known[name], state.st_mtime_ns, state.st_size)
 
 
-# In the order of the class indices: 1 to 4 in the CSV files, 0 to 3 on the hub.
-_AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")
+@lru_cache
+def _read(path: Path, *_: int) -> Task:
+    """The task in a file; read again when its time or size change."""
+    try:
+        return parse_task(path.read_text(encoding="utf-8-sig"), path)
+    except UnicodeDecodeError as error:
+        raise DataError(path, f"not UTF-8 ({error.reason}); save the file as UTF-8") from error
 
-AG_NEWS = Task(
-    name="ag_news",
-    title="AG News",
-    description="News items by topic, cut out of web feeds (Zhang, Zhao and LeCun 2015).",
-    # Its own readme allows this; no licence is named, so we name none.
-    licence="AG News is given for research and other non-commercial use; what that means for a model trained on it is "
-    "for its user to settle.",
-    labels=_AG_NEWS_LABELS,
-    request="Classify the following news article:",
-    prompts={
-        # The shortest of six wordings, and the best of them zero-shot: 61.7 % of 256 real training rows with
-        # SmolLM2-135M, where "Categories: World, ..." got 25.4 % and a request for JSON 47.3 %.
-        "lean": Prompt(name="lean", version=1, system="World, Sports, Business or Sci/Tech?"),
-        "verbose": Prompt(
-            name="verbose",
-            version=1,
-            system="""You are an editor who sorts news articles into exactly one of four categories.
 
-Categories:
-- World: politics, governments, elections, diplomacy, armed conflict, disasters, courts, public affairs anywhere
-- Sports: matches, athletes, teams, leagues, tournaments, transfers and results
-- Business: companies, earnings, markets, the economy, trade, jobs, mergers and finance
-- Sci/Tech: science, space, medicine research, computers, software, the internet and new devices
+def parse_task(text: str, path: Path) -> Task:
+    """The task that a file describes.
 
-Rules:
-1. Judge by what the article is mainly about, not by a single word in it.
-2. A company's product or invention is Sci/Tech; its shares, sales or deals are Business.
-3. A government's action is World, also when it moves markets.
-4. Answer with one line of JSON and nothing else, in this form: {"category":"World"}""",
-        ),
-    },
-    csv=Columns(
-        texts=("title", "description"),
-        label="class index",
-        values={str(index): label for index, label in enumerate(_AG_NEWS_LABELS, start=1)},
-    ),
-    hub_dataset="fancyzhx/ag_news",
-    hub=Columns(
-        texts=("text",),
-        label="label",
-        values={str(index): label for index, label in enumerate(_AG_NEWS_LABELS)},
-    ),
-    clean=repair_feed,
-    sample=Path(__file__).parent / "sample",
-    published_rows={"train": 120_000, "test": 7_600},
-    published_test="521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699",
-)
+    Args:
+        text: What is in the file.
+        path: Where it is or will be: the task's name, and what its relative paths begin at.
 
-TASKS: dict[str, Task] = {task.name: task for task in (AG_NEWS,)}
+    Raises:
+        DataError: It is no such description; with the key and what is allowed.
+    """
+    try:
+        written = yaml.load(text, _AsText)
+    except yaml.MarkedYAMLError as error:
+        raise DataError(path, f"not YAML: {error.problem}", error.problem_mark.line + 1) from error
+    except yaml.YAMLError as error:
+        raise DataError(path, f"not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(written, dict):
+        raise DataError(path, f"not a task; it has the keys {_keys(Task)}")
+    written = {"title": path.stem, **written, "name": path.stem, "folder": path.parent.parent}
+    labels, prompts = written.get("labels"), written.get("prompts", {})
+    if isinstance(labels, dict):
+        written |= {"labels": list(labels), "meanings": labels}
+    if isinstance(prompts, dict):
+        given = {key: {"system": of} if isinstance(of, str) else of for key, of in prompts.items()}
+        named = {key: {"name": key, "version": 1, **of} if isinstance(of, dict) else of for key, of in given.items()}
+        written["prompts"] = _usual_prompts(written) | named
+    if "sample" in written:
+        written["sample"] = path.parent.parent / written["sample"]
+    try:
+        return TypeAdapter(Task).validate_python(written)
+    except ValidationError as error:
+        raise DataError(path, _explained(error)) from error
+
+
+class _AsText(yaml.BaseLoader):
+    """YAML whose scalars all are text, so that the labels `no` and `1` stay what they are; a key twice is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _usual_prompts(written: Mapping[str, Any]) -> dict[str, Any]:
+    """`lean` asks for one of the labels; `verbose` lists them with their meanings, and shows the answer's form."""
+    labels, meanings = written.get("labels"), written.get("meanings", {})
+    # What is wrong with the labels is said when they are validated.
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels) or len(labels) < 2:
+        return {}
+    means = [f"- {label}: {meanings[label]}" if meanings.get(label) else f"- {label}" for label in labels]
+    example = json.dumps(
+        {str(written.get("answer_key", "category")): labels[0]}, separators=(",", ":"), ensure_ascii=False
+    )
+    verbose = [
+        f"Sort each text into exactly one of {len(labels)} categories.",
+        "",
+        "Categories:",
+        *means,
+        "",
+        f"Answer with one line of JSON and nothing else, in this form: {example}",
+    ]
+    systems = {"lean": f"{', '.join(labels[:-1])} or {labels[-1]}?", "verbose": "\n".join(verbose)}
+    return {name: {"name": name, "version": 1, "system": system} for name, system in systems.items()}
+
+
+def _keys(part: type) -> str:
+    """The keys that a description may have."""
+    return ", ".join(field.name for field in fields(part) if field.name not in ("name", "folder", "meanings"))
+
+
+def _explained(error: ValidationError) -> str:
+    """One fault, unknown keys first: its key, what is wrong and what is allowed."""
+    first = min(error.errors(), key=lambda fault: fault["type"] != "unexpected_keyword_argument")
+    place = ".".join(map(str, first["loc"]))
+    if first["type"] == "unexpected_keyword_argument":
+        part = {"sources": Columns, "splits": Splits, "prompts": Prompt}.get(place.partition(".")[0], Task)
+        return f"unknown key '{place}'; known are: {_keys(part if '.' in place else Task)}"
+    if first["type"] == "missing":
+        return f"the key '{place}' is missing"
+    if "at" in first["loc"]:
+        place = place.partition(".at")[0]
+        return (
+            f"{place}.at: must be a file, a folder, a name on the hub, or a file for each of train, validation and test"
+        )
+    return f"{place}: {first['msg']}".removeprefix(": ").replace("Value error, ", "").replace(".[key]", "")
+
+
+AG_NEWS = find_task("ag_news")

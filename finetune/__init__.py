@@ -33,19 +33,23 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_LAZY[name]), name)
 
 
-def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> Settings:
+def plan(
+    run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None, task: str = _plan.TASK
+) -> Settings:
     """Settle what will run; see `finetune.config.plan.plan`."""
     with _forgetting():
-        return _plan.plan(run, profile, overrides)
+        return _plan.plan(run, profile, overrides, task)
 
 
-def plan_training(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> Settings:
+def plan_training(
+    run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None, task: str = _plan.TASK
+) -> Settings:
     """`plan`, and import Unsloth if it is the engine: it must come before anything that imports transformers or trl.
 
     Evaluation does without: Unsloth patches transformers, and artefacts are judged as plain libraries load them.
     """
     with _forgetting():
-        settings = _plan.plan(run, profile, overrides)
+        settings = _plan.plan(run, profile, overrides, task)
         if settings.engine == "unsloth":
             # A plan alone needs no torch.
             from finetune.model.unsloth import import_unsloth
@@ -54,12 +58,12 @@ def plan_training(run: str, profile: str = "auto", overrides: Mapping[str, Any] 
         return settings
 
 
-def find_run(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None):
+def find_run(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None, task: str = _plan.TASK):
     """The model that a training left, or the base model; see `finetune.evaluate.find.find_run`."""
     with _forgetting():
         from finetune.evaluate import find
 
-        return find.find_run(run, profile, overrides)
+        return find.find_run(run, profile, overrides, task)
 
 
 @contextlib.contextmanager

@@ -1,15 +1,17 @@
 """The command line.
 
-python -m finetune run      [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--force] [--seeds N]
-python -m finetune curve    [--profile P] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--rows N ...]
-python -m finetune plan     RUN [--profile P] [--set NAME=VALUE ...]
+python -m finetune run      [--profile P] [--task T] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--seeds N]
+                            [--force]
+python -m finetune curve    [--profile P] [--task T] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--rows N ...]
+python -m finetune plan     RUN [--profile P] [--task T] [--set NAME=VALUE ...]
 python -m finetune plan     --memory [SIZE]
-python -m finetune data     [--profile P] [--set NAME=VALUE ...]
-python -m finetune merge    RUN [--profile P] [--set NAME=VALUE ...]
+python -m finetune data     [--profile P] [--task T] [--set NAME=VALUE ...]
+python -m finetune merge    RUN [--profile P] [--task T] [--set NAME=VALUE ...]
 python -m finetune report   FOLDER [--margin POINTS] [--save WHAT]
 python -m finetune ablation FOLDER OTHER
-python -m finetune publish  [--profile P] [--name NAME]
+python -m finetune publish  [--profile P] [--task T] [--name NAME]
 python -m finetune results
+python -m finetune new      FILE [--name NAME] [--text COLUMN ...] [--label COLUMN] [--group COLUMN | --time COLUMN]
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--profile", default="auto", help=f"auto (by hardware), {', '.join(PROFILES)}")
+    common.add_argument("--task", metavar="NAME", help="ag_news, or a file tasks/NAME.yaml of your own")
     common.add_argument(
         "--set",
         dest="assignments",
@@ -122,9 +125,24 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--name", metavar="NAME", help="folder in results/reference (default: the profile's name)")
     publish.set_defaults(command=_publish)
 
+    new = commands.add_parser("new", help="describe a task of your own, from a table of texts and labels")
+    new.add_argument("file", metavar="FILE", help="a file, a folder with train and test files, or a hub data set")
+    new.add_argument("--name", metavar="NAME", help="the task's name (default: the file's)")
+    new.add_argument("--text", action="append", default=[], metavar="COLUMN", help="a text column; repeat for several")
+    new.add_argument("--label", metavar="COLUMN", help="the label's column")
+    split = new.add_mutually_exclusive_group()
+    split.add_argument("--group", metavar="COLUMN", help="rows with the same value here stay in one split")
+    split.add_argument("--time", metavar="COLUMN", help="the latest rows become the test")
+    new.add_argument("--merge-spellings", action="store_true", help="'sports ' and 'Sports' are one label")
+    new.set_defaults(command=_new)
+
     results = commands.add_parser("results", help="write the figures of README and docs from results/reference")
     results.set_defaults(command=_results)
     return parser
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, str]:
+    return ({"task": options.task} if options.task else {}) | parse_assignments(options.assignments)
 
 
 def _positive(text: str) -> int:
@@ -186,7 +204,7 @@ def _fit_svms(options: argparse.Namespace, rows: tuple[int, ...]) -> None:
 
 
 def _plan_of_base(options: argparse.Namespace, variant: Mapping[str, Any] | None = None) -> Settings:
-    overrides = applicable(parse_assignments(options.assignments), "base")
+    overrides = applicable(_overrides(options), "base")
     return plan("base", options.profile, overrides | dict(variant or {}))
 
 
@@ -197,7 +215,7 @@ def _execute(options: argparse.Namespace, **trainings: Any) -> int:
     warnings.filterwarnings("ignore", module="(zmq|nbformat|nbclient|papermill)")
     if options.force:
         os.environ["FINETUNE_FORCE"] = "1"
-    overrides = parse_assignments(options.assignments)
+    overrides = _overrides(options)
     suite = Suite(options.profile, overrides, tuple(options.only), options.fresh, **trainings)
     reason = plan("base", options.profile, suite.overrides_for("base")).profile_reason
     print(f"Profile {suite.profile} ({reason}); the executed notebooks go to {suite.folder}")
@@ -208,17 +226,17 @@ def _execute(options: argparse.Namespace, **trainings: Any) -> int:
         print(f"failed: {names}; see {suite.folder}", file=sys.stderr)
         return 1
     if any(outcome.step.run is None for outcome in outcomes):
-        _print_comparison(suite.profile)
+        _print_comparison(suite.place)
     return 0
 
 
-def _print_comparison(profile: str) -> None:
+def _print_comparison(place: str) -> None:
     from finetune.compare import comparison, tables, verdict
 
-    compared = comparison.load(profile)
+    compared = comparison.load(place)
     found = verdict.decide(compared)
     print(f"\n{tables.summary(compared).to_string()}\n\n{wrapped(found.text)}\n\n{wrapped(found.method)}")
-    print(f"\nReport: {paths.results_folder(profile) / 'report.html'}")
+    print(f"\nReport: {paths.results_folder(place) / 'report.html'}")
 
 
 def wrapped(text: str) -> str:
@@ -235,7 +253,7 @@ def _plan(options: argparse.Namespace) -> int:
         return _plan_memory(options.memory)
     if options.run is None:
         raise UserError(f"name a run ({', '.join(METHODS)}), or a memory such as --memory 24GB")
-    resolved = plan(options.run, options.profile, parse_assignments(options.assignments))
+    resolved = plan(options.run, options.profile, _overrides(options))
     print(wrapped(f"{resolved.run}: profile {resolved.profile} ({resolved.profile_reason})"))
     print(wrapped(f"engine {resolved.engine} ({resolved.engine_reason})"))
     shown = Table(box=SIMPLE, pad_edge=False)
@@ -293,7 +311,7 @@ def _plan_memory(size: int) -> int:
 def _data(options: argparse.Namespace) -> int:
     from finetune.data import load_data
 
-    overrides = parse_assignments(options.assignments)
+    overrides = _overrides(options)
     print(load_data(plan("base", options.profile, overrides)).table().to_string())
     return 0
 
@@ -303,7 +321,7 @@ def _merge(options: argparse.Namespace) -> int:
     from finetune.evaluate.find import find_run
     from finetune.evaluate.merge import merge
 
-    found = find_run(options.run, options.profile, parse_assignments(options.assignments))
+    found = find_run(options.run, options.profile, _overrides(options))
     print(merge(found, load_data(found)))
     return 0
 
@@ -317,7 +335,7 @@ def _report(options: argparse.Namespace) -> int:
         print(publish.write_report(options.folder.resolve().name, **asked))
         return 0
     compared = comparison.load_folder(options.folder, options.folder.name)
-    articles = mistakes.articles(compared.any_record.data)
+    articles = mistakes.articles(compared.any_record)
     print(report.write_report(compared, options.folder / "report.html", articles, **asked))
     return 0
 
@@ -337,8 +355,17 @@ def _ablation(options: argparse.Namespace) -> int:
 def _publish(options: argparse.Namespace) -> int:
     from finetune.compare.publish import publish
 
-    profile = plan("base", options.profile).profile
-    print(publish(profile, options.name or profile))
+    place = _plan_of_base(options).place
+    print(publish(place, options.name or place))
+    return 0
+
+
+def _new(options: argparse.Namespace) -> int:
+    from finetune.new import new
+
+    by = "group" if options.group else "time" if options.time else None
+    column = options.group or options.time
+    new(options.file, options.name, options.text, options.label, by, column, options.merge_spellings)
     return 0
 
 

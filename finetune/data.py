@@ -13,7 +13,8 @@ import pandas as pd
 
 from data_prep import Example, Manifest, Task, UserError, find_task, prepare, read_examples
 from data_prep.duplicates import MANY
-from data_prep.files import SPLITS, Message, Split
+from data_prep.files import FEW, SPLITS, Message, Split
+from data_prep.rows import some
 from data_prep.sources import open_source
 from finetune import metrics, paths
 from finetune.config.plan import Experiment
@@ -30,7 +31,7 @@ class HasExperiment(Protocol):
     """The plan of a run, or a trained model that was found."""
 
     @property
-    def profile(self) -> str: ...
+    def place(self) -> str: ...
 
     @property
     def experiment(self) -> Experiment: ...
@@ -91,7 +92,7 @@ def load_data(settings: HasExperiment) -> PreparedData:
     experiment = settings.experiment
     task = find_task(experiment.task)
     source = open_source(experiment.source, task, experiment.data_path)
-    folder = paths.dataset_folder(experiment.source)
+    folder = paths.dataset_folder(experiment.source, settings.place)
     count_tokens = partial(encode.count_tokens, load.load_tokenizer(experiment.model))
     with locked(folder, f"Waiting for {folder}: another process prepares it"):
         manifest, reused = prepare(
@@ -108,6 +109,8 @@ def load_data(settings: HasExperiment) -> PreparedData:
     if manifest.recognised:
         print(f"Recognised: {'; '.join(manifest.recognised)}")
     print(f"Duplicates: {manifest.duplicates}")
+    if manifest.rare:
+        print(f"Fewer than {FEW} rows: {some(manifest.rare)}")
     found, rows = manifest.duplicates, manifest.total("test")
     repeated = found.test_exact_in_train + found.test_near_in_train
     if repeated + found.test_in_validation >= MANY * rows:

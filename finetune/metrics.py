@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +13,13 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from sklearn.metrics import log_loss as sklearn_log_loss
 
 from finetune import resampling
+from finetune.resampling import Counts
 
 # The level of all tests, and the power with which a difference should be found.
 SIGNIFICANT = 0.05
 POWER = 0.8
+# Tables and pictures show so many classes one by one; of more, the worst.
+MOST_CLASSES = 10
 
 
 class ClassMetrics(BaseModel):
@@ -64,49 +67,63 @@ class Metric:
 
     Attributes:
         title: Its name in tables.
-        function: From confusion matrices, shape (..., classes, classes + 1), to figures of shape (...).
+        function: From counts of shape (..., classes) to figures of shape (...).
         percent: Whether tables show it in percent.
+        if_balanced: Whether tables show it where all classes have as many rows.
     """
 
     title: str
-    function: Callable[[np.ndarray], np.ndarray]
+    function: Callable[[Counts], np.ndarray]
     percent: bool = True
+    if_balanced: bool = True
 
     def estimate(self, scoring: Metrics) -> tuple[float, float, float]:
         """The figure, and its 95 % interval by the bootstrap over test rows."""
-        value = float(self.function(scoring.counts))
+        value = float(self.function(resampling.counted(scoring.counts)))
         return value, *resampling.interval(self.function(resampling.resampled(scoring.counts)))
 
     def shown(self, value: float) -> str:
         return f"{100 * value:.1f}" if self.percent else f"{value:.3f}"
 
 
-def matthews(counts: np.ndarray) -> np.ndarray:
+def matthews(counts: Counts) -> np.ndarray:
     """Matthews' correlation of several classes (Gorodkin 2004, doi:10.1016/j.compbiolchem.2004.09.006); 0 where all
     rows have one label, or one answer."""
-    right, total = np.trace(counts, axis1=-2, axis2=-1), counts.sum(axis=(-2, -1))
-    true, predicted = counts.sum(axis=-1), counts.sum(axis=-2)
+    right, total = counts.right.sum(axis=-1), counts.rows.sum()
     # An invalid answer is one more class, which no row has.
-    together = right * total - (true * predicted[..., :-1]).sum(axis=-1)
-    apart = np.sqrt((total**2 - (true**2).sum(axis=-1)) * (total**2 - (predicted**2).sum(axis=-1)))
+    invalid = total - counts.predicted.sum(axis=-1)
+    together = right * total - (counts.rows * counts.predicted).sum(axis=-1)
+    answers = (counts.predicted**2).sum(axis=-1) + invalid**2
+    apart = np.sqrt((total**2 - (counts.rows**2).sum()) * (total**2 - answers))
     return np.divide(together, apart, out=np.zeros_like(together), where=apart > 0)
+
+
+def balanced_accuracy(counts: Counts) -> np.ndarray:
+    """The mean of the classes' recalls, of those that have rows."""
+    there = counts.rows > 0
+    return (counts.right[..., there] / counts.rows[there]).mean(axis=-1)
 
 
 METRICS = {
     "macro_f1": Metric("macro-F1", lambda counts: resampling.f1(counts).mean(axis=-1)),
     "matthews": Metric("Matthews", matthews, percent=False),
+    # It is the accuracy where all classes have as many rows.
+    "balanced_accuracy": Metric("balanced accuracy", balanced_accuracy, if_balanced=False),
 }
 
 
 def figures(scoring: Metrics, against: Metrics | None = None) -> dict[str, str]:
     """The cells of a table's line for all METRICS: the figure, its interval, and the difference to another run."""
     cells = {}
+    is_balanced = len({of.rows for of in scoring.classes.values()}) == 1
     for metric in METRICS.values():
+        if is_balanced and not metric.if_balanced:
+            continue
         value, low, high = metric.estimate(scoring)
         cells[f"{metric.title}{' %' if metric.percent else ''}"] = metric.shown(value)
         cells[f"{metric.title} interval"] = f"{metric.shown(low)} to {metric.shown(high)}"
         if against is not None:
-            difference = value - float(metric.function(against.counts))
+            difference = value - float(metric.function(resampling.counted(against.counts)))
             cells[f"{metric.title} against base"] = f"{'+' if difference >= 0 else ''}{metric.shown(difference)}"
     return cells
 
@@ -125,7 +142,7 @@ def compute(labels: Sequence[str], predictions: Sequence[str | None], classes: S
     )
     correct = sum(label == prediction for label, prediction in zip(labels, predicted, strict=True))
     low, high = accuracy_interval(correct, len(labels))
-    resampled = resampling.f1(resampling.confusions(labels, predicted, classes=classes)[0])
+    resampled = resampling.f1(resampling.resamples(labels, predicted, classes=classes)[0])
     macro_low, macro_high = resampling.interval(resampled.mean(axis=1))
     by_class = {}
     for i, label in enumerate(classes):
@@ -153,6 +170,17 @@ def compute_without(
     return compute([labels[row] for row in alone], [predictions[row] for row in alone], classes) if alone else None
 
 
+def shown_classes(scorings: Iterable[Metrics]) -> list[str]:
+    """The classes that tables and pictures of these figures show: of more than MOST_CLASSES those with the lowest mean
+    F1, the worst first."""
+    found = list(scorings)
+    names = list(found[0].classes)
+    if len(names) <= MOST_CLASSES:
+        return names
+    there = [name for name in names if found[0].classes[name].rows]
+    return sorted(there, key=lambda name: sum(of.classes[name].f1 for of in found))[:MOST_CLASSES]
+
+
 def first_difference(recorded: Metrics, labels: Sequence[str], predictions: Sequence[str]) -> str | None:
     """The name of the first of the recorded figures that these predictions do not give; None if there is none.
 
@@ -165,7 +193,7 @@ def first_difference(recorded: Metrics, labels: Sequence[str], predictions: Sequ
         "accuracy": correct / len(labels),
         "accuracy_low": low,
         "accuracy_high": high,
-        "macro_f1": resampling.f1(counted).mean(),
+        "macro_f1": resampling.f1(resampling.counted(counted)).mean(),
         "confusion": counted[:, :-1],
     }
     # Sums in another order may differ in the last digit.

@@ -149,7 +149,8 @@ class DataReference(Part):
 
 
 class RunRecord(Part):
-    """One run: what was asked, what it cost, what came out."""
+    """One run: what was asked, what it cost, what came out. `profile` names its folders: the profile, with task and
+    model where these are not its own."""
 
     schema_version: Literal[1] = 1
     run: str

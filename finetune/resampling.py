@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,8 +11,23 @@ CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
 
-def confusions(labels: Sequence[str], *predictions: Sequence[str], classes: Sequence[str]) -> list[np.ndarray]:
-    """Confusion matrices of resampled test rows, one array a method, the same resamples for all.
+@dataclass(frozen=True)
+class Counts:
+    """What figures need of confusion matrices: for each class its right answers, its rows and its answers, each of
+    shape (..., classes). Matrices of 300 classes would take 7 GB for all resamples."""
+
+    right: np.ndarray
+    rows: np.ndarray
+    predicted: np.ndarray
+
+
+def counted(matrix: np.ndarray) -> Counts:
+    """The counts of a confusion matrix of shape (classes, classes + 1), whose last column counts invalid answers."""
+    return Counts(matrix.diagonal(), matrix.sum(axis=1), matrix[:, :-1].sum(axis=0))
+
+
+def resamples(labels: Sequence[str], *predictions: Sequence[str], classes: Sequence[str]) -> list[Counts]:
+    """Counts of resampled test rows, for each method, the same resamples for all.
 
     Within each class as many rows are drawn, with replacement, as it has. Rows that all methods answer alike are
     interchangeable, so that the draw is a multinomial one of the distinct answers: the same bootstrap as over rows, in
@@ -21,50 +37,55 @@ def confusions(labels: Sequence[str], *predictions: Sequence[str], classes: Sequ
         labels: The true labels, row by row.
         predictions: A sequence of predicted labels per method; anything that is no label is an invalid answer.
         classes: All labels of the task, in its order.
-
-    Returns:
-        Per method, counts of shape (RESAMPLES, classes, classes + 1); the last column counts invalid answers.
     """
     generator = np.random.default_rng(0)
     truth = codes(labels, classes)
     answers = np.stack([codes(predicted, classes) for predicted in predictions], axis=1)
-    results = [np.zeros((RESAMPLES, len(classes), len(classes) + 1)) for _ in predictions]
+    rows = np.bincount(truth, minlength=len(classes)).astype(float)
+    results = [_nothing(rows) for _ in predictions]
     for label in np.unique(truth):
         distinct, counts = np.unique(answers[truth == label], axis=0, return_counts=True)
         draws = generator.multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES)
         for method, result in enumerate(results):
-            result[:, label] = draws @ np.eye(len(classes) + 1)[distinct[:, method]]
+            drawn = draws @ np.eye(len(classes) + 1)[distinct[:, method]]
+            result.right[:, label] = drawn[:, label]
+            result.predicted[:] += drawn[:, :-1]
     return results
 
 
-def resampled(counts: np.ndarray) -> np.ndarray:
+def resampled(matrix: np.ndarray) -> Counts:
     """The resamples of one method's confusion matrix, which holds all that the bootstrap needs of its rows.
 
     Args:
-        counts: Shape (classes, classes + 1).
+        matrix: Shape (classes, classes + 1).
 
     Returns:
-        Counts of shape (RESAMPLES, classes, classes + 1), the same as `confusions` gives for the rows.
+        The same as `resamples` gives for the rows.
     """
     generator = np.random.default_rng(0)
-    result = np.zeros((RESAMPLES, *counts.shape))
-    for label, row in enumerate(counts.astype(int)):
+    result = _nothing(matrix.sum(axis=1))
+    for label, row in enumerate(matrix.astype(int)):
         there = np.flatnonzero(row)
         if there.size:
-            result[:, label, there] = generator.multinomial(row.sum(), row[there] / row.sum(), size=RESAMPLES)
+            drawn = np.zeros((RESAMPLES, len(row)))
+            drawn[:, there] = generator.multinomial(row.sum(), row[there] / row.sum(), size=RESAMPLES)
+            result.right[:, label] = drawn[:, label]
+            result.predicted[:] += drawn[:, :-1]
     return result
 
 
-def accuracy(counts: np.ndarray) -> np.ndarray:
-    """Accuracy of confusion matrices of shape (..., classes, classes + 1)."""
-    return np.trace(counts, axis1=-2, axis2=-1) / counts.sum(axis=(-2, -1))
+def _nothing(rows: np.ndarray) -> Counts:
+    return Counts(np.zeros((RESAMPLES, len(rows))), rows, np.zeros((RESAMPLES, len(rows))))
 
 
-def f1(counts: np.ndarray) -> np.ndarray:
-    """F1 of each class, shape (..., classes), of confusion matrices; 0 for a class without rows and predictions."""
-    right = np.diagonal(counts, axis1=-2, axis2=-1)
-    rows, predicted = counts.sum(axis=-1), counts[..., :-1].sum(axis=-2)
-    return 2 * right / np.maximum(rows + predicted, 1)
+def accuracy(counts: Counts) -> np.ndarray:
+    """The share of right answers."""
+    return counts.right.sum(axis=-1) / counts.rows.sum()
+
+
+def f1(counts: Counts) -> np.ndarray:
+    """F1 of each class, shape (..., classes); 0 for a class without rows and predictions."""
+    return 2 * counts.right / np.maximum(counts.rows + counts.predicted, 1)
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:

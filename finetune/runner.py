@@ -29,7 +29,7 @@ from data_prep import UserError
 from data_prep.files import MANIFEST, replacing, write_json
 from finetune import keys, paths, predictions, records
 from finetune.config.methods import METHODS
-from finetune.config.plan import EVALUATION_ONLY, Settings, UnavailableHere, applicable, fewer_rows, plan
+from finetune.config.plan import EVALUATION_ONLY, NAMING, Settings, UnavailableHere, applicable, fewer_rows, plan
 from finetune.kernels import Kernels
 
 NOTEBOOKS = paths.PROJECT / "notebooks"
@@ -147,7 +147,7 @@ class Suite:
     ):
         self.overrides = dict(overrides or {})
         base = plan("base", profile, self.overrides_for("base"))
-        self.profile = base.profile
+        self.profile, self.task, self.place = base.profile, base.task.name, base.place
         self.steps = _curve(_selected(only), curve) if curve else _seeded(_selected(only), base.experiment.seed, seeds)
         self.fresh = fresh
         self._plans: dict[str, Settings] = {}
@@ -165,7 +165,7 @@ class Suite:
     @property
     def folder(self) -> Path:
         """Where the executed notebooks go."""
-        return paths.results_folder(self.profile) / "notebooks"
+        return paths.results_folder(self.place) / "notebooks"
 
     def overrides_for(self, run: str | None, variant: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The overrides that a run knows (the base model has no learning rate), and its variant's."""
@@ -179,7 +179,7 @@ class Suite:
         """
         outcomes: list[Outcome] = []
         with contextlib.ExitStack() as stack:
-            progress = stack.enter_context(_Progress(self.steps, self.profile))
+            progress = stack.enter_context(_Progress(self.steps, self.place))
             kernels: Kernels | None = None
             for step in self.steps:
                 outcome = self._without_executing(step, outcomes)
@@ -211,7 +211,7 @@ class Suite:
     def _execute(self, step: Step, kernels: Kernels, progress: _Progress) -> Outcome:
         notebook = parameterize_notebook(
             _notebook(step),
-            {"PROFILE": self.profile, **self._given(step), **step.parameters},
+            {"PROFILE": self.profile, "TASK": self.task, **self._given(step), **step.parameters},
         )
         stamp = self._stamp(step)
         stamp.unlink(missing_ok=True)
@@ -246,18 +246,17 @@ class Suite:
     def _result(self, step: Step) -> Path:
         """What a step leaves behind, and is nothing without."""
         if step.kind == "compare":
-            return paths.results_folder(self.profile) / "report.html"
+            return paths.results_folder(self.place) / "report.html"
         plan = self._plans[step.name]
         return plan.artefact_folder if step.kind == "train" else plan.run_folder / predictions.FILE
 
     def _given(self, step: Step) -> dict[str, Any]:
-        """The overrides of a notebook: the evaluation of a trained model takes those of the evaluation alone, and the
-        comparison none."""
-        if step.kind == "compare":
-            return {}
+        """The overrides of a notebook: the comparison takes those that name the runs, the evaluation of a trained model
+        also its own."""
         overrides = self.overrides_for(step.run, step.variant)
-        if step.kind == "evaluate" and METHODS[step.run].recipe:
-            overrides = {name: value for name, value in overrides.items() if name in EVALUATION_ONLY | {"variant"}}
+        if step.kind == "compare" or (step.kind == "evaluate" and METHODS[step.run].recipe):
+            known = NAMING if step.kind == "compare" else NAMING | EVALUATION_ONLY
+            overrides = {name: value for name, value in overrides.items() if name in known}
         return {"OVERRIDES": overrides}
 
     def _plan(self, step: Step) -> Settings:
@@ -266,12 +265,13 @@ class Suite:
     def _key(self, step: Step) -> str:
         """Changes when anything does that the step's result depends on."""
         plan = self._plans[step.name]
-        manifest = paths.dataset_folder(plan.experiment.source) / MANIFEST
+        manifest = paths.dataset_folder(plan.experiment.source, plan.place) / MANIFEST
         cells = [cell.source for cell in _notebook(step).cells if cell.cell_type == "code"]
         parts = [
             *(cell.encode() for cell in cells),
             # The comparison has no settings of its own: the records that it reads hold those of the runs.
             {"train": plan.training_digest, "evaluate": plan.digest, "compare": ""}[step.kind].encode(),
+            plan.task.digest.encode(),
             manifest.read_bytes() if manifest.is_file() else b"",
             *(keys.code(path) for path in sorted(keys.sources(step.kind))),
             *([] if step.kind == "compare" else keys.model_files(plan.experiment.model)),
@@ -282,7 +282,7 @@ class Suite:
     def _reads(self, step: Step) -> Iterator[bytes]:
         """What a step reads of other steps: an evaluation its artefact, the comparison all records."""
         if step.kind == "compare":
-            yield from (path.read_bytes() for path in sorted(paths.results_folder(self.profile).rglob(RECORD)))
+            yield from (path.read_bytes() for path in sorted(paths.results_folder(self.place).rglob(RECORD)))
         elif step.needs:
             path = self._plans[step.name].run_folder / RECORD
             if path.is_file():
@@ -294,11 +294,11 @@ class _Progress:
 
     Args:
         steps: All steps.
-        profile: Whose trainings and records are looked for.
+        place: Where trainings and records are looked for.
     """
 
-    def __init__(self, steps: tuple[Step, ...], profile: str):
-        self._profile = profile
+    def __init__(self, steps: tuple[Step, ...], place: str):
+        self._place = place
         self._steps = steps
         self._bar = tqdm(total=len(steps), unit="step", disable=None, bar_format="{l_bar}{bar:20}| {elapsed}{postfix}")
         self._now = ""
@@ -327,20 +327,20 @@ class _Progress:
 
     def advance(self) -> None:
         """Show each accuracy on the test rows as soon as its record is there."""
-        for path in sorted(paths.results_folder(self._profile).rglob(RECORD)):
+        for path in sorted(paths.results_folder(self._place).rglob(RECORD)):
             if path.stat().st_mtime < self._since - 1 or (key := f"{path} {path.stat().st_mtime_ns}") in self._shown:
                 continue
             self._shown.add(key)
             record = json.loads(path.read_text())
             scoring = record.get("scoring") or (record.get("evaluation") or {}).get("scoring")
             if scoring:
-                name = path.parent.relative_to(paths.results_folder(self._profile))
+                name = path.parent.relative_to(paths.results_folder(self._place))
                 self._write(
                     f"                   {name}: {scoring['accuracy']:.1%} of {scoring['rows']:,} test rows right"
                 )
 
     def tick(self) -> None:
-        training = _training_progress(self._profile)
+        training = _training_progress(self._place)
         if not self._bar.disable:
             self._bar.set_postfix_str(training)
         elif time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
@@ -353,9 +353,9 @@ class _Progress:
         self._write(str(outcome))
 
 
-def _training_progress(profile: str) -> str:
+def _training_progress(place: str) -> str:
     """How far the training that runs now is, empty if none does."""
-    for path in paths.state_folder(profile, "").parent.glob(f"{profile}-*/progress.json"):
+    for path in paths.state_folder(place, "").parent.glob(f"{place}-*/progress.json"):
         # The file is replaced at every step and removed at the end, perhaps between glob and read.
         with contextlib.suppress(FileNotFoundError):
             state = json.loads(path.read_text())

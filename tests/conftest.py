@@ -72,6 +72,14 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def place(tiny_model) -> str:
+    """The name of the folders of results with the tiny model."""
+    from finetune.config import profiles
+
+    return profiles.place("cpu", "ag_news", str(tiny_model))
+
+
+@pytest.fixture
 def tiny(home, tiny_model) -> dict[str, object]:
     """Overrides that make any run a matter of seconds: the tiny model on a few rows of the sample."""
     return {

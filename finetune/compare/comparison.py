@@ -19,7 +19,7 @@ from finetune.baseline_records import Baseline
 from finetune.compare import calibration, stats
 from finetune.compare.calibration import Calibration
 from finetune.compare.stats import Estimate, Pair
-from finetune.config.methods import METHODS
+from finetune.config.methods import BASELINES, METHODS
 from finetune.metrics import Metrics
 from finetune.predictions import Prediction
 from finetune.records import Merged, RunRecord, Training
@@ -120,9 +120,11 @@ class Comparison:
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """Every tuned run against base and SVM, then the tuned runs against each other, corrected for their number."""
+        """Every tuned run against the base and what learns from the same rows, then the tuned runs against each other,
+        corrected for their number."""
         tuned = list(self.tuned())
-        references = [name for name in ("base", "svm") if name in self.predictions]
+        learns = [name for name, of in BASELINES.items() if of.learns]
+        references = [name for name in ("base", *learns) if name in self.predictions]
         names = [*product(tuned, references), *combinations(tuned, 2)]
         return stats.corrected([self.pair(*both) for both in names])
 
@@ -237,7 +239,7 @@ def load_folder(folder: Path, profile: str) -> Comparison:
     known = {places[name]: facts(of, rows[name], evaluated["base"].model) for name, of in everything.items()}
     check_comparable(known, may_differ={"source", "title", "validation_rows", "train_rows"})
     trained = {run: record for run, record in evaluated.items() if record.training}
-    trained_rows = trained | ({"svm": beside["svm"]} if "svm" in beside else {})
+    trained_rows = trained | {name: of for name, of in beside.items() if BASELINES[name].learns}
     check_comparable({places[name]: {"train_rows": of.data.train_rows} for name, of in trained_rows.items()})
     # A learning curve is of one classifier.
     svms = {name: of for name, of in (beside | svm_curve).items() if of.name == "svm"}

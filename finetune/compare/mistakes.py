@@ -12,13 +12,13 @@ import numpy as np
 from cleanlab.filter import find_label_issues
 from cleanlab.rank import get_self_confidence_for_each_label
 
-from data_prep import TASKS, prepare, read_examples
+from data_prep import find_task, known_tasks, prepare, read_examples
 from data_prep.files import MANIFEST, load_manifest
 from data_prep.sources import sample
 from finetune import metrics, paths
 from finetune.compare.calibration import arrays
 from finetune.metrics import Metrics
-from finetune.records import DataReference
+from finetune.records import DataReference, RunRecord
 
 if TYPE_CHECKING:
     from finetune.compare.comparison import Comparison
@@ -112,9 +112,10 @@ def without_suspects(comparison: Comparison) -> dict[str, Metrics]:
     }
 
 
-def articles(data: DataReference) -> dict[str, str]:
+def articles(record: RunRecord) -> dict[str, str]:
     """Texts of the test rows by id; empty where the prepared data is not at hand, or is not the records' data."""
-    folder = paths.dataset_folder(data.source)
+    data = record.data
+    folder = paths.dataset_folder(data.source, record.profile)
     if data.source == "sample":
         return publishable_articles(data)
     if not (folder / MANIFEST).is_file() or load_manifest(folder).fingerprint != data.fingerprint:
@@ -124,9 +125,9 @@ def articles(data: DataReference) -> dict[str, str]:
 
 def publishable_articles(data: DataReference) -> dict[str, str]:
     """Texts that may be published with the records: a built-in sample's; other texts are not ours to give away."""
-    if data.source != "sample" or data.task not in TASKS:
+    if data.source != "sample" or data.task not in known_tasks():
         return {}
-    task = TASKS[data.task]
+    task = find_task(data.task)
     prompt = next(name for name, prompt in task.prompts.items() if prompt.id == data.prompt)
     with tempfile.TemporaryDirectory() as folder:
         manifest, _ = prepare(sample(task), Path(folder), prompt=prompt)

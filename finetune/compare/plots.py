@@ -15,7 +15,7 @@ from finetune.compare import tables
 from finetune.compare.comparison import Comparison
 from finetune.compare.verdict import Verdict, cost
 from finetune.config.methods import ALL
-from finetune.metrics import Metrics
+from finetune.metrics import MOST_CLASSES, Metrics, shown_classes
 from finetune.records import RunRecord, Training
 from finetune.wording import NAMES
 
@@ -81,14 +81,24 @@ def memory(parts: Mapping[str, int] | None, available: int) -> Figure:
 
 
 def confusion(metrics: Metrics, run: str) -> Figure:
-    """A run's confusion matrix."""
+    """A run's confusion matrix; of many classes its largest errors."""
+    if len(metrics.classes) > MOST_CLASSES:
+        figure, axes = plt.subplots(figsize=(9, 2.8), layout="constrained")
+        _draw_confused(axes, metrics, NAMES[run])
+        return figure
     figure, axes = plt.subplots(figsize=(4, 3.6), layout="constrained")
     _draw_confusion(axes, metrics, NAMES[run])
     return figure
 
 
 def confusion_grid(comparison: Comparison) -> Figure:
-    """The confusion matrices of all runs."""
+    """The confusion matrices of all runs; of many classes their largest errors."""
+    if len(comparison.classes) > MOST_CLASSES:
+        count = len(comparison.records)
+        figure, panels = plt.subplots(count, 1, figsize=(9, 2.6 * count), layout="constrained", squeeze=False)
+        for axes, (run, record) in zip(panels.flat, comparison.records.items(), strict=True):
+            _draw_confused(axes, record.evaluation.scoring, NAMES[run])
+        return figure
     figure, panels = _grid(len(comparison.records), height=3.3)
     for axes, (run, record) in zip(panels, comparison.records.items(), strict=True):
         _draw_confusion(axes, record.evaluation.scoring, NAMES[run])
@@ -147,10 +157,15 @@ def _of_test_rows(scoring: Metrics) -> Estimate:
 
 
 def f1_by_class(comparison: Comparison) -> Figure:
-    """F1 of each class with its 95 % interval, a group of points per class; the tuned models again, close up."""
+    """F1 of each class with its 95 % interval, a group of points per class; the tuned models again, close up. Of many
+    classes the worst."""
+    shown = shown_classes(comparison.scoring.values())
     figure, panels = _with_close_up(list(comparison.scoring), list(comparison.tuned()))
     for axes, runs in panels:
-        _draw_f1(axes, {run: comparison.scoring[run] for run in runs})
+        _draw_f1(axes, {run: comparison.scoring[run] for run in runs}, shown)
+    if len(shown) < len(comparison.classes):
+        figure.set_size_inches(9, figure.get_figheight() + 1)
+        panels[-1][0].set_xticks(range(len(shown)), shown, rotation=35, ha="right")
     whole = panels[0][0]
     whole.set_ylim(0, 103)
     figure.legend(*whole.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
@@ -271,9 +286,8 @@ def _with_close_up(runs: list[str], tuned: list[str]) -> tuple[Figure, list[tupl
     return figure, list(zip(axes.flat, shown, strict=True))
 
 
-def _draw_f1(axes: Axes, scorings: dict[str, Metrics]) -> None:
+def _draw_f1(axes: Axes, scorings: dict[str, Metrics], names: list[str]) -> None:
     width = 0.8 / len(scorings)
-    names = list(next(iter(scorings.values())).classes)
     centres = np.arange(len(names))
     for position, (run, scoring) in enumerate(scorings.items()):
         classes = [scoring.classes[label] for label in names]
@@ -337,3 +351,20 @@ def _draw_confusion(axes, metrics: Metrics, title: str) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted", ylabel="true", title=f"{title}: {metrics.accuracy:.1%}")
     axes.spines[:].set_visible(False)
+
+
+def _draw_confused(axes: Axes, metrics: Metrics, title: str) -> None:
+    """The pairs of classes that were confused most often, as bars."""
+    counts, names = np.array(metrics.confusion), list(metrics.classes)
+    wrong = np.where(np.eye(len(names), dtype=bool), 0, counts)
+    order = (-wrong.ravel()).argsort(kind="stable")[:MOST_CLASSES]
+    pairs = [divmod(int(pair), len(names)) for pair in order if wrong.flat[pair]]
+    for position, (true, predicted) in enumerate(pairs):
+        count = wrong[true, predicted]
+        axes.barh(position, count, color="#6BAED6", height=0.7)
+        axes.text(count, position, f" {count} of {metrics.classes[names[true]].rows}", va="center", fontsize=8)
+    axes.set_yticks(range(len(pairs)), [f"{names[true]} → {names[predicted]}" for true, predicted in pairs], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="test rows: true → predicted", title=f"{title}: {metrics.accuracy:.1%}")

@@ -14,8 +14,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from data_prep import TASKS
+from data_prep import find_task, known_tasks
 from data_prep.files import replacing
+from finetune import metrics
 from finetune.baseline_records import Baseline
 from finetune.compare import mistakes, plots, tables, verdict
 from finetune.compare.ablation import Ablation
@@ -26,6 +27,8 @@ from finetune.wording import NAMES, percent, sentence, spoken
 
 # A page that lists thousands of rows is slow on a phone, and nobody reads them.
 LISTED_ERRORS = 400
+# Of a class with fewer test rows, figures say next to nothing.
+FEW_ROWS = 5
 # Of a GPU, by their keys in a record's hardware.
 DRIVERS = {"CUDA": "cuda", "GPU driver": "driver"}
 
@@ -83,6 +86,7 @@ def render(
         colours=plots.COLOURS,
         names=NAMES,
         labels=comparison.classes,
+        most=metrics.MOST_CLASSES,
         guess=(1 - 1 / len(comparison.classes), math.log(len(comparison.classes))),
         tables=tables,
         plots=plots,
@@ -106,7 +110,8 @@ def render(
 def notes(comparison: Comparison) -> list[str]:
     """What a reader has to know of the figures, in sentences; each only where it is so."""
     record, tuned = comparison.any_record, comparison.tuned()
-    data, found, task = record.data, [], TASKS.get(record.data.task)
+    data, found = record.data, []
+    task = find_task(data.task) if data.task in known_tasks() else None
     if data.source == "sample":
         found.append(
             "We wrote the built-in sample for this project. It shows that everything works and what the methods cost "
@@ -123,6 +128,12 @@ def notes(comparison: Comparison) -> list[str]:
             )
         else:
             found.append(f"Training and validation used {train_rows:,} rows, the test {data.test_rows:,}.")
+    counts = {label: of.rows for label, of in record.evaluation.scoring.classes.items() if of.rows < FEW_ROWS}
+    if counts:
+        fewest = sorted(counts, key=counts.__getitem__)
+        named = ", ".join(f"{label} ({counts[label]})" for label in fewest[: metrics.MOST_CLASSES])
+        rest = f" and {more} more" if (more := len(fewest) - metrics.MOST_CLASSES) > 0 else ""
+        found.append(f"Fewer than {FEW_ROWS} test rows, too few to judge a class by: {named}{rest}.")
     if repeated := sum(comparison.repeated):
         best = max(comparison.answering(), key=lambda name: comparison.scoring[name].accuracy)
         alone = comparison.without_duplicates[best]
@@ -174,7 +185,7 @@ def _suspected(comparison: Comparison, articles: Mapping[str, str], suspects: Se
 def _prompt(comparison: Comparison) -> list[dict[str, str]]:
     """The messages of an article's prompt and answer with placeholders; empty where the code has it no more."""
     data = comparison.any_record.data
-    return TASKS[data.task].form(data.prompt) if data.task in TASKS else []
+    return find_task(data.task).form(data.prompt) if data.task in known_tasks() else []
 
 
 def _software(comparison: Comparison) -> dict[str, str]:

@@ -66,14 +66,16 @@ def quality(comparison: Comparison) -> pd.DataFrame:
 
 
 def classes(comparison: Comparison) -> pd.DataFrame:
-    """F1 of each class in percent, with its interval."""
+    """F1 of each class in percent, with its interval; of many classes the worst, and a column a method."""
+    shown = metrics.shown_classes(comparison.scoring.values())
     lines: dict[str, dict[str, str]] = {}
     for name, scoring in comparison.scoring.items():
         line = lines.setdefault(NAMES[name], {})
-        for label, of in scoring.classes.items():
+        for label in shown:
+            of = scoring.classes[label]
             line[f"{label} F1 %"] = percent(of.f1)
             line[f"{label} interval"] = percent_interval(of.f1_low, of.f1_high)
-    return _lines(lines)
+    return _lines(lines) if len(shown) == len(comparison.classes) else _lines(lines).T
 
 
 def seeds(comparison: Comparison) -> pd.DataFrame:
@@ -270,7 +272,8 @@ def calibration(comparison: Comparison) -> pd.DataFrame:
 
 
 def confusions(comparison: Comparison) -> pd.DataFrame:
-    """How often each class was taken for each other one, the most confused first: a column a run."""
+    """How often each class was taken for each other one, the most confused first: a column a run. Of many classes the
+    first pairs."""
     counts = {
         NAMES[run]: {
             f"{label} taken for {other}": comparison.scoring[run].confusion[row][column]
@@ -282,7 +285,8 @@ def confusions(comparison: Comparison) -> pd.DataFrame:
     }
     table = pd.DataFrame(counts)
     judged = [NAMES[run] for run in mistakes.judged(comparison)]
-    return table.loc[table[judged].sum(axis=1).sort_values(ascending=False, kind="stable").index].astype(str)
+    table = table.loc[table[judged].sum(axis=1).sort_values(ascending=False, kind="stable").index].astype(str)
+    return table if len(comparison.classes) <= metrics.MOST_CLASSES else table.head(2 * metrics.MOST_CLASSES)
 
 
 def without_suspects(comparison: Comparison) -> pd.DataFrame:

@@ -39,13 +39,17 @@ class Method:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a tuned model has to beat; its attributes are those of a `Method`."""
+    """What a tuned model has to beat; its attributes are those of a `Method`.
+
+    `learns`: it learns from the texts of the training rows, so that tuned models are tested against it.
+    """
 
     title: str
     spoken: str
     color: str
     marker: str
     line: str | tuple = "-"
+    learns: bool = False
 
 
 # The colours are told apart by colour-blind readers too (Wong 2011, doi:10.1038/nmeth.1618).
@@ -108,7 +112,10 @@ METHODS = {
 
 BASELINES = {
     "majority": Baseline("majority class", "the majority class", "#D9D9D9", "x"),
-    "svm": Baseline("TF-IDF + linear SVM", "the linear SVM", "#CC79A7", "P", line=(0, (1, 1))),
+    "svm": Baseline("TF-IDF + linear SVM", "the linear SVM", "#CC79A7", "P", line=(0, (1, 1)), learns=True),
+    "logistic": Baseline(
+        "base, logistic regression", "logistic regression on the base model", "#F0E442", "h", learns=True
+    ),
     "few_shot": Baseline("base, few-shot", "the base model with examples in its prompt", "#666666", "*"),
 }
 
@@ -117,6 +124,7 @@ ALL: dict[str, Method | Baseline] = {
     "majority": BASELINES["majority"],
     "svm": BASELINES["svm"],
     "base": METHODS["base"],
+    "logistic": BASELINES["logistic"],
     "few_shot": BASELINES["few_shot"],
     **{run: method for run, method in METHODS.items() if method.recipe},
 }

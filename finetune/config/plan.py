@@ -20,7 +20,7 @@ from data_prep import Task, UserError, find_task
 from finetune import machine, paths
 from finetune.config import embedded
 from finetune.config.methods import METHODS
-from finetune.config.profiles import PROFILES, choose_profile
+from finetune.config.profiles import MODEL, PROFILES, TASK, choose_profile, place
 from finetune.config.recipes import STRICT, Count, Recipe, check
 from finetune.files import short_digest
 
@@ -36,9 +36,12 @@ EVALUATION_ONLY = {
     "test_rows",
     "generation_rows",
     "few_shot_examples",
+    "logistic_rows",
     "per_device_eval_batch_size",
     "evaluation_kernels",
 }
+# What tells which training an evaluation is of.
+NAMING = {"task", "model", "variant"}
 # Settings of the process, not parameters of an experiment.
 NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND", "FINETUNE_FORCE"}
 
@@ -47,26 +50,29 @@ NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND", "FINE
 class Experiment:
     """What is asked: which model, which rows, which prompt, evaluated how."""
 
-    model: Annotated[str, Field(min_length=1)] = "embedded"
+    model: Annotated[str, Field(min_length=1)] = MODEL
     """A causal chat model: a hub name, a folder, or `embedded` (SmolLM2-135M-Instruct from a PyPI wheel)."""
-    task: str = "ag_news"
-    """Texts and labels: a task of data_prep/task.py."""
-    source: Literal["sample", "csv", "hub"] = "sample"
-    """Where the rows come from."""
+    task: str = TASK
+    """Texts and labels: `ag_news`, or a file `tasks/NAME.yaml` of your own."""
+    source: Literal["sample", "files", "hub", "csv"] = "sample"
+    """Where the rows come from, of the sources that the task has; its own where it lacks this one. `csv` is a folder in
+    the task's form."""
     data_path: str | None = None
-    """The CSV folder for source=csv; for source=hub a data set's name, or a folder of it (default: the task's)."""
+    """The folder for source=csv; else other files or another data set than the task's."""
     prompt: str = "lean"
-    """The prompt before every text: AG News has `lean` and `verbose`."""
+    """The prompt before every text: `lean` asks for one of the labels, `verbose` explains them."""
     normalise: bool = True
     """Repair the task's text artefacts (AG News: #39; &lt;b&gt; and backslashes)."""
     train_rows: Count | None = None
     """Training rows to use, drawn evenly from the classes; all if not given."""
     validation_rows: Annotated[int, Field(ge=4)] = 2000
-    """Training rows to set aside for validation, if the source has no validation split."""
+    """Training rows to set aside for validation, if the source has no validation split and the task names no share."""
     test_rows: Count | None = None
     """Test rows to use, drawn evenly from the classes; all if not given."""
     generation_rows: Annotated[int, Field(ge=0)] = 1000
     """Test rows that the model also answers by generation; 0: none."""
+    logistic_rows: Annotated[int, Field(ge=0)] = 20_000
+    """Training rows that the logistic regression on the untuned model's states reads, at most; 0: there is none."""
     few_shot_examples: Annotated[int, Field(ge=1)] = 8
     """Training rows in the prompt of the few-shot baseline, drawn evenly from the classes."""
     per_device_eval_batch_size: Count = 64
@@ -122,16 +128,21 @@ class Settings:
         return self._digest_of({name: value for name, value in self.values.items() if name not in EVALUATION_ONLY})
 
     @property
+    def place(self) -> str:
+        """The name of its folders."""
+        return place(self.profile, self.experiment.task, self.experiment.model)
+
+    @property
     def run_folder(self) -> Path:
-        return paths.run_folder(self.profile, self.run, self.experiment.variant)
+        return paths.run_folder(self.place, self.run, self.experiment.variant)
 
     @property
     def state_folder(self) -> Path:
-        return paths.state_folder(self.profile, self.run, self.experiment.variant)
+        return paths.state_folder(self.place, self.run, self.experiment.variant)
 
     @property
     def artefact_folder(self) -> Path:
-        return paths.artefact_folder(self.profile, self.run, self.recipe.adapter, self.experiment.variant)
+        return paths.artefact_folder(self.place, self.run, self.recipe.adapter, self.experiment.variant)
 
     def _digest_of(self, values: dict[str, Any]) -> str:
         return short_digest([self.run, self.engine, values])
@@ -140,7 +151,7 @@ class Settings:
         """Parameter, value, origin and meaning, one row a parameter: what was asked for first, defaults last."""
         import pandas as pd
 
-        rank = {"override": 0, "environment": 1, f"profile {self.profile}": 2}
+        rank = {"override": 0, "environment": 1, f"profile {self.profile}": 2, f"task {self.task.name}": 2}
         names = sorted(self.values, key=lambda name: rank.get(self.origins[name], 3))
         rows = [(name, str(self.values[name]), self.origins[name], meaning(name)) for name in names]
         return pd.DataFrame(rows, columns=["parameter", "value", "from", "meaning"]).set_index("parameter")
@@ -166,13 +177,14 @@ def left_aligned(table: pd.DataFrame) -> Styler:
     return plain.set_table_attributes('class="dataframe tex2jax_ignore mathjax_ignore"')
 
 
-def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> Settings:
+def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None, task: str = TASK) -> Settings:
     """Settle what will run.
 
     Args:
         run: A method's name in METHODS: `base`, `full`, `lora`, ...
         profile: A profile's name, or `auto` to choose by the hardware (or by FINETUNE_PROFILE).
         overrides: Parameter values that win over everything else.
+        task: A task's name; for AG News, FINETUNE_TASK or an override may name another.
 
     Raises:
         UserError: An unknown run, profile, parameter or value; an engine that this machine does not have; or one of
@@ -185,12 +197,19 @@ def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = 
         raise UserError(f"unknown run '{run}'; the runs are: {', '.join(METHODS)}")
     method = METHODS[run]
     profile, reason = choose_profile(profile)
-    asked = [("environment", _from_environment()), ("override", dict(overrides or {}))]
+    named = {"task": task} if task != TASK else {}
+    asked = [("environment", _from_environment()), ("override", named | dict(overrides or {}))]
     chosen, name = PROFILES[profile], method.like or run
-    source = _merge([("profile", chosen.values_for(name)), *asked])[0].get("source", Experiment.source)
-    values, origins = _merge([(f"profile {profile}", chosen.values_for(name, source)), *asked])
+    first, layers = _merge([("profile", chosen.values_for(name)), *asked]), []
+    chosen_task = find_task(str(first[0].get("task", Experiment.task)))
+    source = first[0].get("source", Experiment.source)
+    if source not in chosen_task.kinds and first[1].get("source", "profile") == "profile":
+        # The profile's source is AG News'.
+        source = next(iter(chosen_task.sources))
+        layers = [(f"task {chosen_task.name}", {"source": source})]
+    values, origins = _merge([(f"profile {profile}", chosen.values_for(name, source)), *layers, *asked])
     experiment = _build(Experiment, values, None)
-    find_task(experiment.task).find_prompt(experiment.prompt)
+    chosen_task.find_prompt(experiment.prompt)
     recipe = _build(Recipe, values, method.recipe) if method.recipe else None
     if recipe:
         if recipe.lora_alpha is None:

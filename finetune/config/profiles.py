@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from data_prep import UserError
 from finetune import machine
+from finetune.files import short_digest
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ PROFILES = {
             "save_steps": 0.0,
             "generation_rows": 16,
             "few_shot_examples": 4,
+            # It would read 352 rows, which takes as long as an evaluation and a half.
+            "logistic_rows": 0,
             "per_device_eval_batch_size": 32,
         },
         by_method={
@@ -89,6 +94,30 @@ PROFILES = {
         sample={"train_rows": 160},
     ),
 }
+
+TASK = "ag_news"
+MODEL = "embedded"
+
+
+def place(profile: str, task: str, model: str) -> str:
+    """The name of all folders of a profile's results: no two tasks or models share one.
+
+    AG News with the profile's own model is in the profile's folder, `cpu`; others in `cpu+tickets`,
+    `cpu+Qwen--Qwen2.5-0.5B-Instruct` and `cpu+tickets+my-model-3f2a91`.
+    """
+    parts = [profile, *([task] if task != TASK else [])]
+    if model != PROFILES[profile].shared.get("model", MODEL):
+        parts.append(_folder_name(model))
+    return "+".join(parts)
+
+
+def _folder_name(model: str) -> str:
+    """A hub name, or a folder's last part with a digest of the rest."""
+    path = Path(model).expanduser()
+    if path.is_absolute() or path.is_dir():
+        return f"{path.name}-{short_digest(str(path.resolve()))[:6]}"
+    return re.sub(r"[^\w.-]", "--", model)
+
 
 # Qwen2.5-7B with fp32 weights, gradients and 8-bit moments needs 76 GB before activations.
 LARGE_GPU_BYTES = 90e9

@@ -1,4 +1,4 @@
-"""What a tuned model has to beat: the majority class, a linear SVM on the same rows, and examples in the prompt.
+"""What a tuned model has to beat: the majority class, classifiers on the same rows, and examples in the prompt.
 
 Each leaves a record (`finetune.baseline_records`) and stands in the same tables.
 """
@@ -14,7 +14,9 @@ from typing import Any
 import pandas as pd
 from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from data_prep import Example
@@ -33,11 +35,13 @@ from finetune.wording import NAMES
 NGRAMS, LEAST_ROWS, C = (1, 2), 2, 0.5
 # Of an article that is an example in the prompt. With an article of 84,000 letters a row took gigabytes.
 SHOT_TOKENS = 256
+# Of the logistic regression, to choose from: the smaller, the simpler.
+LOGISTIC_C = (0.001, 0.01, 0.1, 1.0)
 SVM_DESCRIPTION = f"TF-IDF of words and pairs of words, linear SVM, C = {C}"
 
 
-def table(*found: Baseline) -> pd.DataFrame:
-    """The figures of baselines, a line each."""
+def table(*found: Baseline | None) -> pd.DataFrame:
+    """The figures of baselines, a line each; None is one that was skipped."""
     return pd.DataFrame(
         {
             NAMES[baseline.name]: {
@@ -47,6 +51,7 @@ def table(*found: Baseline) -> pd.DataFrame:
                 **metrics.figures(baseline.scoring),
             }
             for baseline in found
+            if baseline
         }
     ).T
 
@@ -58,8 +63,10 @@ def without_duplicates(baseline: Baseline) -> str:
 
 
 def fit_majority(settings: HasExperiment, data: PreparedData) -> Baseline:
-    """The most frequent class of the training rows, for every test row."""
-    classifier = DummyClassifier(strategy="most_frequent")
+    """The most frequent class of all training rows, for every test row; `train_rows` takes as many of each class."""
+    counts = data.manifest.rows["train"]
+    # Of several the first in the alphabet.
+    classifier = DummyClassifier(strategy="constant", constant=max(sorted(counts), key=counts.__getitem__))
     return _classifier("majority", "the most frequent class of the training rows", classifier, settings, data)
 
 
@@ -78,9 +85,7 @@ def svm_is_fitted(settings: HasExperiment, data: PreparedData) -> bool:
 
 
 def _folder(settings: HasExperiment, name: Name) -> Path:
-    return (
-        baseline_records.baselines_folder(paths.results_folder(settings.profile)) / name / settings.experiment.variant
-    )
+    return baseline_records.baselines_folder(paths.results_folder(settings.place)) / name / settings.experiment.variant
 
 
 def _svm() -> Pipeline:
@@ -99,6 +104,44 @@ def _classifier(name: Name, description: str, classifier, settings: HasExperimen
     }
     predicted = classifier.predict([row.text for row in data.test]).tolist()
     return _record(name, description, settings, data, predicted, model=None, **fitted)
+
+
+def fit_logistic(settings: HasExperiment, data: PreparedData, model, tokenizer) -> Baseline | None:
+    """Logistic regression on the untuned model's last hidden state where it would begin to write a label.
+
+    Every row is read once, and no weight of the model changes. Its C is the best on the validation rows. None where
+    `logistic_rows` is 0.
+    """
+    rows = settings.experiment.logistic_rows
+    if rows == 0:
+        print("Logistic regression skipped: logistic_rows=0")
+        return None
+    start = time.perf_counter()
+    chosen = data.train[:: -(-len(data.train) // rows)]
+    encoded = encode.encode(tokenizer, [*chosen, *data.validation, *data.test], MAX_LENGTH)
+    prompts = [row.prompt for row in encoded]
+    checks.check_model(model.config, tokenizer, data.task, prompts)
+    backbone, reason = checks.choose_backbone(model, prompts)
+    print(f"rows: {reason}")
+    reader = score.LabelScorer(backbone, tokenizer, data.task, settings.experiment.per_device_eval_batch_size)
+    fitted_on = len(chosen) + len(data.validation)
+    states = reader.states(prompts[:fitted_on], progress="reading training rows")
+    train, validation = states[: len(chosen)], states[len(chosen) :]
+    labels, known = ([row.label for row in rows] for rows in (chosen, data.validation))
+    fitted = {
+        value: make_pipeline(StandardScaler(), LogisticRegression(C=value, max_iter=1000)).fit(train, labels)
+        for value in LOGISTIC_C
+    }
+    accuracies = {value: classifier.score(validation, known) for value, classifier in fitted.items()}
+    best = max(accuracies, key=accuracies.__getitem__)
+    seconds = time.perf_counter() - start
+    predicted = fitted[best].predict(reader.states(prompts[fitted_on:], progress="reading test rows")).tolist()
+    how = {"fit_seconds": seconds, "validation_accuracy": accuracies[best], "model": settings.experiment.model_name}
+    description = (
+        f"logistic regression on the untuned model's last hidden state before the label, of {len(chosen):,} training "
+        f"rows, C = {best:g}"
+    )
+    return _record("logistic", description, settings, data, predicted, **how)
 
 
 def few_shot(settings: HasExperiment, data: PreparedData, model, tokenizer) -> Baseline:

@@ -13,13 +13,13 @@ from typing import Any
 
 import pandas as pd
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from data_prep import UserError
 from finetune import machine, paths, records
 from finetune.config.methods import METHODS
-from finetune.config.plan import EVALUATION_ONLY, Experiment, left_aligned, plan
+from finetune.config.plan import EVALUATION_ONLY, NAMING, TASK, Experiment, left_aligned, plan
 from finetune.files import folder_digest
 from finetune.model import load
 from finetune.model.hub import base_digest, model_path
@@ -33,7 +33,7 @@ class Found:
 
     Attributes:
         run: The method's name in METHODS.
-        profile: The profile whose folders hold it.
+        place: The name of the folders that hold it: its profile, with task and model where these are not its own.
         experiment: Model, data and prompt as in its training; rows and batches of the evaluation as planned now.
         folder: Where its record is.
         record: Its record; None for the base model.
@@ -41,7 +41,7 @@ class Found:
     """
 
     run: str
-    profile: str
+    place: str
     experiment: Experiment
     folder: Path
     record: RunRecord | None = None
@@ -85,36 +85,37 @@ class Found:
         return left_aligned(self.table()).to_html()
 
 
-def find_run(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> Found:
+def find_run(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = None, task: str = TASK) -> Found:
     """The model that a training left, or the base model.
 
     Args:
         run: The method's name.
         profile: As in the training.
-        overrides: Parameters of the evaluation (`generation_rows`, `test_rows`, ...), and `variant`; for the base
-            model also those of model and data.
+        overrides: Parameters of the evaluation (`generation_rows`, `test_rows`, ...), and what names the training:
+            `model`, `variant`; for the base model also those of the data.
+        task: As in the training.
 
     Raises:
         UserError: There is none yet, it is not the one that its record describes, or an override is not the
             evaluation's.
     """
-    settings = plan(run, profile, overrides)
+    settings = plan(run, profile, overrides, task)
     if settings.recipe is None:
-        return Found(run, settings.profile, settings.experiment, settings.run_folder)
+        return Found(run, settings.place, settings.experiment, settings.run_folder)
     notebook = f"{METHODS[run].notebook}.ipynb"
-    if other := sorted(set(overrides or {}) - EVALUATION_ONLY - {"variant"}):
+    if other := sorted(set(overrides or {}) - EVALUATION_ONLY - NAMING):
         raise UserError(
             f"{', '.join(other)}: not a parameter of an evaluation, which takes the model as it lies there; "
             f"set it in {notebook} and train"
         )
     folder = settings.run_folder
     if not (folder / records.RECORD).is_file():
-        raise UserError(f"there is no {run} model of profile {settings.profile} yet: run {notebook} first")
+        raise UserError(f"there is no {run} model of {settings.place} yet: run {notebook} first")
     record = records.read(folder)
     of_training = {field.name for field in fields(Experiment)} - EVALUATION_ONLY
     known = {name: value for name, value in record.settings.items() if name in of_training}
     artefact = paths.home() / record.training.artefact
-    found = Found(run, settings.profile, replace(settings.experiment, **known), folder, record, artefact)
+    found = Found(run, settings.place, replace(settings.experiment, **known), folder, record, artefact)
     check_artefact(found)
     return found
 
@@ -143,7 +144,7 @@ def check_loaded(found: Found, model, ids: Sequence[int]) -> None:
 
     Raises:
         UserError: It was loaded from another place, the artefact was changed meanwhile, its adapter's base was changed
-            since the training, or its adapter is not in the model or changes nothing.
+            since the training, or its adapter is not in the model, not as it was trained, or changes nothing.
     """
     is_adapter = found.trained.get("adapter", False)
     place = found.artefact if found.artefact and not is_adapter else model_path(found.experiment.model)
@@ -171,6 +172,13 @@ def check_loaded(found: Found, model, ids: Sequence[int]) -> None:
         raise UserError(
             f"the adapter in {found.artefact} was not applied: the model lacks {len(lacking)} of its {len(adapter)} "
             f"matrices, such as {lacking[0]}; load it by PeftModel.from_pretrained(model, found.artefact)"
+        )
+    as_saved, as_loaded = LoraConfig.from_pretrained(found.artefact), model.peft_config["default"]
+    scales = ("lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern")
+    if model.active_adapters != ["default"] or any(getattr(as_saved, of) != getattr(as_loaded, of) for of in scales):
+        raise UserError(
+            f"the adapter in {found.artefact} was not applied as it was trained: another one is active, or its scale "
+            "was changed; load it by PeftModel.from_pretrained(model, found.artefact)"
         )
     row = torch.tensor([list(ids)], device=model.device)
     tuned = model(input_ids=row).logits

@@ -46,7 +46,7 @@ def merge(found: Found, data: PreparedData) -> records.Merged:
     products = model.dtype
     # Saved in the precision that models are used in, and judged as it is saved.
     model.to(torch.bfloat16)
-    folder = paths.artefact_folder(found.profile, f"{found.run}-merged", is_adapter=False)
+    folder = paths.artefact_folder(found.place, f"{found.run}-merged", is_adapter=False)
     with replacing_folder(folder) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)

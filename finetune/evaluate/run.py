@@ -7,6 +7,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from data_prep import Example, Task, UserError
+from data_prep.files import replacing
 from finetune import machine, metrics, paths, predictions, records
 from finetune.config.methods import METHODS
 from finetune.config.plan import Experiment, left_aligned
@@ -23,6 +24,8 @@ from finetune.wording import percent_interval
 
 # A prompt must fit, whatever it was trained with; no article of AG News comes near this.
 MAX_LENGTH = 1024
+# The whole confusion matrix of the test rows, which pictures and tables show of few classes alone.
+CONFUSION = "confusion.csv"
 
 
 def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunRecord:
@@ -65,7 +68,7 @@ def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunR
     values = values_of(found)
     record = records.RunRecord(
         run=found.run,
-        profile=found.profile,
+        profile=found.place,
         engine=found.record.engine if found.record else "transformers",
         model=found.record.model if found.record else found.experiment.model_name,
         seed=values["seed"],
@@ -98,11 +101,13 @@ def check_prompt(found: Found, tokenizer, data: PreparedData) -> None:
 
 
 def summary(record: records.RunRecord) -> pd.DataFrame:
-    """Accuracy with its interval and all METRICS by scoring; the same rows by generation where it ran."""
+    """Accuracy with its interval and all METRICS by scoring, as it is and corrected for the model's own prior; the same
+    rows by generation where it ran."""
     result = record.evaluation
     rows = {
         "scoring, all test rows": result.scoring,
         "scoring, rows without a duplicate": result.without_duplicates,
+        "scoring, corrected for the model's prior": prior_corrected(record),
         "generation, valid JSON or wrong": result.generation and result.generation.metrics,
     }
     return pd.DataFrame(
@@ -119,16 +124,41 @@ def summary(record: records.RunRecord) -> pd.DataFrame:
     ).T
 
 
+def prior_corrected(record: records.RunRecord) -> metrics.Metrics | None:
+    """Figures on the test rows if each label's probability is divided by its mean over the validation rows.
+
+    A model that likes a label too much, as untuned ones do, then loses that liking (Zhao et al. 2021,
+    arXiv:2102.09690). Test rows have no part in it. None where no validation rows were scored.
+    """
+    folder = paths.run_folder(record.profile, record.run, record.variant)
+    validation, test = records.read_validation(record, folder), _read_predictions(record)
+    if not validation:
+        return None
+    labels = list(record.evaluation.scoring.classes)
+    prior = _probabilities(validation, labels).mean(axis=0)
+    # Of a label that is never probable nothing is known.
+    corrected = _probabilities(test, labels) / np.maximum(prior, np.finfo(float).tiny)
+    return metrics.compute([row.label for row in test], score.predicted_labels(corrected, labels), labels)
+
+
+def _probabilities(rows: list[Prediction], labels: list[str]) -> np.ndarray:
+    return np.array([[row.probabilities[label] for label in labels] for row in rows])
+
+
 def class_table(record: records.RunRecord) -> pd.DataFrame:
-    """Precision, recall and F1 of each class by scoring, in percent, F1 with its 95 % interval."""
+    """Precision, recall and F1 of each class by scoring, in percent, F1 with its 95 % interval; of many classes the
+    worst."""
+    scoring = record.evaluation.scoring
     rows = {
         label: {
             "precision": round(100 * value.precision, 1),
             "recall": round(100 * value.recall, 1),
             "F1": round(100 * value.f1, 1),
             "95 % interval": percent_interval(value.f1_low, value.f1_high),
+            "rows": value.rows,
         }
-        for label, value in record.evaluation.scoring.classes.items()
+        for label in metrics.shown_classes([scoring])
+        for value in [scoring.classes[label]]
     }
     return pd.DataFrame(rows).T
 
@@ -175,6 +205,9 @@ def _evaluate_model(
         _predictions(task, examples, probabilities, answers),
         _predictions(task, data.validation, validation, []),
     )
+    scoring = metrics.compute(labels, predicted, task.labels)
+    with replacing(folder / CONFUSION) as file:
+        pd.DataFrame(scoring.confusion, task.labels, task.labels).to_csv(file, index_label="true \\ predicted")
     repeated = [example.has_duplicate or example.in_validation for example in examples]
     return records.Evaluation(
         environment=records.environment(),
@@ -182,10 +215,10 @@ def _evaluate_model(
         seconds=seconds,
         articles_per_second=len(examples) / seconds,
         peak_memory_bytes=machine.peak_memory()[0],
-        batch_size=experiment.per_device_eval_batch_size,
+        batch_size=scorer.batch_size,
         dtype=precision.name,
         precision=str(precision),
-        scoring=metrics.compute(labels, predicted, task.labels),
+        scoring=scoring,
         log_loss=metrics.log_loss(labels, probabilities, task.labels),
         without_duplicates=metrics.compute_without(repeated, labels, predicted, task.labels),
         generation=generation,

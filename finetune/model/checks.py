@@ -127,7 +127,18 @@ def choose_backbone(model, sequences: Sequence[Sequence[int]]) -> tuple[Backbone
             tolerance, context = LARGEST_BF16_ERROR, torch.autocast("cuda", dtype=torch.bfloat16)
         with context:
             device = model.get_output_embeddings().weight.device
-            own = [model(input_ids=torch.tensor([ids], device=device)).logits[0] for ids in (longest, shortest)]
+            try:
+                # The longest last: dynamic rotary positions are those of the longest row so far.
+                own = [model(input_ids=torch.tensor([ids], device=device)).logits[0] for ids in (shortest, longest)]
+                own.reverse()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                # Mamba reads 4-bit weights past their layers; PhiMoE's router cannot have an adapter.
+                raise UserError(
+                    f"{model.config.name_or_path} cannot run its own forward pass ({str(error).splitlines()[0]}); "
+                    "choose another model, other target_modules, or weights that are not in 4 bits"
+                ) from error
             together = _Sample([longest, shortest])
             try:
                 backbone = kind(model)

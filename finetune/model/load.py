@@ -98,7 +98,7 @@ def add_lora(model, config: LoraConfig):
 
     Raises:
         UserError: The model has no module of a name in `target_modules`, and an adapter on the others alone is another
-            method; or the engine puts it outside the language model.
+            method; PEFT refuses it; or the engine puts it outside the language model.
     """
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -110,13 +110,20 @@ def add_lora(model, config: LoraConfig):
             f"target_modules names {', '.join(missing)}, and this model has no such layer; it has "
             f"{', '.join(sorted(linear))}. Choose among these, or set target_modules=all-linear"
         )
-    language = next(path for path, module in model.named_modules() if module is model.get_decoder())
-    if model.config.get_text_config() is not model.config:
+    part = _language_model(model)
+    language = next(f"{path}." for path, module in model.named_modules() if module is part).removeprefix(".")
+    if language:
         # A vision tower has layers of the same names.
-        config.exclude_modules = rf"(?!{re.escape(language)}\.).*"
-    adapted = unsloth.add_lora(model, config) if unsloth.has_loaded(model) else get_peft_model(model, config)
+        config.exclude_modules = rf"(?!{re.escape(language)}).*"
+    try:
+        adapted = unsloth.add_lora(model, config) if unsloth.has_loaded(model) else get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            f"PEFT puts no such adapter on this model ({error}); set target_modules to some of "
+            f"{', '.join(sorted(linear))}, or train all weights"
+        ) from error
     places = [path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    if outside := [path for path in places if not path.startswith(f"{language}.")]:
+    if outside := [path for path in places if not path.startswith(language)]:
         raise UserError(f"{outside[0]} got an adapter, and is not in the language model: set engine=transformers")
     counts = Counter(path.rpartition(".")[2] for path in places)
     kinds = {count: ", ".join(sorted(name for name in counts if counts[name] == count)) for count in counts.values()}
@@ -130,11 +137,17 @@ def linear_names(model: torch.nn.Module) -> set[str]:
     from transformers.pytorch_utils import Conv1D
 
     # GPT-2's are called Conv1D.
-    kinds = (torch.nn.Linear, Conv1D)
-    layers = [path for path, module in model.get_decoder().named_modules() if isinstance(module, kinds)]
+    kinds, head = (torch.nn.Linear, Conv1D), {*model.get_output_embeddings().modules()}
+    modules = _language_model(model).named_modules()
+    layers = [path for path, module in modules if isinstance(module, kinds) and module not in head]
     # Of a layer that has an adapter by now, it and its parts are called by the layer's name, or by the adapter's.
     paths = {path.partition(".base_layer")[0] for path in layers}
     return {path.rpartition(".")[2] for path in paths if ".lora_" not in path}
+
+
+def _language_model(model: torch.nn.Module) -> torch.nn.Module:
+    """The part of a model that reads text; all of it where it reads nothing else."""
+    return model if model.config.get_text_config() is model.config else model.get_decoder()
 
 
 def load_tokenizer(name: str | Path):

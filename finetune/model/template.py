@@ -42,10 +42,11 @@ class Template:
         answer = TRIAL[-1]["content"]
         before, _, after = whole.rpartition(answer)
         asked = self._write(TRIAL[:-1], True)
-        # A thought that is opened and not closed would hold the answer.
+        # A thought that is opened and not closed would hold the answer, and behind an end of turn none follows.
         thinks = asked.count("<think>") > asked.count("</think>")
+        ends = tokenizer.eos_token and tokenizer.eos_token in asked[len(before) :]
         alike = before.rstrip() == asked.rstrip()
-        self._cut = thinks or not (alike or asked.startswith(before))
+        self._cut = bool(thinks or ends) or not (alike or asked.startswith(before))
         prompt = before if self._cut else asked
         if not (alike or before.startswith(asked) or asked.startswith(before)):
             raise UserError(

@@ -190,7 +190,7 @@ def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer
     tokens = round(trainer.encoded_tokens * trainer.state.epoch)
     record = RunRecord(
         run=settings.run,
-        profile=settings.profile,
+        profile=settings.place,
         engine=ran["engine"],
         model=settings.experiment.model_name if values["model"] == settings.experiment.model else base,
         seed=ran["seed"],
@@ -199,7 +199,7 @@ def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer
         data=data.reference.model_copy(update={"train_rows": len(trainer.train_dataset)}),
     )
 
-    folder = paths.artefact_folder(settings.profile, settings.run, ran["adapter"], settings.experiment.variant)
+    folder = paths.artefact_folder(settings.place, settings.run, ran["adapter"], settings.experiment.variant)
     if not ran["adapter"]:
         # The fp32 copy served the optimiser; bf16 is the precision that the model is used in, and half the size.
         model.to(torch.bfloat16)

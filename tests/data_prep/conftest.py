@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.sources import CsvFolder
+from data_prep.sources import Files
 from data_prep.task import AG_NEWS
 
 Row = tuple[str, str, str]
@@ -37,14 +37,14 @@ def write_rows(path: Path, rows: Sequence[Sequence[str]]) -> None:
 
 
 @pytest.fixture
-def make_source(tmp_path) -> Callable[..., CsvFolder]:
+def make_source(tmp_path) -> Callable[..., Files]:
     """Writes a CSV folder and opens it; each split is a number of random rows, or the rows themselves."""
 
-    def make(train: int | list[Row] = 80, test: int | list[Row] = 20, validation=None, name: str = "csv") -> CsvFolder:
+    def make(train: int | list[Row] = 80, test: int | list[Row] = 20, validation=None, name: str = "csv") -> Files:
         folder = tmp_path / "sources" / name
         for seed, (split, rows) in enumerate({"train": train, "test": test, "validation": validation}.items()):
             if rows is not None:
                 write_rows(folder / f"{split}.csv", random_rows(rows, seed) if isinstance(rows, int) else rows)
-        return CsvFolder(folder, AG_NEWS)
+        return Files(folder, AG_NEWS)
 
     return make

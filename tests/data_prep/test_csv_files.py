@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from data_prep import DataError
-from data_prep.sources import CsvFolder
+from data_prep.sources import Files
 from data_prep.task import AG_NEWS
 
 LABELS = AG_NEWS.labels
@@ -154,10 +154,10 @@ REFUSED = {
 
 @pytest.fixture
 def folder(tmp_path):
-    def make(train: bytes, test: bytes) -> CsvFolder:
+    def make(train: bytes, test: bytes) -> Files:
         (tmp_path / "train.csv").write_bytes(train)
         (tmp_path / "test.csv").write_bytes(test)
-        return CsvFolder(tmp_path, AG_NEWS)
+        return Files(tmp_path, AG_NEWS)
 
     return make
 
@@ -180,7 +180,7 @@ def test_another_form_is_read_as_pandas_reads_it_and_said(folder, content, panda
 @pytest.mark.parametrize(("content", "test", "line", "reason"), REFUSED.values(), ids=REFUSED)
 def test_what_is_not_read_is_refused_with_file_line_and_remedy(folder, content, test, line, reason):
     source = folder(content, written() if test is None else test)
-    where = re.escape(f"{source.folder / 'train.csv'}:{line}: ") if line else ""
+    where = re.escape(f"{source.at / 'train.csv'}:{line}: ") if line else ""
     with pytest.raises(DataError, match=f"^{where}.*{reason}") as refused:
         read(source)
     assert "\n" not in str(refused.value)
@@ -206,6 +206,6 @@ def test_the_own_form_is_not_remarkable(folder):
 
 def test_a_packed_file_is_named(folder):
     source = folder(written(), written())
-    (source.folder / "train.csv").rename(source.folder / "train.csv.gz")
+    (source.at / "train.csv").rename(source.at / "train.csv.gz")
     with pytest.raises(DataError, match=r"train\.csv: no such file; unpack train\.csv\.gz first: gunzip"):
         source.splits()

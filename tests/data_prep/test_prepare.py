@@ -17,7 +17,7 @@ import pytest
 
 from data_prep import DATA_FILES, DataError, Task, UserError, load_manifest, prepare, read_examples
 from data_prep.files import SPLITS
-from data_prep.sources import CsvFolder, Row, sample
+from data_prep.sources import Files, Row, sample
 from data_prep.task import AG_NEWS
 
 LABELS = AG_NEWS.labels
@@ -303,7 +303,7 @@ class TestFailure:
     @pytest.mark.parametrize("split", ["train", "test", "validation"])
     def test_a_bad_last_line_leaves_nothing(self, make_source, folder, split):
         source = make_source(validation=16)
-        path = source.folder / f"{split}.csv"
+        path = source.at / f"{split}.csv"
         lines = path.read_text().count("\n")
         with path.open("a") as file:
             file.write('"1","Title","Text that ends')
@@ -358,7 +358,7 @@ class TestFailure:
         source = make_source(train=400, test=20)
         if earlier:
             prepare(source, folder, prompt="verbose", validation_rows=12)
-        killed = subprocess.run([sys.executable, "-c", KILLED_AT_ROW_300, source.folder, folder], timeout=60)
+        killed = subprocess.run([sys.executable, "-c", KILLED_AT_ROW_300, source.at, folder], timeout=60)
         assert killed.returncode == -signal.SIGKILL
         assert list(folder.glob("*.partial")), "the kill must come while the files are written"
         with pytest.raises(DataError, match="prepare the data first"):
@@ -373,10 +373,10 @@ KILLED_AT_ROW_300 = """
 import os, signal, sys
 from pathlib import Path
 from data_prep import prepare
-from data_prep.sources import CsvFolder
+from data_prep.sources import Files
 from data_prep.task import AG_NEWS
 
-class Killed(CsvFolder):
+class Killed(Files):
     readings = []
     def rows(self, split):
         self.readings.append(split)
@@ -432,7 +432,7 @@ class TestRealRows:
     @pytest.fixture(scope="class")
     def prepared(self, ag_news, tmp_path_factory):
         folder = tmp_path_factory.mktemp("ag-news")
-        manifest, _ = prepare(CsvFolder(ag_news, AG_NEWS), folder, prompt="lean")
+        manifest, _ = prepare(Files(ag_news, AG_NEWS), folder, prompt="lean")
         return folder, manifest
 
     def test_every_row_is_there(self, prepared):
@@ -452,8 +452,8 @@ class TestRealRows:
         _, manifest = prepared
         program = (
             "import sys; from pathlib import Path; from data_prep import prepare;"
-            "from data_prep.sources import CsvFolder; from data_prep.task import AG_NEWS;"
-            "print(prepare(CsvFolder(Path(sys.argv[1]), AG_NEWS), Path(sys.argv[2]), prompt='lean')[0].fingerprint)"
+            "from data_prep.sources import Files; from data_prep.task import AG_NEWS;"
+            "print(prepare(Files(Path(sys.argv[1]), AG_NEWS), Path(sys.argv[2]), prompt='lean')[0].fingerprint)"
         )
         output = subprocess.run(
             [sys.executable, "-c", program, ag_news, tmp_path / "again"],
@@ -473,7 +473,7 @@ def test_memory_does_not_grow_with_the_rows(make_source, tmp_path):
         train = [(str(1 + row % 4), f"Title {row}", f"Text {text}{row}") for row in range(rows)]
         source = make_source(train, name=str(rows))
         output = subprocess.run(
-            [sys.executable, "-c", PEAK_OF_PREPARATION, source.folder, tmp_path / f"out-{rows}"],
+            [sys.executable, "-c", PEAK_OF_PREPARATION, source.at, tmp_path / f"out-{rows}"],
             capture_output=True,
             text=True,
             check=True,
@@ -487,10 +487,10 @@ PEAK_OF_PREPARATION = """
 import sys
 from pathlib import Path
 from data_prep import prepare
-from data_prep.sources import CsvFolder
+from data_prep.sources import Files
 from data_prep.task import AG_NEWS
 
-prepare(CsvFolder(Path(sys.argv[1]), AG_NEWS), Path(sys.argv[2]), prompt="lean", validation_rows=100)
+prepare(Files(Path(sys.argv[1]), AG_NEWS), Path(sys.argv[2]), prompt="lean", validation_rows=100)
 status = Path("/proc/self/status").read_text()
 print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 """

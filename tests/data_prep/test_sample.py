@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 
-from data_prep.clean import repair_feed
+from data_prep.clean import repaired
 from data_prep.sources import sample
 from data_prep.task import AG_NEWS
 
@@ -44,7 +44,7 @@ def test_text_is_ascii_and_has_no_artefacts(splits):
     for article in (article for rows in splits.values() for article in rows):
         assert article.text.isascii(), article
         assert all(article.texts)
-        assert repair_feed(article.texts[1]) == article.texts[1]
+        assert repaired(article.texts[1], AG_NEWS.repairs) == article.texts[1]
 
 
 def test_classes_are_mixed_within_each_split(splits):

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from data_prep import DataError, UserError
-from data_prep.sources import CsvFolder, open_source
+from data_prep.sources import Files, open_source
 from data_prep.task import AG_NEWS
 
 GOOD = b'"1","Title","Text one."\n"2","","Text two."\n'
@@ -41,7 +41,7 @@ def folder(tmp_path):
 
 
 def read(folder, split="train"):
-    return list(CsvFolder(folder, AG_NEWS).rows(split))
+    return list(Files(folder, AG_NEWS).rows(split))
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -57,14 +57,14 @@ def test_a_bad_row_is_refused_with_file_line_and_reason(folder, split, content, 
 def test_a_missing_file_is_named(folder, missing):
     (folder / f"{missing}.csv").unlink()
     with pytest.raises(DataError, match=re.escape(str(folder / f"{missing}.csv")) + ": no such file"):
-        CsvFolder(folder, AG_NEWS).splits()
+        Files(folder, AG_NEWS).splits()
     with pytest.raises(DataError, match="no such file"):
         read(folder, missing)
 
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(DataError, match="nowhere"):
-        CsvFolder(tmp_path / "nowhere", AG_NEWS).provenance()
+        Files(tmp_path / "nowhere", AG_NEWS).provenance()
 
 
 @pytest.mark.parametrize(
@@ -89,20 +89,20 @@ def test_quotes_newlines_and_windows_line_ends_are_read(folder):
 
 
 def test_a_validation_file_makes_a_split(folder):
-    assert CsvFolder(folder, AG_NEWS).splits() == ("train", "test")
+    assert Files(folder, AG_NEWS).splits() == ("train", "test")
     (folder / "validation.csv").write_bytes(GOOD)
-    assert CsvFolder(folder, AG_NEWS).splits() == ("train", "validation", "test")
+    assert Files(folder, AG_NEWS).splits() == ("train", "validation", "test")
 
 
 def test_provenance_changes_with_any_byte(folder):
-    before = CsvFolder(folder, AG_NEWS).provenance()
-    assert before == CsvFolder(folder, AG_NEWS).provenance()
+    before = Files(folder, AG_NEWS).provenance()
+    assert before == Files(folder, AG_NEWS).provenance()
     (folder / "test.csv").write_bytes(GOOD.replace(b"one", b"ONE"))
-    assert CsvFolder(folder, AG_NEWS).provenance() != before
+    assert Files(folder, AG_NEWS).provenance() != before
 
 
 def test_open_source_refuses_what_it_does_not_know():
-    with pytest.raises(UserError, match="unknown source 'kaggle'; the sources are: sample, csv, hub"):
+    with pytest.raises(UserError, match="task ag_news has no source 'kaggle'; its sources are: sample, csv, hub"):
         open_source("kaggle", AG_NEWS)
     with pytest.raises(UserError, match="data_path"):
         open_source("csv", AG_NEWS)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from data_prep import TASKS, Example, UserError, find_task
+from data_prep import Example, UserError, find_task
 from data_prep.sources import Row
 from data_prep.task import AG_NEWS
 
@@ -96,9 +96,7 @@ def test_a_rendered_example_knows_its_label_and_its_prompt(prompt, label):
 def test_a_changed_prompt_gets_a_new_version():
     """When this fails: raise the version of the prompt whose text changed, and enter its digest here."""
     digests = {
-        prompt.id: hashlib.sha256(prompt.system.encode()).hexdigest()[:12]
-        for task in TASKS.values()
-        for prompt in task.prompts.values()
+        prompt.id: hashlib.sha256(prompt.system.encode()).hexdigest()[:12] for prompt in AG_NEWS.prompts.values()
     }
     assert digests == {"lean-1": "ad28cbb46a3b", "verbose-1": "636ac36f298e"}
 
@@ -132,7 +130,7 @@ def test_an_unknown_prompt_is_refused_with_those_that_there_are():
     ids=["one label", "a label twice", "other labels than the columns'"],
 )
 def test_a_contradictory_description_is_refused(change, reason):
-    with pytest.raises(UserError, match=f"task ag_news: .*{reason}"):
+    with pytest.raises(ValueError, match=reason):
         replace(AG_NEWS, **change)
 
 

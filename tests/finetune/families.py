@@ -27,6 +27,11 @@ PADDED = {
         "jamba",
         {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
     ),
+    "chunks": (
+        "llama4_text",
+        {"attention_chunk_size": 16, "layer_types": ["chunked_attention", "full_attention"], "num_local_experts": 2}
+        | {"head_dim": 8, "intermediate_size_mlp": 64},
+    ),
     "sinks": ("gpt_oss", {"num_local_experts": 4, "head_dim": 8, "tie_word_embeddings": False}),
     "own attention": ("falcon", {"new_decoder_architecture": True}),
 }

@@ -69,7 +69,7 @@ def test_rows_that_are_validation_rows_are_not_among_the_others(load, capsys):
     settings, data = load(20, in_validation=8)
     assert "WARNING: 20 of 40 test rows repeat training rows, exactly or nearly, and 8 more" in capsys.readouterr().out
     fitted = baselines.fit_svm(settings, data)
-    rows = predictions.read(paths.results_folder("cpu") / "baselines" / "svm", fitted.predictions_digest)
+    rows = predictions.read(paths.results_folder(settings.place) / "baselines" / "svm", fitted.predictions_digest)
     right = [row.label == row.prediction for row in rows[20:32]]
     assert (fitted.without_duplicates.rows, fitted.without_duplicates.accuracy) == (12, sum(right) / 12)
     assert [row.in_validation for row in rows] == [False] * 32 + [True] * 8

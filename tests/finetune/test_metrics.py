@@ -6,7 +6,7 @@ from math import comb, log
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precision_score
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precision_score, recall_score
 from statsmodels.stats.proportion import proportion_confint
 
 from data_prep.task import AG_NEWS
@@ -117,17 +117,28 @@ def test_a_figure_that_predictions_do_not_give_is_named(what):
 @pytest.mark.parametrize("invalid", [0, 7])
 def test_every_metric_is_that_of_scikit_learn_and_its_interval_that_of_the_rows(invalid):
     generator = np.random.default_rng(3)
-    labels = [AG_NEWS.labels[row % 4] for row in range(200)]
+    labels = [AG_NEWS.labels[min(row % 7, 3)] for row in range(200)]
     predicted = [label if generator.random() < 0.7 else str(generator.choice(AG_NEWS.labels)) for label in labels]
     predicted[:invalid] = [None] * invalid
     scoring = metrics.compute(labels, predicted, AG_NEWS.labels)
     answers = [answer or "" for answer in predicted]
-    expected = {"macro_f1": scoring.macro_f1, "matthews": matthews_corrcoef(labels, answers)}
+    expected = {
+        "macro_f1": scoring.macro_f1,
+        "matthews": matthews_corrcoef(labels, answers),
+        "balanced_accuracy": recall_score(labels, answers, labels=AG_NEWS.labels, average="macro"),
+    }
     assert expected.keys() == metrics.METRICS.keys()
     for name, metric in metrics.METRICS.items():
         value, low, high = metric.estimate(scoring)
         assert value == pytest.approx(expected[name]) and low < value < high
     assert metrics.METRICS["macro_f1"].estimate(scoring)[1:] == (scoring.macro_f1_low, scoring.macro_f1_high)
+
+
+def test_balanced_accuracy_is_shown_where_it_is_not_the_accuracy():
+    even, uneven = (metrics.compute(labels, labels, LABELS[:2]) for labels in (LABELS[:2] * 5, LABELS[:1] + LABELS[:2]))
+    assert "balanced accuracy %" in metrics.figures(uneven) and "balanced accuracy %" not in metrics.figures(even)
+    # Of a class without rows it says nothing.
+    assert metrics.METRICS["balanced_accuracy"].estimate(metrics.compute(["World"], ["World"], LABELS))[0] == 1
 
 
 def test_one_answer_for_all_rows_has_no_correlation():

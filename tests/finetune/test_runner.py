@@ -56,14 +56,14 @@ def overrides(tiny) -> dict[str, object]:
 
 
 @pytest.fixture
-def finished(home, overrides) -> Path:
+def finished(home, overrides, place) -> Path:
     """The whole suite, executed once."""
-    if not (home / "results" / "cpu" / "report.html").exists():
+    if not (home / "results" / place / "report.html").exists():
         outcomes = Suite("cpu", overrides).execute()
         assert {outcome.step.name: outcome.status for outcome in outcomes} == {
             name: "skipped" if name in SKIPPED else "done" for name in BY_DEFAULT
         }
-    return home / "results" / "cpu"
+    return home / "results" / place
 
 
 def executed(folder: Path, name: str) -> nbformat.NotebookNode:
@@ -119,8 +119,8 @@ def test_the_notebooks_show_what_the_records_hold(finished):
         assert any("validation accuracy" in table and f"<td>{last[-1]:.1%}</td>" in table for table in tables)
         shown = text_of(executed(finished, f"{run}_finetuning_performance"))
         assert f"{record.evaluation.scoring.accuracy:.1%}" in shown
-        assert str(comparison.load("cpu").pair(run, "base")) in shown
-    assert verdict.decide(comparison.load("cpu")).text in text_of(executed(finished, "compare_methods"))
+        assert str(comparison.load(finished.name).pair(run, "base")) in shown
+    assert verdict.decide(comparison.load(finished.name)).text in text_of(executed(finished, "compare_methods"))
 
 
 def test_the_training_notebooks_draw_curves_and_the_comparison_pictures(finished):
@@ -157,7 +157,7 @@ def test_a_lost_artefact_or_another_setting_is_not_reused(finished, overrides):
     # The base model has no learning rate, and the comparison reads records.
     assert reused(overrides | {"learning_rate": 1e-3}) == {"base_model_performance", "compare_methods"}
     assert reused(overrides | {"generation_rows": 4}) == TRAININGS | {"compare_methods"}
-    artefact = paths.artefact_folder("cpu", "lora", is_adapter=True)
+    artefact = paths.artefact_folder(finished.name, "lora", is_adapter=True)
     artefact.rename(artefact.with_name("elsewhere"))
     assert reused(overrides) == ALL - {"fine_tuning_lora"}
     artefact.with_name("elsewhere").rename(artefact)
@@ -262,13 +262,13 @@ def test_a_run_that_refuses_an_override_is_skipped_before_anything_runs(tiny):
         Suite("cpu", tiny | {"dtype": "float32"}, only=("qlora",))
 
 
-def test_without_its_artefact_a_notebook_names_the_one_that_makes_it(tiny, tmp_path, monkeypatch):
+def test_without_its_artefact_a_notebook_names_the_one_that_makes_it(tiny, place, tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_HOME", str(tmp_path))
     suite = Suite("cpu", tiny, only=("lora",))
     suite.steps = tuple(step for step in suite.steps if step.needs)
     [outcome] = suite.execute()
     assert outcome.status == "failed"
-    assert outcome.reason == ("UserError: there is no lora model of profile cpu yet: run fine_tuning_lora.ipynb first")
+    assert outcome.reason == f"UserError: there is no lora model of {place} yet: run fine_tuning_lora.ipynb first"
 
 
 def test_the_unsloth_notebook_stops_at_its_first_step_without_cuda(tiny, tmp_path, monkeypatch):
@@ -352,7 +352,7 @@ def test_seeds_and_curve_are_trained_and_compared(finished, overrides):
     assert [outcome.status for outcome in outcomes] == ["reused"] * 2 + ["done"] * 2
     outcomes = Suite("cpu", overrides, only=("lora", "compare"), curve=(16,)).execute()
     assert [outcome.status for outcome in outcomes] == ["done"] * 3
-    compared = comparison.load("cpu")
+    compared = comparison.load(finished.name)
     first, second = compared.records["lora"], compared.seeds["lora"][0].record
     assert (first.seed, second.seed) == (42, 43)
     assert first.data.fingerprint == second.data.fingerprint
@@ -379,12 +379,15 @@ def test_an_interrupted_suite_goes_on_where_it_was(finished, overrides, capfd):
     command = ["run", "--profile", "cpu", "--only", "base", "--only", "lora"]
     for name, value in (overrides | {"learning_rate": 2e-3}).items():
         command += ["--set", f"{name}={value}"]
-    adapter, state = finished.parents[1] / "adapters" / "cpu-lora", finished.parents[1] / "checkpoints" / ".training"
+    adapter, state = (
+        finished.parents[1] / "adapters" / f"{finished.name}-lora",
+        finished.parents[1] / "checkpoints" / ".training",
+    )
     made = adapter.stat().st_ino
     ended = threading.Event()
 
     def press_ctrl_c() -> None:
-        while not (state / "cpu-lora" / "progress.json").exists():
+        while not (state / f"{finished.name}-lora" / "progress.json").exists():
             if ended.wait(0.02):
                 return
         os.kill(os.getpid(), signal.SIGINT)

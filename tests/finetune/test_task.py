@@ -1,4 +1,4 @@
-"""A task of six classes is one entry of TASKS: everything from its files to the report works from that alone."""
+"""A task of six classes is one file: everything from its rows to the report works from that alone."""
 
 import csv
 import random
@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_prep import TASKS, Columns, Prompt, Task, UserError
+from data_prep import UserError, find_task
 from data_prep.sources import open_source
 from data_prep.task import AG_NEWS
 from finetune import paths
@@ -23,22 +23,28 @@ from finetune.notebooks import run_cells
 
 # Two begin alike, one is not ASCII, and the order is not the alphabet's.
 LABELS = ("Other issue", "Billing", "Other", "Störung", "Password reset", "Delivery")
-TICKETS = Task(
-    name="tickets",
-    title="Support tickets",
-    description="Invented requests to a help desk.",
-    labels=LABELS,
-    request="What is this ticket about?",
-    prompts={"plain": Prompt("plain", 1, "Sort the ticket: " + ", ".join(LABELS))},
-    csv=Columns(texts=("body",), label="queue", values={label.upper(): label for label in LABELS}),
-    answer_key="queue",
-)
+TICKETS = """
+title: Support tickets
+description: Invented requests to a help desk.
+labels: [Other issue, Billing, Other, Störung, Password reset, Delivery]
+request: What is this ticket about?
+prompts: {plain: "Sort the ticket: Other issue, Billing, Other, Störung, Password reset, Delivery"}
+sources:
+  files:
+    at: .
+    texts: body
+    label: queue
+    values: {OTHER ISSUE: Other issue, BILLING: Billing, OTHER: Other, STÖRUNG: Störung, PASSWORD RESET: Password reset,
+      DELIVERY: Delivery}
+answer_key: queue
+"""
 
 
 @pytest.fixture
-def settings(home, tiny_model, tmp_path, monkeypatch):
+def settings(home, tiny_model, tmp_path):
     """A plan on 60 training, 24 test rows; the first test row is a training row, and two training rows contradict."""
-    monkeypatch.setitem(TASKS, "tickets", TICKETS)
+    (home / "tasks").mkdir()
+    (home / "tasks" / "tickets.yaml").write_text(TICKETS, encoding="utf-8")
     generator = random.Random(0)
     rows = [
         (LABELS[number % 6].upper(), f"Ticket {number} &lt; {' '.join(generator.choices('abcdefgh', k=8))}")
@@ -49,7 +55,7 @@ def settings(home, tiny_model, tmp_path, monkeypatch):
     for name, split in (("train", rows[:60]), ("validation", rows[60:72]), ("test", rows[:1] + rows[61:84])):
         with (tmp_path / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("Queue", "Body"), *split])
-    values = {"task": "tickets", "source": "csv", "data_path": str(tmp_path), "prompt": "plain"}
+    values = {"task": "tickets", "prompt": "plain"}
     return plan("base", "cpu", values | {"model": str(tiny_model), "generation_rows": 6})
 
 
@@ -69,25 +75,26 @@ def test_six_classes_go_from_the_files_to_the_report(settings, tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     encoded = encode.encode(tokenizer, data.test, 512)
     assert tokenizer.decode(encoded[0].answer) == '{"queue":"Other issue"}<|im_end|>'
-    scored = LabelScorer(Backbone(model), tokenizer, TICKETS, 8).score([row.prompt for row in encoded])
+    scored = LabelScorer(Backbone(model), tokenizer, settings.task, 8).score([row.prompt for row in encoded])
     assert scored.shape == (24, 6)
     np.testing.assert_allclose(scored[0], one_by_one(model, tokenizer, encoded[0].prompt), atol=1e-5)
 
     # Metrics, in the order of the labels, with baselines beside.
-    names = {"task": "tickets", "source": "csv", "data_path": settings.experiment.data_path, "prompt": "plain"}
+    names = {"task": "tickets", "prompt": "plain"}
     names |= {"model": str(tiny_model), "generation_rows": 6}
     record = run_cells("base_model_performance", "class_table", PROFILE="cpu", OVERRIDES=names)["record"]
     assert tuple(record.evaluation.scoring.classes) == LABELS
     assert np.array(record.evaluation.scoring.confusion).sum(axis=1).tolist() == [4] * 6
-    assert record.evaluation.without_duplicates.rows == 23
+    # One test row is a training row, and eleven are validation rows.
+    assert record.evaluation.without_duplicates.rows == 12
 
     # The comparison, its tables and pictures.
-    compared = load("cpu")
+    compared = load(settings.place)
     assert compared.classes == LABELS
     assert list(tables.classes(compared).columns)[::2] == [f"{label} F1 %" for label in LABELS]
     assert len(tables.confusions(compared)) == 30
     assert len(tables.quality(compared)) == len(compared.predictions) == 3
-    texts = mistakes.articles(compared.any_record.data)
+    texts = mistakes.articles(compared.any_record)
     assert texts == {row.id: row.text for row in data.test}
     html = report.render(compared, texts)
     assert all(label in html for label in LABELS)
@@ -107,7 +114,7 @@ def one_by_one(model, tokenizer, prompt: list[int]) -> np.ndarray:
 
 
 def test_the_card_of_a_model_says_what_its_labels_are(settings):
-    values = {"task": "tickets", "source": "csv", "data_path": settings.experiment.data_path, "prompt": "plain"}
+    values = {"task": "tickets", "prompt": "plain"}
     values |= {"model": settings.experiment.model, "train_rows": 24}
     record = run_cells("fine_tuning_lora", "plots.training_curves", PROFILE="cpu", OVERRIDES=values)["record"]
     card = (paths.home() / record.training.artefact / "README.md").read_text()
@@ -119,12 +126,27 @@ def test_the_card_of_a_model_says_what_its_labels_are(settings):
 def test_an_unknown_task_or_a_prompt_of_another_task_is_refused(settings):
     with pytest.raises(UserError, match="unknown task 'mails'; the tasks are: ag_news, tickets"):
         plan("base", "cpu", {"task": "mails"})
-    with pytest.raises(UserError, match="unknown prompt 'lean'; task tickets has: plain"):
-        plan("base", "cpu", {"task": "tickets"})
+    with pytest.raises(UserError, match="unknown prompt 'leen'; task tickets has: lean, verbose, plain"):
+        plan("base", "cpu", {"task": "tickets", "prompt": "leen"})
     assert plan("base", "cpu").task is AG_NEWS
 
 
-@pytest.mark.parametrize(("source", "reason"), [("sample", "has no built-in sample"), ("hub", "is not on the hub")])
-def test_a_source_that_a_task_does_not_have_is_refused(source, reason):
-    with pytest.raises(UserError, match=f"task tickets {reason}; use source=csv"):
-        open_source(source, TICKETS)
+@pytest.mark.parametrize("source", ["sample", "hub", "csv"])
+def test_a_source_that_a_task_does_not_have_is_refused(source, settings):
+    with pytest.raises(UserError, match=r"task tickets has no .*source"):
+        open_source(source, find_task("tickets"))
+
+
+def test_a_task_s_own_source_is_taken_where_it_lacks_the_profile_s(settings):
+    assert settings.experiment.source == "files" and settings.origins["source"] == "task tickets"
+    assert plan("base", "gpu", {"task": "tickets"}).experiment.source == "files"
+    assert plan("base", "gpu").experiment.source == "hub"
+
+
+def test_an_edited_description_is_prepared_again(settings, home):
+    before = load_data(settings).manifest
+    path = home / "tasks" / "tickets.yaml"
+    path.write_text(TICKETS.replace("What is this", "What was this"), encoding="utf-8")
+    after = load_data(settings)
+    assert after.manifest.fingerprint != before.fingerprint
+    assert after.test[0].messages[1]["content"].startswith("What was this ticket about?")

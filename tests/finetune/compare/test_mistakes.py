@@ -133,12 +133,16 @@ class TestArticles:
         assert mistakes.publishable_articles(self.reference(tmp_path, fingerprint="ffffffffffff")) == {}
 
     def test_prepared_data_gives_its_texts_where_it_is_the_record_s(self, home):
-        mine = self.reference(paths.dataset_folder("csv"), source="csv")
+        data = self.reference(paths.dataset_folder("csv", "cpu"), source="csv")
+        mine = factories.record("lora", 128).model_copy(update={"data": data})
         assert len(mistakes.articles(mine)) == 128
-        assert mistakes.articles(mine.model_copy(update={"fingerprint": "ffffffffffff"})) == {}
+        other = data.model_copy(update={"fingerprint": "ffffffffffff"})
+        assert mistakes.articles(mine.model_copy(update={"data": other})) == {}
+        # Another task's rows are elsewhere.
+        assert mistakes.articles(mine.model_copy(update={"profile": "cpu+tickets"})) == {}
 
     def test_without_prepared_data_there_are_none(self, home):
-        assert mistakes.articles(factories.data_reference(40)) == {}
+        assert mistakes.articles(factories.record("lora")) == {}
 
 
 def test_the_first_row_of_the_base_alone_is_its_own(results):

@@ -176,6 +176,16 @@ class TestVerdict:
         noted = {1: ", exactly or nearly: without them, LoRA gets 87.2 %."}
         assert f"{repeated} test rows repeat a {splits} row{noted.get(repeated, '')}" in " ".join(notes(compared))
 
+    def test_a_classifier_that_is_no_worse_is_taken(self, results):
+        write_baseline(results, "logistic", right_on(897, 1000), fit_seconds=2.0)
+        found = decide(load("cpu"), margin=2.0)
+        assert (found.taken, found.best) == ("logistic", "full")
+        assert re.match(
+            r"Take logistic regression on the base model\. It gets 89\.7 %; full fine-tuning is at most 0\.\d points "
+            r"better \(95 % interval\) and needs 45 x the training time\.$",
+            found.text,
+        )
+
     @pytest.mark.parametrize("margin", [0, -1, 100, float("nan")])
     def test_a_margin_that_means_nothing_is_refused(self, results, margin):
         with pytest.raises(UserError, match="give points of accuracy above 0 and below 100"):

@@ -21,6 +21,7 @@ EVALUATION_ONLY = {
     "test_rows",
     "generation_rows",
     "few_shot_examples",
+    "logistic_rows",
     "per_device_eval_batch_size",
     "evaluation_kernels",
 }
@@ -28,6 +29,7 @@ EVALUATION_ONLY = {
 # A second value for every parameter that can be changed.
 OTHER_VALUES = {
     "model": "another/model",
+    "logistic_rows": 100,
     "load_best_model_at_end": True,
     "early_stopping_patience": 3,
     "source": "hub",
@@ -202,7 +204,7 @@ class TestRefusals:
             ("max_length", 8, "greater than or equal to 64"),
             ("warmup_steps", 1.0, "less than 1"),
             ("packing", "perhaps", "boolean"),
-            ("source", "kaggle", "'sample', 'csv' or 'hub'"),
+            ("source", "kaggle", "'sample', 'files', 'hub' or 'csv'"),
             ("target_modules", 3, "list"),
             ("compute_dtype", "float16", "'bfloat16' or 'float32'"),
             ("validation_rows", 3, "greater than or equal to 4"),

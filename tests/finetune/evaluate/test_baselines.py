@@ -7,8 +7,14 @@ from collections import Counter
 from dataclasses import replace
 
 import factories
+import numpy as np
 import pytest
+import torch
 from factories import right_on, write_run
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep import DataError, Example
 from data_prep.sources import sample
@@ -62,17 +68,19 @@ class TestEvaluate:
         settings = plan(
             "base",
             "cpu",
-            {name: value for name, value in tiny.items() if name not in ("num_train_epochs", "eval_steps")},
+            {name: value for name, value in tiny.items() if name not in ("num_train_epochs", "eval_steps")}
+            | {"logistic_rows": 100},
         )
         data = load_data(settings)
         model, tokenizer = load_model(settings.experiment.model, dtype="float32")
         fitted = baselines.fit_majority(settings, data), baselines.fit_svm(settings, data)
-        return data, baselines.table(*fitted, baselines.few_shot(settings, data, model, tokenizer))
+        asked = (fit(settings, data, model, tokenizer) for fit in (baselines.fit_logistic, baselines.few_shot))
+        return data, baselines.table(*fitted, *asked)
 
-    def test_all_are_recorded_with_figures_that_their_predictions_give(self, evaluated):
+    def test_all_are_recorded_with_figures_that_their_predictions_give(self, evaluated, place):
         data, table = evaluated
-        found, rows = baseline_records.read_all(paths.results_folder("cpu"))
-        assert list(found) == ["majority", "svm", "few_shot"]
+        found, rows = baseline_records.read_all(paths.results_folder(place))
+        assert list(found) == ["majority", "svm", "logistic", "few_shot"]
         for name, baseline in found.items():
             right = sum(row.prediction == row.label for row in rows[name])
             assert baseline.scoring.accuracy == pytest.approx(right / 24)
@@ -85,8 +93,40 @@ class TestEvaluate:
         # The 32 training rows are eight of each class, so that the first in the alphabet is as frequent as any.
         assert {row.prediction for row in rows["majority"]} == {"Business"}
 
-    def test_few_shots_are_training_rows(self, evaluated):
-        _, rows = baseline_records.read_all(paths.results_folder("cpu"))
+    def test_the_majority_is_that_of_all_training_rows(self, evaluated, tiny, monkeypatch):
+        data, _ = evaluated
+        # Those that are trained on are drawn evenly from the classes.
+        monkeypatch.setitem(data.manifest.rows, "train", {"World": 80, "Sports": 120, "Business": 50, "Sci/Tech": 120})
+        settings = plan("base", "cpu", {"model": tiny["model"]})
+        assert baselines.fit_majority(settings, data).scoring.confusion == [[0, 0, 0, 6]] * 4
+
+    def test_the_logistic_regression_reads_the_models_own_states(self, evaluated, tiny, place):
+        data, _ = evaluated
+        tokenizer = AutoTokenizer.from_pretrained(tiny["model"])
+        model = AutoModelForCausalLM.from_pretrained(tiny["model"])
+
+        before = tokenizer('{"category":"', add_special_tokens=False)["input_ids"]
+
+        @torch.no_grad()
+        def state(row) -> np.ndarray:
+            written = tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(written, add_special_tokens=False)["input_ids"] + before
+            return model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1].numpy()
+
+        states = {split: np.array([state(row) for row in getattr(data, split)]) for split in ("train", "validation")}
+        labels = {split: [row.label for row in getattr(data, split)] for split in states}
+        scores = {
+            value: make_pipeline(StandardScaler(), LogisticRegression(C=value, max_iter=1000))
+            .fit(states["train"], labels["train"])
+            .score(states["validation"], labels["validation"])
+            for value in baselines.LOGISTIC_C
+        }
+        found = baseline_records.read_all(paths.results_folder(place))[0]["logistic"]
+        assert found.validation_accuracy == pytest.approx(max(scores.values()))
+        assert found.description.endswith(f"C = {max(scores, key=scores.get):g}") and found.fit_seconds > 0
+
+    def test_few_shots_are_training_rows(self, evaluated, place):
+        _, rows = baseline_records.read_all(paths.results_folder(place))
         assert all(row.probabilities == {} for name in ("majority", "svm") for row in rows[name])
         assert len({row.prediction for row in rows["few_shot"]}) > 1
 
@@ -107,17 +147,17 @@ class TestOnFewerRows:
             fitted[count] = baselines.fit_svm(settings, load_data(settings))
         return fitted
 
-    def read(self):
-        return list(baseline_records.read_svm_curve(paths.results_folder("cpu"))[0].values())
+    def read(self, place):
+        return list(baseline_records.read_svm_curve(paths.results_folder(place))[0].values())
 
-    def test_each_is_recorded_beside_the_one_on_all(self, curve, planned):
-        assert self.read() == [curve[8], curve[16]]
-        assert [fitted.data.train_rows for fitted in self.read()] == [8, 16]
+    def test_each_is_recorded_beside_the_one_on_all(self, curve, planned, place):
+        assert self.read(place) == [curve[8], curve[16]]
+        assert [fitted.data.train_rows for fitted in self.read(place)] == [8, 16]
         rows = load_data(planned(train_rows=8, variant="rows-8"))
         assert Counter(row.label for row in rows.train) == dict.fromkeys(AG_NEWS.labels, 2)
         model = baselines._svm().fit(*baselines._texts_and_labels(rows.train))
         answers = model.predict([row.text for row in rows.test])
-        folder = paths.results_folder("cpu") / "baselines/svm/rows-8"
+        folder = paths.results_folder(place) / "baselines/svm/rows-8"
         recorded = predictions.read(folder, curve[8].predictions_digest)
         assert [row.prediction for row in recorded] == list(answers)
 
@@ -130,7 +170,7 @@ class TestOnFewerRows:
         monkeypatch.setattr(baselines, "SVM_DESCRIPTION", "another")
         assert not baselines.svm_is_fitted(settings, data)
 
-    def test_the_command_fits_what_is_missing_and_says_so(self, tiny, home, monkeypatch, capsys):
+    def test_the_command_fits_what_is_missing_and_says_so(self, tiny, place, home, monkeypatch, capsys):
         monkeypatch.delenv("FINETUNE_COMMAND", raising=False)
         known = [part for name in ("model", "train_rows", "test_rows") for part in ("--set", f"{name}={tiny[name]}")]
         command = ["curve", "--profile", "cpu", "--only", "svm", *known, "--rows", "8", "--rows", "16"]
@@ -140,7 +180,7 @@ class TestOnFewerRows:
         printed = capsys.readouterr().out
         assert "reused: the linear SVM on 8 rows" in printed and "the linear SVM on 16 rows: " in printed
         record = Baseline.model_validate_json(
-            (paths.results_folder("cpu") / "baselines/svm/rows-8/record.json").read_bytes()
+            (paths.results_folder(place) / "baselines/svm/rows-8/record.json").read_bytes()
         )
         assert record.environment.command == shlex.join(["python", "-m", "finetune", *command[:-2]])
         assert main([*command, "--rows", "4000"]) == 2
@@ -225,16 +265,20 @@ class TestInTheComparison:
         write_baseline(results, "majority", right_on(10, 40))
         write_baseline(results, "svm", right_on(28, 40))
         write_baseline(results, "few_shot", right_on(24, 40))
+        write_baseline(results, "logistic", right_on(26, 40))
         compared = load("cpu")
         assert list(tables.quality(compared).index) == [
             "majority class",
             "TF-IDF + linear SVM",
             "base model",
+            "base, logistic regression",
             "base, few-shot",
             "LoRA",
         ]
         assert tables.quality(compared).loc["TF-IDF + linear SVM", "accuracy %"] == "70.0"
-        assert [(pair.first, pair.second) for pair in compared.pairs] == [("lora", "base"), ("lora", "svm")]
+        assert [(pair.first, pair.second) for pair in compared.pairs] == [
+            ("lora", name) for name in ("base", "svm", "logistic")
+        ]
         # Rows 28 to 35 are LoRA's alone: 2/2⁸, the larger of the two.
         assert compared.pairs[1].corrected_p == pytest.approx(2 / 2**8)
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_prep import UserError
 from finetune import paths, records
+from finetune.config.profiles import place
 from finetune.data import load_data
 from finetune.evaluate.find import check_loaded, find_run
 from finetune.evaluate.merge import merge
@@ -44,8 +45,14 @@ def home(trained, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def adapter(home):
-    return home / "adapters" / "cpu-lora"
+def model(trained):
+    """The name of the training."""
+    return {"model": str(trained / "base")}
+
+
+@pytest.fixture
+def adapter(home, model):
+    return home / "adapters" / f"{place('cpu', 'ag_news', model['model'])}-lora"
 
 
 def configured(**changes):
@@ -83,29 +90,29 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_another_artefact_than_the_recorded_one_is_refused_by_name(adapter, change):
+def test_another_artefact_than_the_recorded_one_is_refused_by_name(adapter, change, model):
     CHANGES[change](adapter)
     with pytest.raises(UserError) as refused:
-        find_run("lora", "cpu")
-    record = paths.run_folder("cpu", "lora") / "record.json"
+        find_run("lora", "cpu", model)
+    record = paths.run_folder(adapter.name.removesuffix("-lora"), "lora") / "record.json"
     assert str(refused.value) == f"{adapter} is not the one that {record} describes: run fine_tuning_lora.ipynb again"
 
 
-def test_a_card_may_be_edited_and_a_missing_folder_is_named(adapter):
+def test_a_card_may_be_edited_and_a_missing_folder_is_named(adapter, model):
     (adapter / "README.md").write_text("my notes")
     (adapter / ".gitattributes").write_text("from the hub")
-    assert find_run("lora", "cpu").artefact == adapter
+    assert find_run("lora", "cpu", model).artefact == adapter
     shutil.rmtree(adapter)
-    with pytest.raises(UserError, match=r"cpu-lora is gone: run fine_tuning_lora\.ipynb again"):
-        find_run("lora", "cpu")
+    with pytest.raises(UserError, match=r"-lora is gone: run fine_tuning_lora\.ipynb again"):
+        find_run("lora", "cpu", model)
 
 
 def on_base(trained, adapter):
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(trained / "base"), adapter)
 
 
-def test_what_is_in_memory_must_be_the_artefact_on_its_base(trained, adapter, tiny_model):
-    found = find_run("lora", "cpu")
+def test_what_is_in_memory_must_be_the_artefact_on_its_base(trained, adapter, tiny_model, model):
+    found = find_run("lora", "cpu", model)
     check_loaded(found, on_base(trained, adapter), IDS)
     base = AutoModelForCausalLM.from_pretrained(trained / "base")
     with pytest.raises(UserError, match=r"was not applied: the model lacks 28 of its 28 matrices, such as base_"):
@@ -115,10 +122,10 @@ def test_what_is_in_memory_must_be_the_artefact_on_its_base(trained, adapter, ti
     elsewhere = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), adapter)
     with pytest.raises(UserError, match=f"the weights are from {tiny_model}, and not from {trained / 'base'}"):
         check_loaded(found, elsewhere, IDS)
-    model = on_base(trained, adapter)
+    loaded = on_base(trained, adapter)
     CHANGES["zeros"](adapter)
-    with pytest.raises(UserError, match=r"cpu-lora is not the one that"):
-        check_loaded(found, model, IDS)
+    with pytest.raises(UserError, match=r"-lora is not the one that"):
+        check_loaded(found, loaded, IDS)
 
 
 def other_weights(base):
@@ -132,8 +139,8 @@ def other_configuration(base):
 
 
 @pytest.mark.parametrize("change", [other_weights, other_configuration])
-def test_an_adapter_is_judged_on_the_weights_that_it_was_trained_on(trained, adapter, tmp_path, change):
-    found, base = find_run("lora", "cpu"), trained / "base"
+def test_an_adapter_is_judged_on_the_weights_that_it_was_trained_on(trained, adapter, tmp_path, change, model):
+    found, base = find_run("lora", "cpu", model), trained / "base"
     # Nobody's output comes from these.
     (base / "README.md").write_text("my notes")
     (base / "generation_config.json").write_text("{}")
@@ -173,9 +180,25 @@ def test_the_base_of_a_hub_model_is_its_files_in_the_cache_whatever_the_commit(t
     assert found[0] == found[1] == base_digest(AutoConfig.from_pretrained(tiny_model)) != base_digest(config)
 
 
-def test_keys_that_do_not_match_and_an_adapter_that_changes_nothing_are_refused(trained, adapter):
+def test_another_adapter_beside_it_or_another_scale_is_not_judged_under_its_name(trained, adapter, model):
+    found = find_run("lora", "cpu", model)
+    wanted = "was not applied as it was trained: another one is active, or its scale"
+    loaded = on_base(trained, adapter)
+    loaded.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    check_loaded(found, loaded, IDS)
+    loaded.set_adapter("other")
+    with pytest.raises(UserError, match=wanted):
+        check_loaded(found, loaded, IDS)
+    config = LoraConfig.from_pretrained(adapter)
+    config.lora_alpha *= 2
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(trained / "base"), adapter, config=config)
+    with pytest.raises(UserError, match=wanted):
+        check_loaded(found, loaded, IDS)
+
+
+def test_keys_that_do_not_match_and_an_adapter_that_changes_nothing_are_refused(trained, adapter, model):
     """Though they are recorded: peft loads both without an error."""
-    found = find_run("lora", "cpu")
+    found = find_run("lora", "cpu", model)
 
     def recorded(change):
         change(adapter)
@@ -193,8 +216,8 @@ def test_keys_that_do_not_match_and_an_adapter_that_changes_nothing_are_refused(
         check_loaded(renamed, on_base(trained, adapter), IDS)
 
 
-def test_evaluating_and_merging_refuse_it_and_write_nothing(trained, adapter):
-    found = find_run("lora", "cpu", {"test_rows": 8, "generation_rows": 0})
+def test_evaluating_and_merging_refuse_it_and_write_nothing(trained, adapter, model):
+    found = find_run("lora", "cpu", model | {"test_rows": 8, "generation_rows": 0})
     data, tokenizer = load_data(found), load_tokenizer(adapter)
     before = records.read(found.folder)
     with pytest.raises(UserError, match="was not applied"):
@@ -204,7 +227,7 @@ def test_evaluating_and_merging_refuse_it_and_write_nothing(trained, adapter):
         evaluate(in_4_bits, on_base(trained, adapter), tokenizer, data)
     assert records.read(found.folder) == before
     evaluate(found, on_base(trained, adapter), tokenizer, data)
-    found = find_run("lora", "cpu")
+    found = find_run("lora", "cpu", model)
     CHANGES["alpha"](adapter)
     with pytest.raises(UserError, match="is not the one that"):
         merge(found, data)

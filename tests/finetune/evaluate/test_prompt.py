@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import chats
 import factories
@@ -84,7 +85,9 @@ def test_examples_are_cut_and_articles_as_without_them(data, tokenizer, tiny, mo
     given = [Example("row", long, label, AG_NEWS.messages("lean", long, label)) for label in AG_NEWS.labels]
     data = replace(data, train=given, test=[*given[:2], data.test[0]])
     seen = []
-    monkeypatch.setattr(baselines.checks, "choose_backbone", lambda model, prompts: (None, "not asked"))
+    monkeypatch.setattr(
+        baselines.checks, "choose_backbone", lambda model, prompts: (SimpleNamespace(model=model), "not asked")
+    )
     monkeypatch.setattr(
         baselines.score.LabelScorer, "score", lambda self, prompts, **_: seen.extend(prompts) or np.eye(3, 4)
     )

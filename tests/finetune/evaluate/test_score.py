@@ -1,5 +1,6 @@
 """Scoring is exact and does not depend on the batch; generation is checked strictly."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from finetune.evaluate import score
 from finetune.evaluate.score import LabelScorer
 from finetune.model import checks, encode
 from finetune.model.packing import Backbone
+from finetune.model.padded import Padded
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,60 @@ def test_a_tree_with_shared_first_tokens_is_scored_exactly(model, tokenizer):
             ]
         expected.append(np.exp(scores) / np.exp(scores).sum())
     np.testing.assert_allclose(scorer.score(prompts), expected, atol=1e-5)
+
+
+# Seventy-seven; some begin like others, and some are the beginning of others.
+MANY = [
+    " ".join(filter(None, (what, rest)))
+    for what in ("Other", "Card", "Card payment", "Top up", "Transfer", "Refund", "Cash withdrawal")
+    for rest in ("", "issue", "issue abroad", "fee", "fee charged twice", "pending", "declined", "limit", "limits",
+                 "not received", "wrong exchange rate")
+]  # fmt: skip
+
+
+def answers_to_many(tokenizer) -> list[list[int]]:
+    return [tokenizer(json.dumps({"category": label}), add_special_tokens=False)["input_ids"] for label in MANY]
+
+
+@pytest.mark.parametrize("kind", [Backbone, Padded])
+def test_seventy_seven_labels_that_begin_alike_score_as_alone(model, tokenizer, prompts, kind):
+    answers = answers_to_many(tokenizer)
+    expected = []
+    for prompt in prompts[:2]:
+        with torch.no_grad():
+            logits = [model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1) for answer in answers]
+        sums = [
+            of[range(len(prompt) - 1, len(prompt) + len(answer) - 1), answer].sum().item()
+            for of, answer in zip(logits, answers, strict=True)
+        ]
+        expected.append(np.exp(sums) / np.exp(sums).sum())
+    scorer = LabelScorer(kind(model), tokenizer, AG_NEWS, 8)
+    scorer.set_answers(answers)
+    np.testing.assert_allclose(scorer.score(prompts[:2]), expected, atol=1e-5)
+
+
+def test_what_labels_share_is_read_and_asked_once(model, tokenizer, prompts, monkeypatch):
+    answers, counts = answers_to_many(tokenizer), []
+
+    class Counting(Backbone):
+        def __call__(self, row, places, **named):
+            counts.append((row.input_ids.numel(), len(places)))
+            return super().__call__(row, places, **named)
+
+    scorer = LabelScorer(Counting(model), tokenizer, AG_NEWS, 4)
+    scorer.set_answers(answers)
+    scorer.score(prompts[:4])
+    shared, before = encode.shared_length(prompts[:4]), len(encode.common_prefix(answers))
+    inner = {tuple(answer[:length]) for answer in answers for length in range(before + 1, len(answer))}
+    apart = sum(len(answer) - before - 1 for answer in answers)
+    assert len(inner) < apart / 2
+    articles = sum(len(prompt) - shared + before for prompt in prompts[:4])
+    assert counts == [(shared + articles + 4 * len(inner), 4 * (len(inner) + 1))]
+    # Where the logits of a batch would need more memory than there is for them, it is smaller.
+    monkeypatch.setattr(score, "LOGIT_BYTES", 4 * len(tokenizer) * 2.5 * (len(inner) + 1))
+    scorer = LabelScorer(Backbone(model), tokenizer, AG_NEWS, 4)
+    scorer.set_answers(answers)
+    assert scorer.batch_size == 2
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 21])

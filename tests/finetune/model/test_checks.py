@@ -128,6 +128,24 @@ def test_a_model_without_its_own_logits_is_refused(tokenizer):
         checks.choose_backbone(model, ROWS)
 
 
+def test_positions_that_depend_on_the_longest_article_of_a_batch_are_refused(tokenizer):
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    model = built("llama", {"rope_parameters": rope, "max_position_embeddings": 16}, tokenizer)
+    with pytest.raises(UserError, match="in padded batches its logits differ from its own"):
+        checks.choose_backbone(model, ROWS[1:])
+    model = built("llama", {"rope_parameters": rope, "max_position_embeddings": 64}, tokenizer)
+    assert isinstance(checks.choose_backbone(model, ROWS)[0], Backbone)
+
+
+def test_a_model_that_cannot_run_itself_is_refused_in_a_sentence(tokenizer):
+    model = families.tiny_family("state space", tokenizer)
+    # As 4-bit weights have: the model reads them past their layers.
+    for layer in model.get_decoder().layers:
+        layer.mixer.dt_proj.weight = torch.nn.Parameter(layer.mixer.dt_proj.weight.reshape(-1, 1))
+    with pytest.raises(UserError, match=r"cannot run its own forward pass \(.*\); choose another model"):
+        checks.choose_backbone(model, ROWS)
+
+
 def test_logits_in_fp32_are_those_of_an_fp32_head_on_the_same_hidden_states(tokenizer):
     model = families.tiny_family("llama", tokenizer).bfloat16()
     hidden = torch.randn(1, 40, 32).bfloat16()

@@ -46,12 +46,22 @@ def test_a_layer_of_the_vision_tower_alone_is_refused(reads_images):
         add_lora(reads_images, LoraConfig(target_modules=["q_proj", "out_proj"]))
 
 
+def test_an_adapter_that_peft_refuses_is_refused_in_a_sentence(tiny_model):
+    model = families.tiny_family("state space", AutoTokenizer.from_pretrained(tiny_model))
+    with pytest.raises(
+        UserError, match=r"^PEFT puts no such adapter on this model \(.*out_proj.*\); set target_modules"
+    ):
+        add_lora(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
 @pytest.mark.parametrize(
     ("name", "modules", "said"),
     [
         ("hybrid", ["q_proj", "in_proj"], "adapter: 1 x in_proj, q_proj; the model has 2 layers"),
         ("experts", ["q_proj", "gate_proj"], "adapter: 2 x gate_proj, q_proj; the model has 2 layers"),
         ("learned positions", ["c_attn"], "adapter: 2 x c_attn; the model has 2 layers"),
+        # transformers finds no decoder in it.
+        ("chunks", ["q_proj", "o_proj"], "adapter: 2 x o_proj, q_proj; the model has 2 layers"),
     ],
 )
 def test_it_says_how_many_layers_got_it(tiny_model, capsys, name, modules, said):

@@ -78,10 +78,10 @@ def test_products_weights_and_records_are_of_the_chosen_type_and_results_agree(t
         assert names["args"].bf16 == (name == "bfloat16")
         record = run_cells(f"fine_tuning_{run}", "plots.training_curves", PROFILE="cpu", OVERRIDES=overrides)["record"]
         assert f"{name} products: asked for" in record.training.choices["precision"]
-        given = {"test_rows": 24, "generation_rows": 0}
+        given = {"model": tiny["model"], "test_rows": 24, "generation_rows": 0}
         evaluated = run_cells(f"{run}_finetuning_performance", "class_table", PROFILE="cpu", OVERRIDES=given)["record"]
         assert (evaluated.evaluation.dtype, evaluated.evaluation.precision) == (name, f"{name} products: asked for")
-        rows = records.read_predictions(evaluated, paths.run_folder("cpu", run))
+        rows = records.read_predictions(evaluated, paths.run_folder(evaluated.profile, run))
         probabilities[name] = np.array([list(row.probabilities.values()) for row in rows])
     differences = np.abs(probabilities["float32"] - probabilities["bfloat16"])
     assert 0 < differences.mean() < 0.03 and differences.max() < 0.2

@@ -114,9 +114,14 @@ def test_what_was_done_is_said(family, note):
     assert Template(chats.tokenizer(family)).note == f"by the model's template: {note}"
 
 
-def test_a_thought_that_the_template_opens_holds_no_answer():
+@pytest.mark.parametrize(
+    "template",
+    [chats.CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"), chats.CHATML + "{{ eos_token }}"],
+    ids=["a thought is opened", "a turn is ended"],
+)
+def test_no_answer_stands_in_a_thought_or_behind_an_end_of_turn(template):
     tokenizer = chats.tokenizer("Qwen3")
-    tokenizer.chat_template = chats.CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+    tokenizer.chat_template = template
     [prompt] = encode.encode_prompts(tokenizer, [example().prompt])
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
 

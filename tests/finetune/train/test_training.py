@@ -51,9 +51,9 @@ def trained(run: str, overrides: dict, edits: dict[str, str] | None = None) -> r
 
 def evaluated(run: str, overrides: dict) -> records.RunRecord:
     """The record of an evaluation notebook; of a trained model with those overrides that are the evaluation's."""
-    given = {name: overrides[name] for name in ("test_rows", "generation_rows") if name in overrides}
+    given = {name: overrides[name] for name in ("model", "test_rows", "generation_rows") if name in overrides}
     if run == "base":
-        given |= {name: overrides[name] for name in ("model", "train_rows")}
+        given["train_rows"] = overrides["train_rows"]
     name = "base_model_performance" if run == "base" else f"{run}_finetuning_performance"
     return run_cells(name, "class_table", PROFILE="cpu", OVERRIDES=given)["record"]
 
@@ -139,7 +139,7 @@ def test_a_small_batch_accumulated_equals_a_large_one(tiny):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_artefacts_load_in_plain_libraries_and_predict_the_same(tiny, tiny_model, run):
+def test_artefacts_load_in_plain_libraries_and_predict_the_same(place, tiny, tiny_model, run):
     record = trained(run, tiny)
     evaluated("base", tiny)
     data = load_data(plan(run, "cpu", tiny))
@@ -154,7 +154,7 @@ def test_artefacts_load_in_plain_libraries_and_predict_the_same(tiny, tiny_model
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = encode.encode_prompts(tokenizer, [example.prompt for example in data.test])
     plain = score.LabelScorer(Backbone(load.evaluating(model)), tokenizer, AG_NEWS, 4).score(prompts)
-    saved = records.read_predictions(evaluated(run, tiny), paths.run_folder("cpu", run))
+    saved = records.read_predictions(evaluated(run, tiny), paths.run_folder(place, run))
     np.testing.assert_allclose(plain, [list(row.probabilities.values()) for row in saved], atol=1e-5)
     assert (folder / "README.md").read_text().startswith("---\nbase_model:")
     assert not list(folder.parent.glob(".*")) or folder.parent.name == "checkpoints"
@@ -199,13 +199,13 @@ def test_the_record_counts_what_was_trained(tiny):
 
 
 def test_evaluating_what_was_not_trained_names_the_notebook(home):
-    with pytest.raises(UserError, match=r"no lora model of profile cpu yet: run fine_tuning_lora\.ipynb first"):
+    with pytest.raises(UserError, match=r"no lora model of cpu yet: run fine_tuning_lora\.ipynb first"):
         find_run("lora", "cpu")
 
 
 def test_an_evaluation_takes_the_model_as_it_lies_there(tiny):
     trained("lora", tiny | {"learning_rate": 1e-3, "seed": 7})
-    found = find_run("lora", "cpu", {"test_rows": 24})
+    found = find_run("lora", "cpu", {"model": tiny["model"], "test_rows": 24})
     assert (found.trained["learning_rate"], found.experiment.seed, found.experiment.model) == (1e-3, 7, tiny["model"])
     with pytest.raises(UserError, match="learning_rate: not a parameter of an evaluation"):
         find_run("lora", "cpu", {"learning_rate": 1e-3})
@@ -234,7 +234,7 @@ def test_the_record_the_card_and_the_report_say_what_ran_in_edited_cells(tiny):
     card = (folder / "README.md").read_text()
     assert "r 3," in card and "lr_scheduler_type polynomial" in card
     assert evaluated("lora", tiny).settings["optim"] == "adafactor"
-    shared = tables.recipes(comparison.load("cpu"))[1]
+    shared = tables.recipes(comparison.load(record.profile))[1]
     assert shared["lr_scheduler_type"] == "polynomial" and "adam_beta2" in shared["other_arguments"]
 
 
@@ -350,14 +350,14 @@ def test_weights_updated_in_the_backward_pass_end_where_they_end_after_it(tiny):
         ("full", signal.SIGHUP, {"update_in_backward": True}),
     ],
 )
-def test_an_ended_run_resumes_to_the_uninterrupted_runs_weights(tiny, tmp_path, run, number, change):
+def test_an_ended_run_resumes_to_the_uninterrupted_runs_weights(tiny, place, tmp_path, run, number, change):
     """Killed, it goes on from its last checkpoint. At another signal it saves one, though its recipe asks for none."""
     kills = number == signal.SIGKILL
     overrides = tiny | {"num_train_epochs": 2, "train_rows": 96, "save_steps": 1 / 6 if kills else 0} | change
     homes = {name: tmp_path / name for name in ("whole", "killed")}
     processes.start(processes.train, run, overrides, home=homes["whole"]).join()
     killed = processes.start(processes.train, run, overrides, home=homes["killed"])
-    state = homes["killed"] / "checkpoints" / ".training" / f"cpu-{run}"
+    state = homes["killed"] / "checkpoints" / ".training" / f"{place}-{run}"
     deadline = time.monotonic() + 120
     while not list(state.glob("checkpoint-*/whole.json" if kills else "progress.json")):
         assert killed.is_alive() and time.monotonic() < deadline, "it ended before it could be killed"
@@ -365,14 +365,16 @@ def test_an_ended_run_resumes_to_the_uninterrupted_runs_weights(tiny, tmp_path, 
     os.kill(killed.pid, number)
     killed.join()
     assert killed.exitcode == (-number if kills else 1)
-    assert not (homes["killed"] / "results" / "cpu" / run / "record.json").exists()
+    assert not (homes["killed"] / "results" / place / run / "record.json").exists()
     log = tmp_path / "log"
     resumed = processes.start(processes.train, run, overrides, home=homes["killed"], log=log)
     resumed.join()
     assert resumed.exitcode == 0 and "Resuming from checkpoint-" in log.read_text()
     assert not state.exists()
     folder = "checkpoints" if run == "full" else "adapters"
-    weights = [load_file(next((home / folder / f"cpu-{run}").glob("*model.safetensors"))) for home in homes.values()]
+    weights = [
+        load_file(next((home / folder / f"{place}-{run}").glob("*model.safetensors"))) for home in homes.values()
+    ]
     assert same_weights(*weights)
 
 
@@ -384,7 +386,7 @@ def test_a_training_that_another_process_has_is_refused_until_that_ends(tiny, tm
         assert other.is_alive()
         time.sleep(0.01)
     for begin in (lambda: newest_checkpoint(trainer), trainer.train):
-        with pytest.raises(UserError, match=f"process {other.pid} on .* trains in {state} already"):
+        with pytest.raises(UserError, match=rf"process {other.pid} on .* trains in {re.escape(str(state))} already"):
             begin()
     other.kill()
     other.join()
@@ -414,7 +416,8 @@ def test_a_validation_leaves_the_gradients_of_a_4_bit_model_as_they_were(tiny):
 
 def test_scores_of_a_4_bit_model_do_not_depend_on_the_batch_size(tiny):
     trained("qlora", tiny)
-    names = run_cells("qlora_finetuning_performance", "evaluate(found", PROFILE="cpu", OVERRIDES={"test_rows": 24})
+    given = {"model": tiny["model"], "test_rows": 24}
+    names = run_cells("qlora_finetuning_performance", "evaluate(found", PROFILE="cpu", OVERRIDES=given)
     model, tokenizer = load.evaluating(names["model"]), names["tokenizer"]
     prompts = encode.encode_prompts(tokenizer, [example.prompt for example in names["data"].test])
     scored = [score.LabelScorer(Backbone(model), tokenizer, AG_NEWS, size).score(prompts) for size in (1, 5, 24)]
@@ -427,7 +430,7 @@ def test_a_merged_model_predicts_what_base_and_adapter_do(tiny, run):
     overrides = tiny | {"learning_rate": 5e-3}
     trained(run, overrides)
     evaluated(run, overrides)
-    found = find_run(run, "cpu", {"test_rows": 24})
+    found = find_run(run, "cpu", {"model": tiny["model"], "test_rows": 24})
     data = load_data(found)
     result = merge(found, data)
     assert result.agreement > 0.9
@@ -448,9 +451,9 @@ def test_a_merged_model_predicts_what_base_and_adapter_do(tiny, run):
     assert np.mean(right) == pytest.approx(result.scoring.accuracy)
     if run == "qlora":
         # On the base in full precision, the adapter is another model than on the 4-bit one.
-        elsewhere = AutoPeftModelForCausalLM.from_pretrained(paths.home() / "adapters" / "cpu-qlora")
+        elsewhere = AutoPeftModelForCausalLM.from_pretrained(paths.home() / "adapters" / f"{found.place}-qlora")
         wrong = score.LabelScorer(Backbone(elsewhere), tokenizer, AG_NEWS, 8).score(prompts)
-        saved = records.read_predictions(records.read(paths.run_folder("cpu", run)), paths.run_folder("cpu", run))
+        saved = records.read_predictions(record, found.folder)
         known = np.array([list(row.probabilities.values()) for row in saved])
         assert np.abs(merged - known).mean() < np.abs(wrong - known).mean() / 2
     card = (folder / "README.md").read_text()
@@ -459,7 +462,7 @@ def test_a_merged_model_predicts_what_base_and_adapter_do(tiny, run):
 
 def test_a_run_without_an_adapter_cannot_be_merged(tiny):
     trained("full", tiny)
-    found = find_run("full", "cpu")
+    found = find_run("full", "cpu", {"model": tiny["model"]})
     with pytest.raises(UserError, match="full trains no adapter: there is nothing to merge"):
         merge(found, load_data(found))
 
@@ -531,9 +534,10 @@ def test_variants_of_a_run_report_their_progress_apart(home):
     assert _training_progress("cpu").startswith("step 3/10, ")
     paths.state_folder("cpu", "lora").joinpath("progress.json").unlink()
     assert _training_progress("cpu").startswith("step 3/10, "), "the variant's"
+    assert _training_progress("cpu+tickets") == ""
 
 
-def test_two_processes_that_start_together_prepare_the_data_once(tiny, tmp_path, monkeypatch, capfd):
+def test_two_processes_that_start_together_prepare_the_data_once(tiny, place, tmp_path, monkeypatch, capfd):
     """The second starts while the first is at it; it must wait, and reuse what the first made."""
     others, log = [], tmp_path / "log"
 
@@ -549,7 +553,7 @@ def test_two_processes_that_start_together_prepare_the_data_once(tiny, tmp_path,
     [other] = others
     other.join()
     waiting, said = log.read_text().split("\n", 1)
-    folder = paths.dataset_folder("sample")
+    folder = paths.dataset_folder("sample", place)
     assert other.exitcode == 0
     assert waiting == f"Waiting for {folder}: another process prepares it"
     assert capfd.readouterr().out.startswith(f"Prepared {folder}: ") and said.startswith(f"Reused {folder}: ")

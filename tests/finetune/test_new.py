@@ -1,0 +1,179 @@
+"""`new`: from a file that nobody has described to a task, its prepared data and the next command."""
+
+import random
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from data_prep import UserError, find_task
+from finetune import metrics
+from finetune.__main__ import main
+from finetune.config.plan import plan
+from finetune.data import load_data
+from finetune.new import new
+
+TASKS = Path(__file__).resolve().parents[3] / "shared" / "tasks"
+WORDS = ["lamp", "river", "invoice", "garden", "printer", "ticket", "window", "engine", "coffee", "bridge", "letter"]
+CLASSES = ("Billing", "Delivery", "Other", "Other issue", "Password reset", "Störung")
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    generator = random.Random(seed)
+    return [f"{' '.join(generator.choices(WORDS, k=8))} {row}" for row in range(count)]
+
+
+@pytest.fixture
+def tickets(home):
+    """Six classes in JSON lines, with an id, a title and a body."""
+    frame = pd.DataFrame({"id": range(240), "title": texts(240, 1), "body": texts(240), "queue": CLASSES * 40})
+    frame.to_json(home / "tickets.jsonl", orient="records", lines=True, force_ascii=False)
+    return home / "tickets.jsonl"
+
+
+@pytest.fixture
+def reviews(home):
+    """Three imbalanced classes in CSV, under odd headers: blanks, capitals, no name, an index."""
+    frame = pd.DataFrame({" The Review ": texts(300), "Stars?": ["good"] * 240 + ["bad"] * 50 + ["odd"] * 10})
+    frame.to_csv(home / "My Reviews.csv", sep=";", encoding="utf-8-sig")
+    return home / "My Reviews.csv"
+
+
+@pytest.fixture
+def mails(home):
+    """Two classes in Parquet, as truth values."""
+    pd.DataFrame({"mail": texts(200), "is_spam": [row % 4 == 0 for row in range(200)]}).to_parquet(
+        home / "mails.parquet"
+    )
+    return home / "mails.parquet"
+
+
+def prepared(name: str, tiny_model):
+    return load_data(plan("base", "cpu", {"task": name, "model": str(tiny_model)}))
+
+
+def test_six_classes_in_json_lines(tickets, tiny_model, capsys):
+    assert main(["new", str(tickets)]) == 0
+    printed = capsys.readouterr().out
+    task = find_task("tickets")
+    assert task.labels == CLASSES and task.sources["files"].at == "tickets.jsonl"
+    assert task.sources["files"].texts == ("title", "body") and task.splits.by == "stratified"
+    assert "  queue: Billing\n" in printed and "Text: title + body. Label: queue, 6 classes." in printed
+    assert f"48 test rows can show a difference of {metrics.detectable_difference(48, 0.05):.1f} points" in printed
+    assert "Duplicates: 0 test rows repeat" in printed
+    assert printed.endswith("\n  python -m finetune run --task tickets\n")
+    data = prepared("tickets", tiny_model)
+    frame = pd.read_json(tickets, lines=True).assign(text=lambda frame: frame["title"] + " " + frame["body"])
+    rows = {row.text: row.label for row in [*data.train, *data.validation, *data.test]}
+    assert rows == dict(zip(frame["text"], frame["queue"], strict=True))
+    assert [len(data.train), len(data.validation), len(data.test)] == [168, 24, 48]
+
+
+def test_three_imbalanced_classes_under_odd_headers(reviews, tiny_model, capsys):
+    new(str(reviews))
+    assert "\nFewer than 5 rows: odd has 1 validation rows, odd has 2 test rows\n" in capsys.readouterr().out
+    data = prepared("my-reviews", tiny_model)
+    assert data.task.sources["files"].texts == ("The Review",) and data.task.labels == ("bad", "good", "odd")
+    assert data.manifest.rows["test"] == {"bad": 10, "good": 48, "odd": 2}
+    assert data.title == "my-reviews"
+    assert "separated by semicolons" in data.manifest.recognised[0]
+
+
+def test_truth_values_in_parquet(mails, tiny_model):
+    new(str(mails), name="spam")
+    data = prepared("spam", tiny_model)
+    assert data.task.labels == ("false", "true")
+    assert data.manifest.total("train") == 140 and data.manifest.rows["test"] == {"false": 30, "true": 10}
+    assert data.test[0].messages[0]["content"] == "false or true?"
+
+
+def test_a_file_without_a_header_gets_numbers_for_names(home, tiny_model):
+    pd.DataFrame({"text": texts(90), "label": ["a", "b", "c"] * 30}).to_csv(home / "t.csv", header=False, index=False)
+    new(str(home / "t.csv"))
+    columns = find_task("t").sources["files"]
+    assert (columns.texts, columns.label, columns.names) == (("column 1",), "column 2", ("column 1", "column 2"))
+    assert prepared("t", tiny_model).manifest.total("train") == 63
+
+
+def test_a_group_stays_together(home):
+    frame = pd.DataFrame(
+        {"text": texts(90), "label": ["a", "b", "c"] * 30, "who": [str(row // 9) for row in range(90)]}
+    )
+    frame.to_csv(home / "t.csv", index=False)
+    assert main(["new", str(home / "t.csv"), "--group", "who"]) == 0
+    assert (find_task("t").splits.by, find_task("t").splits.column) == ("group", "who")
+
+
+def test_labels_that_differ_in_case_or_blanks_are_one_on_request(home):
+    frame = pd.DataFrame({"text": texts(90), "label": ["Sports", "sports ", "Arts"] * 30})
+    frame.to_csv(home / "t.csv", index=False)
+    new(str(home / "t.csv"), "two")
+    new(str(home / "t.csv"), "one", merge_spellings=True)
+    assert find_task("two").labels == ("Arts", "Sports", "sports ") and find_task("one").labels == ("Arts", "Sports")
+
+
+def table(**columns):
+    return lambda home: pd.DataFrame(columns).to_csv(home / "t.csv", index=False)
+
+
+REFUSED = {
+    "two columns may be the label": (
+        table(text=texts(60), first=["a", "b"] * 30, second=["c", "d"] * 30),
+        {},
+        "which column is the label. Name one of first, second: --label 'first'",
+    ),
+    "none may be": (
+        table(text=texts(60), code=range(60)),
+        {},
+        "is the label. Name a column of text, code",
+    ),
+    "no text": (table(word=["a"] * 60, label=["x", "y"] * 30), {}, "which column is the text. .*--text 'word'"),
+    "another column": (table(text=texts(60), label=["x", "y"] * 30), {"label": "topic"}, "has no column 'topic'; its"),
+    "an unnamed label": (
+        table(text=texts(61), label=["x", "y"] * 30 + [""]),
+        {"label": "label"},
+        r"t\.csv:62: no label: nothing in label",
+    ),
+    "one label": (table(text=texts(60), label=["x"] * 60), {"label": "label"}, "has 1 different values; a label has 2"),
+    "a built-in name": (
+        table(text=texts(60), label=["x", "y"] * 30),
+        {"name": "ag_news"},
+        "'ag_news' is there",
+    ),
+    "no name": (table(text=texts(60), label=["x", "y"] * 30), {"name": "A b"}, "'A b' is no name of lower-case"),
+}
+
+
+@pytest.mark.parametrize(("write", "given", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_guessed_or_read_is_told_and_nothing_is_written(home, write, given, reason):
+    write(home)
+    with pytest.raises(UserError, match=reason):
+        new(str(home / "t.csv"), **given)
+    assert not (home / "tasks").exists()
+
+
+def test_in_a_terminal_columns_are_asked_for_with_proposals(tickets, monkeypatch):
+    asked = []
+
+    def answer(question):
+        asked.append(question)
+        return "body" if question.startswith("Text") else ""
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", answer)
+    new(str(tickets))
+    assert asked == ["Label column [queue]: ", "Text columns, with commas [title, body]: "]
+    assert find_task("tickets").sources["files"].texts == ("body",)
+
+
+@pytest.mark.parametrize(
+    ("folder", "classes", "rows"), [("banking77", 77, (9003, 1000, 3080)), ("trec", 6, (4907, 545, 500))]
+)
+def test_public_sets_need_no_flags(home, folder, classes, rows, capsys):
+    if not (TASKS / folder).is_dir():
+        pytest.skip(f"no {folder} in {TASKS}")
+    new(str(TASKS / folder))
+    assert len(find_task(folder).labels) == classes
+    printed = capsys.readouterr().out
+    frame = pd.read_csv(TASKS / folder / "test.csv")
+    assert f"\n{len(frame):,} test rows can show" in printed and len(frame) == rows[2]
