@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks import shape
 from benchmarks.records import SpeedRecord, recipe_of
 from benchmarks.roofline import (
     CONFIGURATION,
@@ -23,7 +24,6 @@ from benchmarks.roofline import (
 from data_prep import UserError
 from finetune.config.profiles import PROFILES
 from finetune.config.recipes import Recipe
-from finetune.train import memory
 
 GIB = 2**30
 # Articles of an epoch of AG News.
@@ -156,12 +156,12 @@ def hours(record: SpeedRecord, sources: list[pd.Series], recipe: Recipe, article
 def needed_bytes(recipe: Recipe, tokens: float) -> float:
     """Memory of a training whose micro-batches have so many tokens."""
     engine = "transformers" if recipe.engine == "transformers" else "unsloth"
-    activations = memory.activation_bytes(SHAPE, tokens, engine)
+    activations = shape.activation_bytes(SHAPE, tokens, engine)
     if recomputes(recipe):
         # Each layer's input, and all of one layer.
         layers, hidden = CONFIGURATION.num_hidden_layers, CONFIGURATION.hidden_size
         activations = activations / layers + 2 * tokens * hidden * layers
-    return memory.model_bytes(recipe, sizes(recipe)) + activations
+    return shape.model_bytes(recipe, sizes(recipe)) + activations
 
 
 def settled(recipe: Recipe, tokens: float) -> Recipe:
@@ -169,7 +169,7 @@ def settled(recipe: Recipe, tokens: float) -> Recipe:
     if recipe.gradient_checkpointing != "auto":
         return recipe
     kept = replace(recipe, gradient_checkpointing="off")
-    fits = needed_bytes(kept, tokens) * (1 + memory.RESERVE) < MEMORY_BYTES
+    fits = needed_bytes(kept, tokens) * (1 + shape.RESERVE) < MEMORY_BYTES
     return kept if fits else replace(recipe, gradient_checkpointing="plain")
 
 

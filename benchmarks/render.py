@@ -1,9 +1,9 @@
-"""docs/speed.md with its picture, docs/families.md, and scores in docs/method.md, from records in results/reference/.
+"""docs/speed.md with its picture, docs/families.md, docs/memory.md, and scores in docs/method.md, from records.
 
     python -m benchmarks.render                 # write the pages and the picture
     python -m benchmarks.render FILE [OTHER]    # print the page of one's own measurements; OTHER is a second host's
 
-The pages' texts are in speed.md.jinja, families.md.jinja and scores.md.jinja, beside this file.
+The pages' texts are in the files *.md.jinja beside this one.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks import claims, gb10, ladder, scores
+from benchmarks import claims, gb10, ladder, memory, scores
 from benchmarks.records import SpeedRecord, read
 from benchmarks.roofline import scoring_ceiling
 from data_prep import DataError, UserError
 from data_prep.files import replacing
 from finetune.paths import PROJECT
+from finetune.train.memory import CONTEXT, LATER
 from finetune.wording import NAMES, markdown
 
 FOLDER = PROJECT / "results" / "reference" / "throughput"
@@ -81,7 +82,8 @@ def publish() -> list[Path]:
     changed = []
     families = PROJECT / "docs" / "families.md", families_page(FAMILIES).encode()
     method = METHOD, with_scores(METHOD.read_text(encoding="utf-8"), scores.FILE).encode()
-    for target, content in ((PAGE, text.encode()), (picture, drawn.getvalue()), families, method):
+    needs = PROJECT / "docs" / "memory.md", memory_page(memory.FOLDER / "gpu.json").encode()
+    for target, content in ((PAGE, text.encode()), (picture, drawn.getvalue()), families, method, needs):
         if not target.is_file() or target.read_bytes() != content:
             target.parent.mkdir(exist_ok=True)
             with replacing(target, "wb") as file:
@@ -146,6 +148,34 @@ def families_page(path: Path) -> str:
         largest=f"{families[[one, many]].max().max():.1g}",
         padded=families[families["rows"] == "padded"].to_dict("records"),
         environment=content["environment"],
+    )
+
+
+def memory_page(path: Path) -> str:
+    """The page of what `python -m benchmarks.memory gpu` wrote, in Markdown.
+
+    Raises:
+        DataError: It was measured on a tree with uncommitted changes.
+    """
+    content, lines, errors = repeatable(path), [], []
+    for case in content["cases"]:
+        estimate, peak = sum(case["estimate"]["parts"].values()), case["peak_bytes"]
+        changes = [f"{name}={value}" for name, value in case["overrides"].items() if memory.COMMON.get(name) != value]
+        name = f"{case['shape']}, {NAMES[case['run']]}"
+        figures = [f"{size / 1e9:.1f}" for size in (case["allocated_bytes"], peak, estimate)]
+        errors.append(estimate / peak - 1)
+        lines.append([name, " ".join(changes), *figures, f"{100 * errors[-1]:+.1f} %"])
+    missed = [f"{line[0]} ({line[-1]})" for line, error in zip(lines, errors, strict=True) if not -0.05 <= error <= 0.1]
+    columns = ["model, method", "changed", "tensors GB", "peak GB", "estimate GB", "error"]
+    return template("memory.md.jinja").render(
+        table=markdown(pd.DataFrame(lines, columns=columns)),
+        lowest=f"{100 * min(errors):+.1f} %",
+        highest=f"{100 * max(errors):+.1f} %",
+        misses=f"These miss it: {', '.join(missed)}." if missed else "All are within.",
+        context=f"{CONTEXT / 1e9:.2f}",
+        later=f"{LATER / 1e9:.3f}",
+        environment=content["environment"],
+        estimated=content["estimated"],
     )
 
 

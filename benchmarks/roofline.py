@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 import pandas as pd
 from transformers import Qwen2Config
 
+from benchmarks import shape
 from benchmarks.ladder import QWEN_7B
 from benchmarks.records import SpeedRecord
 from data_prep import UserError
 from finetune.config.recipes import FULL, Recipe
-from finetune.train import memory
 
 CONFIGURATION = Qwen2Config(**QWEN_7B)
-SHAPE = memory.sizes_of(FULL, CONFIGURATION)
+SHAPE = shape.sizes_of(FULL, CONFIGURATION)
 # Parameters of the head; the input embeddings have as many.
 HEAD = CONFIGURATION.vocab_size * CONFIGURATION.hidden_size
 # With the embedded tokenizer, {"category":"World"} and its eos are 6 tokens, as are two more labels; Sci/Tech has 8.
@@ -72,15 +72,15 @@ class Work:
         return products + self.apart / machine.bandwidth
 
 
-def sizes(recipe: Recipe) -> memory.Sizes:
+def sizes(recipe: Recipe) -> shape.Sizes:
     """The sizes of the 7B shape in a training by this recipe."""
     modules = recipe.target_modules
     return _sizes(recipe.adapter, recipe.r, modules if isinstance(modules, str) else tuple(modules))
 
 
 @functools.cache
-def _sizes(adapter: bool, r: int, target_modules: str | tuple[str, ...]) -> memory.Sizes:
-    return memory.sizes_of(replace(FULL, adapter=adapter, r=r, target_modules=target_modules), CONFIGURATION)
+def _sizes(adapter: bool, r: int, target_modules: str | tuple[str, ...]) -> shape.Sizes:
+    return shape.sizes_of(replace(FULL, adapter=adapter, r=r, target_modules=target_modules), CONFIGURATION)
 
 
 def recomputes(recipe: Recipe) -> bool:
@@ -106,13 +106,13 @@ def work_of(recipe: Recipe, articles: float, tokens: float) -> Work:
     # Each pass reads the bf16 weights, and a trained weight's gradient is written. Activations are written, read on,
     # and read again in the backward pass.
     streamed = 2 * (layers * passes + HEAD * 2 + weights * trained)
-    streamed += (2 * passes - 1) * memory.activation_bytes(SHAPE, tokens, "unsloth")
+    streamed += (2 * passes - 1) * shape.activation_bytes(SHAPE, tokens, "unsloth")
 
     # An update reads the gradients three times (norm, clipping, optimiser) and writes them once. It reads and writes
     # weights and moments.
     updated = sizes(recipe).adapter or weights
-    each = 4 if recipe.adapter else memory.BYTES[recipe.dtype]
-    moments = memory.MOMENTS * memory.MOMENT_BYTES.get(recipe.optim, each)
+    each = 4 if recipe.adapter else shape.BYTES[recipe.dtype]
+    moments = shape.MOMENTS * shape.MOMENT_BYTES.get(recipe.optim, each)
     apart = updated * (4 * each + 2 * (each + moments)) / recipe.gradient_accumulation_steps
     if recipe.load_in_4bit:
         apart += layers * passes * (PACKED + UNPACKED)

@@ -1,8 +1,10 @@
 """The command line.
 
 python -m finetune run      [--profile P] [--task T] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--seeds N]
+                            [--force]
 python -m finetune curve    [--profile P] [--task T] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--rows N ...]
 python -m finetune plan     RUN [--profile P] [--task T] [--set NAME=VALUE ...]
+python -m finetune plan     --memory [SIZE]
 python -m finetune data     [--profile P] [--task T] [--set NAME=VALUE ...]
 python -m finetune merge    RUN [--profile P] [--task T] [--set NAME=VALUE ...]
 python -m finetune report   FOLDER [--margin POINTS] [--save WHAT]
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import UserError
-from finetune import paths, wording
+from finetune import machine, paths, wording
 from finetune.config.methods import METHODS
 from finetune.config.plan import DEFAULT, Settings, applicable, fewer_rows, parse_assignments, plan
 from finetune.config.profiles import PROFILES
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     runs = f"{methods} or compare (curve: svm too); repeat for several"
     suite.add_argument("--only", action="append", default=[], metavar="RUN", help=runs)
     suite.add_argument("--fresh", action="store_true", help="run every step again, and reuse none")
+    suite.add_argument("--force", action="store_true", help="train although memory or disk are too small")
 
     run = commands.add_parser("run", parents=[common, suite], help="execute the notebooks headless, in their order")
     run.add_argument("--seeds", type=_positive, default=1, metavar="N", help="train each method with N seeds")
@@ -86,7 +89,15 @@ def _parser() -> argparse.ArgumentParser:
     curve.set_defaults(command=_curve)
 
     plan = commands.add_parser("plan", parents=[common], help="print every parameter, and where its value comes from")
-    plan.add_argument("run", metavar="RUN", help=methods)
+    plan.add_argument("run", metavar="RUN", nargs="?", help=methods)
+    plan.add_argument(
+        "--memory",
+        type=_bytes,
+        nargs="?",
+        const=0,
+        metavar="SIZE",
+        help="which methods, models and batch sizes fit into a GPU of 24GB, say; into this machine without a SIZE",
+    )
     plan.set_defaults(command=_plan)
 
     data = commands.add_parser("data", parents=[common], help="prepare the data")
@@ -138,6 +149,14 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
     return int(text)
+
+
+def _bytes(text: str) -> int:
+    number, unit = text[:-2], {"GB": 10**9, "MB": 10**6}.get(text[-2:].upper())
+    try:
+        return int(float(number) * unit)
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text} is no size such as 24GB") from None
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -194,6 +213,8 @@ def _execute(options: argparse.Namespace, **trainings: Any) -> int:
 
     # pyzmq's advice about event loops on Windows, and nbclient's about cell ids, are not for our users.
     warnings.filterwarnings("ignore", module="(zmq|nbformat|nbclient|papermill)")
+    if options.force:
+        os.environ["FINETUNE_FORCE"] = "1"
     overrides = _overrides(options)
     suite = Suite(options.profile, overrides, tuple(options.only), options.fresh, **trainings)
     reason = plan("base", options.profile, suite.overrides_for("base")).profile_reason
@@ -228,6 +249,10 @@ def _plan(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    if options.memory is not None:
+        return _plan_memory(options.memory)
+    if options.run is None:
+        raise UserError(f"name a run ({', '.join(METHODS)}), or a memory such as --memory 24GB")
     resolved = plan(options.run, options.profile, _overrides(options))
     print(wrapped(f"{resolved.run}: profile {resolved.profile} ({resolved.profile_reason})"))
     print(wrapped(f"engine {resolved.engine} ({resolved.engine_reason})"))
@@ -245,6 +270,41 @@ def _plan(options: argparse.Namespace) -> int:
     # In a file, too, lines are for people.
     Console(width=None if sys.stdout.isatty() else 80, highlight=False, markup=False).print(shown)
     print("docs/parameters.md explains each parameter.")
+    if resolved.recipe:
+        from finetune.train import outlook
+
+        there = machine.available_memory_bytes() / 1e9
+        print(wrapped(f"memory, about: {outlook.of_run(resolved)}; {there:.1f} GB are free here"))
+    return 0
+
+
+def _plan_memory(size: int) -> int:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+    from tqdm.auto import tqdm
+
+    from finetune.config.shapes import SHAPES
+    from finetune.train import outlook
+
+    cuda = bool(size) or machine.has_cuda()
+    size = size or machine.available_memory_bytes()
+    kind = "on a GPU" if cuda else "on this CPU"
+    print(f"Articles at once that fit into {size / 1e9:.0f} GB {kind}:")
+    shown = Table(box=SIMPLE, pad_edge=False)
+    shown.add_column("model", no_wrap=True)
+    for name in outlook.COLUMNS:
+        shown.add_column(name, justify="right")
+    for name, cells in tqdm(outlook.table(size, cuda), total=len(SHAPES), leave=False):
+        shown.add_row(name, *cells)
+    Console(width=None if sys.stdout.isatty() else 80, highlight=False, markup=False).print(shown)
+    print(
+        wrapped(
+            f"At most {outlook.LARGEST} are tried, of 75 tokens each. *: with gradient_checkpointing=plain. thrifty: "
+            f"{' '.join(f'{name}={value}' for name, value in outlook.THRIFTY.items())}. Adapters of rank 16 on all "
+            "linear layers, with transformers and Liger's kernels on a GPU."
+        )
+    )
     return 0
 
 

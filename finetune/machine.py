@@ -82,14 +82,41 @@ def total_memory_bytes() -> int:
 def available_memory_bytes() -> int:
     """Memory that is free for a model now.
 
-    On unified memory the kernel's MemAvailable is right, and CUDA's figure is not: it counts page cache, which the
-    kernel gives back on demand, as used.
+    On unified memory the kernel's MemAvailable is right, with swap, and CUDA's figure is not: it counts page cache,
+    which the kernel gives back on demand, as used. On a CPU a control group may leave less.
     """
     import torch
 
     if has_cuda() and not is_unified():
-        return torch.cuda.mem_get_info()[0]
-    return psutil.virtual_memory().available
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused
+    available = psutil.virtual_memory().available
+    return available + psutil.swap_memory().free if has_cuda() else min(available, control_group_room())
+
+
+def control_group_room(root: Path = Path("/")) -> int:
+    """Bytes left under the memory limits of the control groups that this process is in; sys.maxsize without one.
+
+    Args:
+        root: Where /proc and /sys are.
+    """
+    groups, room = root / "proc" / "self" / "cgroup", sys.maxsize
+    for line in groups.read_text().splitlines() if groups.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        base, names = root / "sys" / "fs" / "cgroup", ("memory.max", "memory.current", "inactive_file")
+        if controllers:
+            base, names = base / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        folder = base / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            limit = group / names[0]
+            if group.is_relative_to(base) and limit.is_file() and limit.read_text().strip() != "max":
+                # The kernel gives page cache back that was not used for a while.
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                used = int((group / names[1]).read_text()) - int(statistics[names[2]])
+                room = min(room, max(0, int(limit.read_text()) - used))
+    return room
 
 
 def wait_for_gpu() -> None:

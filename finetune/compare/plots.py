@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -62,6 +62,21 @@ def training_curves(record: RunRecord) -> Figure:
     accuracies = [(p.step, 100 * p.validation_accuracy) for p in history if p.validation_accuracy is not None]
     right.plot(*zip(*accuracies, strict=True), color=colour, marker=MARKERS[record.run])
     right.set(xlabel="step", ylabel="accuracy (%)", title="Validation accuracy", xlim=(0, None))
+    return figure
+
+
+def memory(parts: Mapping[str, int] | None, available: int) -> Figure:
+    """What a training takes of the memory, part by part in one bar, beside what is there."""
+    if parts is None:
+        return _nothing("The memory of this model's training is not known.")
+    figure, axes = plt.subplots(figsize=(7.2, 1.6), layout="constrained")
+    left, colours = 0.0, plt.get_cmap("tab20c")
+    for number, (name, size) in enumerate(parts.items()):
+        axes.barh(0, size / 1e9, left=left, height=0.6, color=colours(2 * number), edgecolor="white", label=name)
+        left += size / 1e9
+    axes.axvline(available / 1e9, color="black", linestyle="--", label=f"there: {available / 1e9:.1f} GB")
+    axes.set(xlabel=f"memory (GB); together {left:.1f}", yticks=[], xlim=(0, 1.05 * max(left, available / 1e9)))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 

@@ -16,6 +16,11 @@ from finetune.data import PreparedData
 from finetune.model import checks, encode, load
 from finetune.model.template import Template
 from finetune.train import memory
+from finetune.train.held import Work
+from finetune.train.memory import Fit
+
+# Set by `run --force`, for the notebooks' processes.
+FORCE = "FINETUNE_FORCE"
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Resolved:
         compute_dtype: The type of matrix products.
         gradient_checkpointing: `unsloth`, `plain` or `off`.
         cuda_graphs: Whether steps are recorded and replayed.
+        memory: Whether the training fits.
         reasons: Every choice in words.
         loading: What `load_model` takes besides the method's own arguments.
     """
@@ -35,6 +41,7 @@ class Resolved:
     compute_dtype: str
     gradient_checkpointing: str
     cuda_graphs: bool
+    memory: Fit
     reasons: dict[str, str]
     loading: dict[str, Any]
 
@@ -45,25 +52,35 @@ class Resolved:
         return left_aligned(self.table()).to_html()
 
 
-def resolve(settings: Settings, data: PreparedData) -> Resolved:
+def resolve(settings: Settings, data: PreparedData, force: bool = False) -> Resolved:
     """Decide what the plan leaves open, and print it.
 
+    Args:
+        settings: The plan.
+        data: What is trained on.
+        force: Go on although memory or disk are too small; `run --force` says so too.
+
     Raises:
-        UserError: The model cannot be found, does not suit method, task or rows; or a row does not fit into
-            `max_length`.
+        UserError: The model cannot be found, does not suit method, task or rows; a row does not fit into `max_length`;
+            or memory or disk are too small.
     """
+    force = force or FORCE in os.environ
     recipe, engine = settings.recipe, settings.engine
     torch.backends.cudnn.benchmark = recipe.cudnn_benchmark
     precision = load.choose_precision(settings.experiment, recipe.dtype)
     tokenizer = load.load_tokenizer(settings.experiment.model)
     configuration = load.configuration(settings.experiment.model)
-    sequences = [row.prompt + row.answer for row in encode.encode(tokenizer, data.train, recipe.max_length)]
-    checks.check_model(configuration, tokenizer, data.task, sequences, recipe)
-    checkpointing = memory.choose_checkpointing(settings, configuration, list(map(len, sequences)))
+    encoded = encode.encode(tokenizer, data.train, recipe.max_length)
+    checks.check_model(configuration, tokenizer, data.task, [row.prompt + row.answer for row in encoded], recipe)
     dtype = precision.name if recipe.dtype == "auto" else recipe.dtype
-    # Checkpointing asks for random states as it goes, which no graph can record.
-    graphs = recipe.cuda_graphs and machine.has_cuda() and checkpointing.mode == "off"
     liger = recipe.use_liger_kernel and engine == "transformers" and machine.has_cuda()
+    work = Work.of(settings, dtype, precision.name, liger, machine.has_cuda())
+    rows = memory.Rows.of(encoded, tokenizer, data.task)
+    eval_batch, origin = settings.experiment.per_device_eval_batch_size, settings.origins["gradient_checkpointing"]
+    fit = memory.fit(configuration, work, rows, eval_batch, origin, force)
+    checkpointing = fit.work.checkpointing
+    # Checkpointing asks for random states as it goes, which no graph can record.
+    graphs = recipe.cuda_graphs and machine.has_cuda() and checkpointing == "off"
     attention = load.packed_attention(precision.dtype) if recipe.packing else ("sdpa", "packing is off: padded batches")
     reasons = {
         "prompt": Template(tokenizer).note,
@@ -71,11 +88,15 @@ def resolve(settings: Settings, data: PreparedData) -> Resolved:
         "engine": f"{engine}: {settings.engine_reason}",
         "attention": ": ".join(attention),
         "packing": "on: a batch is one row, and what prompts share is computed once" if recipe.packing else "off",
-        "gradient checkpointing": f"{checkpointing.mode}: {checkpointing.reason}",
+        "memory": fit.memory,
+        "gradient checkpointing": f"{checkpointing}: {fit.checkpointing}",
         "precision": f"{'4-bit NormalFloat base' if recipe.load_in_4bit else f'{dtype} weights'}, {precision}",
         "kernels": _kernels(recipe, engine, liger),
         "CUDA graphs": _graphs(recipe, graphs),
     }
+    if fit.estimate:
+        saves = recipe.save_steps > 0 or recipe.load_best_model_at_end
+        reasons["disk"] = memory.disk(fit.estimate, saves, settings.state_folder, force)
     for name, reason in reasons.items():
         print(f"{name}: {reason}")
     loading: dict[str, Any] = {"engine": engine, "compute_dtype": precision.name, "use_liger_kernel": liger}
@@ -83,10 +104,10 @@ def resolve(settings: Settings, data: PreparedData) -> Resolved:
         loading |= {
             "max_length": recipe.max_length,
             "full_finetuning": not recipe.adapter,
-            "gradient_checkpointing": checkpointing.mode,
-            "offload_embedding": _offloads_embedding(recipe, checkpointing.mode),
+            "gradient_checkpointing": checkpointing,
+            "offload_embedding": _offloads_embedding(recipe, checkpointing),
         }
-    return Resolved(dtype, precision.name, checkpointing.mode, graphs, reasons, loading)
+    return Resolved(dtype, precision.name, checkpointing, graphs, fit, reasons, loading)
 
 
 def housekeeping(settings: Settings) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from finetune.evaluate import score
 from finetune.model import encode, load, packing
 from finetune.model.checks import choose_backbone
 from finetune.model.encode import IGNORED
-from finetune.train import checks, memory
+from finetune.train import checks
 from finetune.train.callbacks import Clock, EvaluateAtTheEnd, SaveOnSignal, ShowProgress, StopOnNonFiniteLoss
 from finetune.train.graphs import GraphedPasses
 from finetune.train.portions import Articles, Portions
@@ -140,8 +140,7 @@ class PackedSFTTrainer(SFTTrainer):
         named: What SFTTrainer takes besides, such as `optimizers`.
 
     Raises:
-        UserError: A row does not fit into `max_length`, no token carries loss, our logits are not the model's, or
-            gradients and optimiser cannot fit into the memory.
+        UserError: A row does not fit into `max_length`, no token carries loss, or our logits are not the model's.
     """
 
     def __init__(
@@ -168,11 +167,10 @@ class PackedSFTTrainer(SFTTrainer):
         self.clock, self.signals, self._is_silent = Clock(), SaveOnSignal(), False
         adapted = getattr(model, "peft_config", None)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.checks = {"memory": memory.require_room(args, self._trained, update_in_backward)}
 
         encoded = encode.encode(processing_class, train_dataset, args.max_length)
         watched = encode.encode(processing_class, eval_dataset, args.max_length)
-        self.checks["articles"] = encode.cuts([*encoded, *watched], args.max_length)
+        self.checks = {"articles": encode.cuts([*encoded, *watched], args.max_length)}
         sequences = [row.prompt + row.answer for row in (*encoded, *watched)]
         self.backbone, self.checks["rows"] = choose_backbone(model, sequences)
         # Nothing of packed rows alone: padded batches have another layout each time.

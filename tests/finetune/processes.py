@@ -36,7 +36,7 @@ def train(run: str, overrides: dict[str, object]) -> None:
     """Train as a notebook of the profile cpu does."""
     from finetune.notebooks import run_cells
 
-    run_cells(f"fine_tuning_{run}", "plots", PROFILE="cpu", OVERRIDES=overrides)
+    run_cells(f"fine_tuning_{run}", "plots.training_curves", PROFILE="cpu", OVERRIDES=overrides)
 
 
 def prepare(overrides: dict[str, object]) -> None:

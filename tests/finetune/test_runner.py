@@ -211,7 +211,7 @@ def test_what_a_changed_file_computed_is_computed_again_and_nothing_else(
 # settings, validation in a training is only shown, and the rest names, counts, writes or explains.
 SHOWN_OR_WRITTEN = {
     "cards", "config.embedded", "config.methods", "config.plan", "config.profiles", "config.recipes", "files",
-    "machine", "paths", "predictions", "records", "train.energy", "train.memory",
+    "machine", "paths", "predictions", "records", "train.energy", "train.held", "train.memory", "train.simulate",
 }  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def one_by_one(model, tokenizer, prompt: list[int]) -> np.ndarray:
 def test_the_card_of_a_model_says_what_its_labels_are(settings):
     values = {"task": "tickets", "prompt": "plain"}
     values |= {"model": settings.experiment.model, "train_rows": 24}
-    record = run_cells("fine_tuning_lora", "plots", PROFILE="cpu", OVERRIDES=values)["record"]
+    record = run_cells("fine_tuning_lora", "plots.training_curves", PROFILE="cpu", OVERRIDES=values)["record"]
     card = (paths.home() / record.training.artefact / "README.md").read_text()
     assert "Classifies a text as Other issue, Billing, Other, Störung, Password reset or Delivery" in card
     assert '`{"queue":"Other issue"}`' in card and "What is this ticket about?" in card

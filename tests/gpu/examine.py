@@ -159,7 +159,7 @@ def _finish(trainer) -> None:
 
 
 def _trained(run: str, overrides: dict) -> dict:
-    return run_cells(f"fine_tuning_{run}", "plots", PROFILE="gpu", OVERRIDES=overrides)
+    return run_cells(f"fine_tuning_{run}", "plots.training_curves", PROFILE="gpu", OVERRIDES=overrides)
 
 
 def _probabilities(backbone, tokenizer, data) -> list[list[float]]:

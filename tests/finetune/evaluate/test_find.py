@@ -33,7 +33,7 @@ def trained(tiny_model, tmp_path_factory):
     given = {"model": str(base), "train_rows": 16, "num_train_epochs": 1, "learning_rate": 5e-3, "eval_steps": 0.9}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FINETUNE_HOME", str(home))
-        run_cells("fine_tuning_lora", "plots", PROFILE="cpu", OVERRIDES=given)
+        run_cells("fine_tuning_lora", "plots.training_curves", PROFILE="cpu", OVERRIDES=given)
     return home
 
 

@@ -76,7 +76,7 @@ def test_products_weights_and_records_are_of_the_chosen_type_and_results_agree(t
         assert (four_bit is not None) == (run == "qlora")
         assert four_bit is None or four_bit.bnb_4bit_compute_dtype == precision.DTYPES[name]
         assert names["args"].bf16 == (name == "bfloat16")
-        record = run_cells(f"fine_tuning_{run}", "plots", PROFILE="cpu", OVERRIDES=overrides)["record"]
+        record = run_cells(f"fine_tuning_{run}", "plots.training_curves", PROFILE="cpu", OVERRIDES=overrides)["record"]
         assert f"{name} products: asked for" in record.training.choices["precision"]
         given = {"model": tiny["model"], "test_rows": 24, "generation_rows": 0}
         evaluated = run_cells(f"{run}_finetuning_performance", "class_table", PROFILE="cpu", OVERRIDES=given)["record"]

@@ -46,7 +46,7 @@ def trainer_of(run: str, overrides: dict, **edits: str):
 
 def trained(run: str, overrides: dict, edits: dict[str, str] | None = None) -> records.RunRecord:
     """The record of a notebook's training."""
-    return run_cells(f"fine_tuning_{run}", "plots", edits, PROFILE="cpu", OVERRIDES=overrides)["record"]
+    return run_cells(f"fine_tuning_{run}", "plots.training_curves", edits, PROFILE="cpu", OVERRIDES=overrides)["record"]
 
 
 def evaluated(run: str, overrides: dict) -> records.RunRecord:
