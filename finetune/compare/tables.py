@@ -189,10 +189,7 @@ def time_to_accuracy(comparison: Comparison) -> pd.DataFrame:
     lines = {}
     for run in comparison.tuned():
         trainings = comparison.trainings(run)
-        timed = [
-            sum(None not in (point.training_seconds, point.validation_accuracy) for point in one.history)
-            for one in trainings
-        ]
+        timed = [sum(None not in (p.training_seconds, p.validation_accuracy) for p in one.history) for one in trainings]
         if min(timed) > 1:
             lines[NAMES[run]] = {f"{target:.0%}": _reached(trainings, target) for target in TARGETS}
     svm = comparison.baselines.get("svm")
