@@ -86,7 +86,7 @@ def test_a_user_s_task_is_trained_evaluated_and_compared(home, tiny_model):
     judged = given | {"generation_rows": 4}
     lamps = {"PROFILE": "cpu", "TASK": "lamps"}
     run_cells("base_model_performance", "class_table", **lamps, OVERRIDES=judged | {"train_rows": 16})
-    trained = run_cells("fine_tuning_lora", "plots", **lamps, OVERRIDES=given | few)["record"]
+    trained = run_cells("fine_tuning_lora", "plots.training_curves", **lamps, OVERRIDES=given | few)["record"]
     record = run_cells("lora_finetuning_performance", "class_table", **lamps, OVERRIDES=judged)["record"]
     assert record.training.artefact_digest == trained.training.artefact_digest
     assert tuple(record.evaluation.scoring.classes) == ("off", "on") and record.data.task == "lamps"
