@@ -6,16 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune.config.shapes import SHAPES
+
 # Sizes of Qwen2.5-7B (config.json of Qwen/Qwen2.5-7B-Instruct), in transformers' names.
-QWEN_7B = {
-    "vocab_size": 152_064,
-    "hidden_size": 3_584,
-    "intermediate_size": 18_944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": False,
-}
+QWEN_7B = {name: value for name, value in SHAPES["Qwen2.5-7B-Instruct"].items() if name != "model_type"}
 
 SEED_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
 LARGE_BATCH = {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 1}

@@ -26,57 +26,26 @@ from typing import Any
 
 from filelock import FileLock
 
-from benchmarks.ladder import QWEN_7B
 from benchmarks.records import recipe_of
 from data_prep import Example
 from data_prep.files import replacing
 from data_prep.task import AG_NEWS
 from finetune import machine, paths, records
+from finetune.config import embedded, shapes
 from finetune.config.methods import METHODS
 from finetune.train.held import Work
 
 FOLDER = paths.PROJECT / "results" / "reference" / "memory"
 # What a line that reports a measurement begins with.
 RESULT = "RESULT "
-# Model type and configuration; random weights take as much memory as others.
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "tiny": (
-        "llama",
-        {
-            "vocab_size": 600,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "135M": (
-        "llama",
-        {
-            "vocab_size": 49_152,
-            "hidden_size": 576,
-            "intermediate_size": 1_536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "1.5B": (
-        "qwen2",
-        {
-            "vocab_size": 151_936,
-            "hidden_size": 1_536,
-            "intermediate_size": 8_960,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "7B": ("qwen2", QWEN_7B),
+# Random weights take as much memory as others.
+TINY = {"model_type": "llama", "vocab_size": 600, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": TINY,
+    "135M": shapes.SHAPES[embedded.NAME],
+    "1.5B": shapes.SHAPES["Qwen2.5-1.5B-Instruct"],
+    "7B": shapes.SHAPES["Qwen2.5-7B-Instruct"],
 }
 
 
@@ -170,7 +139,6 @@ def estimate_again(file: Path) -> None:
 
     The file's measured figures stay; the rows are the built-in sample's, as they were.
     """
-    from transformers import CONFIG_MAPPING
 
     from benchmarks.families import tiny_tokenizer
     from data_prep.sources import sample
@@ -188,10 +156,9 @@ def estimate_again(file: Path) -> None:
         recipe = recipe_of(line["run"], line["overrides"] | {"lora_alpha": 32})
         dtype = "bfloat16" if recipe.dtype == "auto" else recipe.dtype
         work = Work(recipe, recipe.gradient_checkpointing, dtype, "bfloat16", "none", cuda=True)
-        kind, values = SHAPES[line["shape"]]
         chosen = replace(rows, own=rows.own[: line["overrides"]["train_rows"]])
         eval_batch = line["overrides"]["per_device_eval_batch_size"]
-        found = estimate(CONFIG_MAPPING[kind](**values), work, chosen, eval_batch)
+        found = estimate(shapes.configuration(SHAPES[line["shape"]]), work, chosen, eval_batch)
         line["estimate"] = {"moment": found.moment, "parts": dict(found.parts)}
         print(shown(line), flush=True)
     content["estimated"] = records.environment().model_dump()
@@ -298,15 +265,14 @@ def _weights(shape: str, scratch: Path) -> Path:
 def write_weights(shape: str, folder: str) -> None:
     """Write random weights of a shape."""
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from benchmarks.families import tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
-    kind, values = SHAPES[shape]
     tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     with torch.device(machine.device()):
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**values, **tokens), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(shapes.configuration(SHAPES[shape] | tokens), dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="100GB")
     tokenizer.save_pretrained(folder)
 

@@ -48,6 +48,11 @@ class Example:
     in_validation: bool = False
 
     @property
+    def is_repeated(self) -> bool:
+        """Whether a training or a validation row repeats it."""
+        return self.has_duplicate or self.in_validation
+
+    @property
     def prompt(self) -> list[Message]:
         return self.messages[:-1]
 

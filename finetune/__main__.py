@@ -24,13 +24,16 @@ import textwrap
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_prep import UserError
 from finetune import machine, paths, wording
 from finetune.config.methods import METHODS
 from finetune.config.plan import DEFAULT, Settings, applicable, fewer_rows, parse_assignments, plan
 from finetune.config.profiles import PROFILES
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # What `curve --only` knows besides the suite's runs.
 SVM = "svm"
@@ -246,7 +249,6 @@ def wrapped(text: str) -> str:
 
 def _plan(options: argparse.Namespace) -> int:
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
 
     if options.memory is not None:
@@ -267,8 +269,7 @@ def _plan(options: argparse.Namespace) -> int:
             shown.add_section()
         chosen = line["from"] not in DEFAULT
         shown.add_row(name, line["value"], line["from"])
-    # In a file, too, lines are for people.
-    Console(width=None if sys.stdout.isatty() else 80, highlight=False, markup=False).print(shown)
+    _print_table(shown)
     print("docs/parameters.md explains each parameter.")
     if resolved.recipe:
         from finetune.train import outlook
@@ -278,9 +279,15 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _print_table(shown: Table) -> None:
+    from rich.console import Console
+
+    # In a file, too, lines are for people.
+    Console(width=None if sys.stdout.isatty() else 80, highlight=False, markup=False).print(shown)
+
+
 def _plan_memory(size: int) -> int:
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
     from tqdm.auto import tqdm
 
@@ -297,10 +304,11 @@ def _plan_memory(size: int) -> int:
         shown.add_column(name, justify="right")
     for name, cells in tqdm(outlook.table(size, cuda), total=len(SHAPES), leave=False):
         shown.add_row(name, *cells)
-    Console(width=None if sys.stdout.isatty() else 80, highlight=False, markup=False).print(shown)
+    _print_table(shown)
     print(
         wrapped(
-            f"At most {outlook.LARGEST} are tried, of 75 tokens each. *: with gradient_checkpointing=plain. thrifty: "
+            f"At most {outlook.LARGEST} are tried, of {outlook.TYPICAL.own[0]} tokens each. *: with "
+            "gradient_checkpointing=plain. thrifty: "
             f"{' '.join(f'{name}={value}' for name, value in outlook.THRIFTY.items())}. Adapters of rank 16 on all "
             "linear layers, with transformers and Liger's kernels on a GPU."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,23 +109,9 @@ def load_data(settings: HasExperiment) -> PreparedData:
     print(f"{'Reused' if reused else 'Prepared'} {folder}: fingerprint {manifest.fingerprint}, {_sizes(manifest)}")
     if manifest.recognised:
         print(f"Recognised: {'; '.join(manifest.recognised)}")
-    print(f"Duplicates: {manifest.duplicates}")
-    if manifest.rare:
-        print(f"Fewer than {FEW} rows: {some(manifest.rare)}")
-    found, rows = manifest.duplicates, manifest.total("test")
-    repeated = found.test_exact_in_train + found.test_near_in_train
-    if repeated + found.test_in_validation >= MANY * rows:
-        print(
-            f"WARNING: {repeated:,} of {rows:,} test rows repeat training rows, exactly or nearly, and "
-            f"{found.test_in_validation:,} more validation rows. Accuracy on them shows memory: read the accuracy "
-            "without them, or mend the test rows."
-        )
     test = select("test", experiment.test_rows)
-    points = metrics.detectable_difference(len(test), DISCORDANT)
-    print(
-        f"{len(test):,} test rows can show a difference of {points:.1f} points between two methods (80 % power, if "
-        f"{DISCORDANT:.0%} of the rows tell them apart)"
-    )
+    for sentence in findings(manifest, len(test)):
+        print(sentence)
     return PreparedData(
         folder,
         task,
@@ -132,6 +119,26 @@ def load_data(settings: HasExperiment) -> PreparedData:
         train=select("train", experiment.train_rows),
         validation=select("validation", None),
         test=test,
+    )
+
+
+def findings(manifest: Manifest, test_rows: int) -> Iterator[str]:
+    """What to know of prepared rows, in sentences: duplicates, rare classes, and what so many test rows can show."""
+    yield f"Duplicates: {manifest.duplicates}"
+    if manifest.rare:
+        yield f"Fewer than {FEW} rows: {some(manifest.rare)}"
+    found, rows = manifest.duplicates, manifest.total("test")
+    repeated = found.test_exact_in_train + found.test_near_in_train
+    if repeated + found.test_in_validation >= MANY * rows:
+        yield (
+            f"WARNING: {repeated:,} of {rows:,} test rows repeat training rows, exactly or nearly, and "
+            f"{found.test_in_validation:,} more validation rows. Accuracy on them shows memory: read the accuracy "
+            "without them, or mend the test rows."
+        )
+    points = metrics.detectable_difference(test_rows, DISCORDANT)
+    yield (
+        f"{test_rows:,} test rows can show a difference of {points:.1f} points between two methods (80 % power, if "
+        f"{DISCORDANT:.0%} of the rows tell them apart)"
     )
 
 

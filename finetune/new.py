@@ -11,13 +11,11 @@ from pathlib import Path
 import pandas as pd
 
 from data_prep import UserError, find_task, known_tasks, prepare
-from data_prep.files import FEW, SPLITS, Manifest, replacing
+from data_prep.files import SPLITS, Manifest, replacing
 from data_prep.look import Look, choose, describe, look
-from data_prep.rows import some
 from data_prep.sources import open_source
 from data_prep.task import NAME, Task, own_folder, parse_task
-from finetune import metrics
-from finetune.data import DISCORDANT
+from finetune.data import findings
 
 # Shown of a table: so many rows, and so many characters of a cell.
 ROWS, CHARACTERS = 3, 70
@@ -107,12 +105,6 @@ def _show_task(task: Task, manifest: Manifest) -> None:
     columns = task.sources[manifest.source["kind"]]
     print(f"Text: {' + '.join(columns.texts)}. Label: {columns.label}, {len(task.labels)} classes.\n")
     print(pd.DataFrame({split: manifest.rows[split] for split in SPLITS}).to_string())
-    print(f"\nDuplicates: {manifest.duplicates}")
-    if manifest.rare:
-        print(f"Fewer than {FEW} rows: {some(manifest.rare)}")
-    rows = manifest.total("test")
-    points = metrics.detectable_difference(rows, DISCORDANT)
-    print(
-        f"{rows:,} test rows can show a difference of {points:.1f} points between two methods (80 % power, if "
-        f"{DISCORDANT:.0%} of the rows tell them apart)"
-    )
+    print()
+    for sentence in findings(manifest, manifest.total("test")):
+        print(sentence)

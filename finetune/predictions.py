@@ -38,6 +38,11 @@ class Prediction:
     has_duplicate: bool
     in_validation: bool = False
 
+    @property
+    def is_repeated(self) -> bool:
+        """Whether a training or a validation row repeats it."""
+        return self.has_duplicate or self.in_validation
+
 
 def write(folder: Path, test: Sequence[Prediction], validation: Sequence[Prediction] = ()) -> str:
     """Write the predictions of a run; returns their digest for the record."""

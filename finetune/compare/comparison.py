@@ -195,7 +195,7 @@ class Comparison:
     @cached_property
     def repeated(self) -> list[bool]:
         """Which test rows have their article in a training or a validation row, exactly or nearly."""
-        return [row.has_duplicate or row.in_validation for row in self.predictions["base"]]
+        return [row.is_repeated for row in self.predictions["base"]]
 
     @property
     def repeated_splits(self) -> str:

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from data_prep import find_task, known_tasks
-from data_prep.files import replacing
+from data_prep.files import FEW, replacing
 from finetune import metrics
 from finetune.baseline_records import Baseline
 from finetune.compare import mistakes, plots, tables, verdict
@@ -27,8 +27,6 @@ from finetune.wording import NAMES, percent, sentence, spoken
 
 # A page that lists thousands of rows is slow on a phone, and nobody reads them.
 LISTED_ERRORS = 400
-# Of a class with fewer test rows, figures say next to nothing.
-FEW_ROWS = 5
 # Of a GPU, by their keys in a record's hardware.
 DRIVERS = {"CUDA": "cuda", "GPU driver": "driver"}
 
@@ -128,12 +126,12 @@ def notes(comparison: Comparison) -> list[str]:
             )
         else:
             found.append(f"Training and validation used {train_rows:,} rows, the test {data.test_rows:,}.")
-    counts = {label: of.rows for label, of in record.evaluation.scoring.classes.items() if of.rows < FEW_ROWS}
+    counts = {label: of.rows for label, of in record.evaluation.scoring.classes.items() if of.rows < FEW}
     if counts:
         fewest = sorted(counts, key=counts.__getitem__)
         named = ", ".join(f"{label} ({counts[label]})" for label in fewest[: metrics.MOST_CLASSES])
         rest = f" and {more} more" if (more := len(fewest) - metrics.MOST_CLASSES) > 0 else ""
-        found.append(f"Fewer than {FEW_ROWS} test rows, too few to judge a class by: {named}{rest}.")
+        found.append(f"Fewer than {FEW} test rows, too few to judge a class by: {named}{rest}.")
     if repeated := sum(comparison.repeated):
         best = max(comparison.answering(), key=lambda name: comparison.scoring[name].accuracy)
         alone = comparison.without_duplicates[best]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from finetune.config.embedded import NAME
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def _qwen(
@@ -31,3 +35,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Qwen2.5-7B-Instruct": _qwen(3_584, 18_944, 28, 28, 4, 152_064, tied=False),
     "Qwen2.5-14B-Instruct": _qwen(5_120, 13_824, 48, 40, 8, 152_064, tied=False),
 }
+
+
+def configuration(shape: Mapping[str, Any]) -> PreTrainedConfig:
+    """transformers' configuration of a shape."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[shape["model_type"]](**shape)

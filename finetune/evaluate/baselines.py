@@ -184,7 +184,7 @@ def _record(
 ) -> Baseline:
     folder = _folder(settings, name)
     labels = [row.label for row in data.test]
-    repeated = [row.has_duplicate or row.in_validation for row in data.test]
+    repeated = [row.is_repeated for row in data.test]
     rows = [
         # A classifier that is no model of probabilities has none.
         Prediction(

@@ -208,7 +208,7 @@ def _evaluate_model(
     scoring = metrics.compute(labels, predicted, task.labels)
     with replacing(folder / CONFUSION) as file:
         pd.DataFrame(scoring.confusion, task.labels, task.labels).to_csv(file, index_label="true \\ predicted")
-    repeated = [example.has_duplicate or example.in_validation for example in examples]
+    repeated = [example.is_repeated for example in examples]
     return records.Evaluation(
         environment=records.environment(),
         artefact_digest=found.training.artefact_digest if found.training else base_digest(backbone.model.config),

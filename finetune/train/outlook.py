@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from transformers import CONFIG_MAPPING
-
 from finetune import machine
 from finetune.config.methods import METHODS
 from finetune.config.plan import Experiment, Settings
 from finetune.config.recipes import Recipe
-from finetune.config.shapes import SHAPES
+from finetune.config.shapes import SHAPES, configuration
 from finetune.model import load
 from finetune.train.held import Held, Work, build
 from finetune.train.memory import SHORT, TYPICAL, Estimate, estimate
@@ -41,14 +39,14 @@ def shape(experiment: Experiment):
     known = SHAPES.get(experiment.model_name.rpartition("/")[2])
     if known is None:
         return load.configuration(experiment.model)
-    return CONFIG_MAPPING[known["model_type"]](**known)
+    return configuration(known)
 
 
 def table(memory: float, cuda: bool) -> Iterator[tuple[str, list[str]]]:
     """Line by line, each model's largest micro-batch for each of COLUMNS in so many bytes."""
     for name, values in SHAPES.items():
-        configuration = CONFIG_MAPPING[values["model_type"]](**values)
-        yield name, [_largest(configuration, column, memory, cuda) for column in COLUMNS]
+        model = configuration(values)
+        yield name, [_largest(model, column, memory, cuda) for column in COLUMNS]
 
 
 def _largest(configuration, column: str, memory: float, cuda: bool) -> str:
