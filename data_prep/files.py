@@ -119,7 +119,7 @@ class Manifest(BaseModel):
     def rare(self) -> list[str]:
         """The classes with fewer than FEW rows in a split."""
         rows = ((split, label, count) for split, of in self.rows.items() for label, count in of.items())
-        return [f"{label} has {count} {split} rows" for split, label, count in rows if count < FEW]
+        return [f"{label} ({count} in {split})" for split, label, count in rows if count < FEW]
 
 
 def file_digest(path: Path) -> str:

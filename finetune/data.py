@@ -126,7 +126,7 @@ def findings(manifest: Manifest, test_rows: int) -> Iterator[str]:
     """What to know of prepared rows, in sentences: duplicates, rare classes, and what so many test rows can show."""
     yield f"Duplicates: {manifest.duplicates}"
     if manifest.rare:
-        yield f"Fewer than {FEW} rows: {some(manifest.rare)}"
+        yield f"Classes with fewer than {FEW} rows: {some(manifest.rare)}"
     found, rows = manifest.duplicates, manifest.total("test")
     repeated = found.test_exact_in_train + found.test_near_in_train
     if repeated + found.test_in_validation >= MANY * rows:

@@ -25,7 +25,7 @@ from finetune.train.simulate import Batch
 CONTEXT = 790_000_000
 # cuBLAS' workspaces of two threads, forward and backward: 32 MiB each on Hopper, as PyTorch's notes on CUDA say.
 WORKSPACES = 2 * 32 * 2**20
-# What a CPU's process imports and starts later (TensorBoard, threads of autograd): measured with the tiny model.
+# A reserve on a CPU: the tiny model took so much more than was counted. We do not know for what.
 LATER = 75_000_000
 # The batches of an epoch are drawn anew so often to find the longest one.
 SHUFFLES = 4

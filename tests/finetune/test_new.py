@@ -71,7 +71,7 @@ def test_six_classes_in_json_lines(tickets, tiny_model, capsys):
 
 def test_three_imbalanced_classes_under_odd_headers(reviews, tiny_model, capsys):
     new(str(reviews))
-    assert "\nFewer than 5 rows: odd has 1 validation rows, odd has 2 test rows\n" in capsys.readouterr().out
+    assert "\nClasses with fewer than 5 rows: odd (1 in validation), odd (2 in test)\n" in capsys.readouterr().out
     data = prepared("my-reviews", tiny_model)
     assert data.task.sources["files"].texts == ("The Review",) and data.task.labels == ("bad", "good", "odd")
     assert data.manifest.rows["test"] == {"bad": 10, "good": 48, "odd": 2}
