@@ -1,7 +1,7 @@
 """The command line.
 
 python -m finetune run      [--profile P] [--task T] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--seeds N]
-                            [--force]
+                            [--force] [--processes N] [--strategy ddp|fsdp2]
 python -m finetune curve    [--profile P] [--task T] [--set NAME=VALUE ...] [--only RUN ...] [--fresh] [--rows N ...]
 python -m finetune plan     RUN [--profile P] [--task T] [--set NAME=VALUE ...]
 python -m finetune plan     --memory [SIZE]
@@ -31,6 +31,7 @@ from finetune import machine, paths, wording
 from finetune.config.methods import METHODS
 from finetune.config.plan import DEFAULT, Settings, applicable, fewer_rows, parse_assignments, plan
 from finetune.config.profiles import PROFILES
+from finetune.launch import STRATEGIES, processes_for
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", parents=[common, suite], help="execute the notebooks headless, in their order")
     run.add_argument("--seeds", type=_positive, default=1, metavar="N", help="train each method with N seeds")
+    run.add_argument("--processes", default="1", metavar="N", help="train on N GPUs, or CPU processes; auto: all GPUs")
+    whole = "each GPU holds the model (ddp), or a part of each layer (fsdp2)"
+    run.add_argument("--strategy", default="ddp", choices=STRATEGIES, help=whole)
     run.set_defaults(command=_run)
 
     curve = commands.add_parser("curve", parents=[common, suite], help="train each method, and an SVM, on fewer rows")
@@ -163,7 +167,11 @@ def _bytes(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    return _execute(options, seeds=options.seeds)
+    processes = 1 if options.processes == "1" else processes_for(options.processes)
+    if processes > 1:
+        # Plans name another engine then.
+        os.environ["FINETUNE_PROCESSES"] = str(processes)
+    return _execute(options, seeds=options.seeds, processes=processes, strategy=options.strategy)
 
 
 def _curve(options: argparse.Namespace) -> int:

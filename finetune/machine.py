@@ -46,6 +46,23 @@ def device() -> str:
     return "cuda" if has_cuda() else "cpu"
 
 
+def processes() -> int:
+    """Processes that work together, as torchrun and `accelerate launch` tell each."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Which of them this is; the first, 0, writes what is written."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def strategy() -> str:
+    """How they share a training: each holds the model (DDP) or a part of it (FSDP2)."""
+    if processes() == 1:
+        return "one process"
+    return "FSDP2" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "DDP"
+
+
 def gpu_name() -> str | None:
     import torch
 

@@ -75,7 +75,8 @@ class Training(Part):
 
     `energy_joules` is the GPU's own count, and None where it has none. `rendered_prompt` is the prompt with the
     columns' names for a text, as the model's template wrote it. `base_digest` says which weights were tuned
-    (`model.hub.base_digest`), `base_revision` a hub model's commit. Older records have none of these.
+    (`model.hub.base_digest`), `base_revision` a hub model's commit. `strategy` is how several `processes` shared the
+    training, on which `hosts`, with each one's peak memory in `device_peak_bytes`. Older records have none of these.
     """
 
     environment: Environment
@@ -101,6 +102,15 @@ class Training(Part):
     rendered_prompt: str = ""
     base_digest: str = ""
     base_revision: str = ""
+    processes: int = 1
+    strategy: str = "one process"
+    hosts: list[str] = []
+    device_peak_bytes: list[int] = []
+
+    @property
+    def device_seconds(self) -> float:
+        """What the training cost in time of all devices."""
+        return self.seconds * self.processes
 
 
 class Generation(Part):

@@ -31,6 +31,7 @@ from finetune import keys, paths, predictions, records
 from finetune.config.methods import METHODS
 from finetune.config.plan import EVALUATION_ONLY, NAMING, Settings, UnavailableHere, applicable, fewer_rows, plan
 from finetune.kernels import Kernels
+from finetune.launch import driver
 
 NOTEBOOKS = paths.PROJECT / "notebooks"
 RECORD = records.RECORD
@@ -131,6 +132,8 @@ class Suite:
         fresh: Run every step, whatever can be reused.
         seeds: Trainings of each method, with the seed that is planned and those after it.
         curve: Numbers of training rows to train and evaluate each method on, instead of all.
+        processes: How many train and evaluate each model together.
+        strategy: How they do: `ddp` or `fsdp2`.
 
     Raises:
         UserError: An unknown profile, parameter or run, or values that no run allows, before anything is executed.
@@ -144,7 +147,10 @@ class Suite:
         fresh: bool = False,
         seeds: int = 1,
         curve: tuple[int, ...] = (),
+        processes: int = 1,
+        strategy: str = "ddp",
     ):
+        self.processes, self.strategy = processes, strategy
         self.overrides = dict(overrides or {})
         base = plan("base", profile, self.overrides_for("base"))
         self.profile, self.task, self.place = base.profile, base.task.name, base.place
@@ -213,6 +219,10 @@ class Suite:
             _notebook(step),
             {"PROFILE": self.profile, "TASK": self.task, **self._given(step), **step.parameters},
         )
+        if self.processes > 1 and METHODS[step.run or "base"].recipe:
+            # The base model's notebook goes on with its model.
+            file = self.folder / f".{step.name}.processes.ipynb"
+            notebook = driver(notebook, file, self.processes, self.strategy)
         stamp = self._stamp(step)
         stamp.unlink(missing_ok=True)
         start = time.perf_counter()

@@ -43,7 +43,7 @@ EVALUATION_ONLY = {
 # What tells which training an evaluation is of.
 NAMING = {"task", "model", "variant"}
 # Settings of the process, not parameters of an experiment.
-NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND", "FINETUNE_FORCE"}
+NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND", "FINETUNE_FORCE", "FINETUNE_PROCESSES"}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -187,12 +187,9 @@ def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = 
         task: A task's name; for AG News, FINETUNE_TASK or an override may name another.
 
     Raises:
-        UserError: An unknown run, profile, parameter or value; an engine that this machine does not have; or one of
-            several processes asks.
+        UserError: An unknown run, profile, parameter or value; or an engine that this machine does not have, or several
+            processes cannot use.
     """
-    # Set by torchrun and accelerate launch; each process would write the same records.
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise UserError(f"this is one of {processes} processes (WORLD_SIZE): start a run alone, without a launcher")
     if run not in METHODS:
         raise UserError(f"unknown run '{run}'; the runs are: {', '.join(METHODS)}")
     method = METHODS[run]
@@ -235,8 +232,14 @@ def _choose_engine(wanted: str, origin: str) -> tuple[Literal["transformers", "u
     """The training engine, and why.
 
     Raises:
-        UserError: Unsloth is asked for by name where there is no CUDA.
+        UserError: Unsloth is asked for by name where there is no CUDA, or for several processes.
     """
+    # `run --processes` plans before the processes are there.
+    processes = int(os.environ.get("FINETUNE_PROCESSES", machine.processes()))
+    if processes > 1 and wanted == "unsloth":
+        raise UnavailableHere("Unsloth trains in one process here: set engine=transformers, or leave --processes out")
+    if processes > 1 and wanted == "auto":
+        return "transformers", f"{processes} processes, which Accelerate joins"
     if wanted == "transformers":
         return "transformers", f"set by {origin}"
     if not machine.has_cuda():

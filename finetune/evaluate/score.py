@@ -15,9 +15,11 @@ from itertools import groupby, takewhile
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from data_prep import Task, UserError
+from finetune import machine
 from finetune.model.encode import answer_tokens, common_prefix, shared_length
 from finetune.model.packing import Backbone, Forest, Row
 from finetune.model.padded import Padded
@@ -60,7 +62,8 @@ class LabelScorer:
             )
             self.batch_size = fits
 
-    @torch.inference_mode()
+    # Not inference_mode: a training goes on afterwards, with the buffers that FSDP2 made here.
+    @torch.no_grad()
     def score(self, prompts: Sequence[list[int]], progress: str | None = None) -> np.ndarray:
         """Probabilities of the labels, shape (prompts, labels), each row adding up to 1.
 
@@ -79,7 +82,8 @@ class LabelScorer:
             try:
                 scores.append(self._score_batch(batch, shared))
             except torch.OutOfMemoryError:
-                if len(batch) == 1:
+                # Several processes must run equally many batches of a model in parts.
+                if len(batch) == 1 or machine.strategy() == "FSDP2":
                     raise UserError(
                         "out of memory: one article does not fit beside the model; end other programs and kernels"
                     ) from None
@@ -224,6 +228,16 @@ def generate(
         bar.update(len(rows))
     bar.close()
     return answers
+
+
+def divided(function: Callable[[Sequence], Sequence], rows: Sequence, **named) -> list:
+    """A function's results for rows, one each, which all processes share out; each gets the results of all, in order."""
+    processes = machine.processes()
+    own = -(-len(rows) // processes)
+    due = rows[machine.rank() * own :][:own]
+    # All run equally many batches, which a model in parts needs.
+    found = list(function([*due, *rows[:1] * (own - len(due))], **named))
+    return gather_object(found)[: len(rows)] if processes > 1 else found
 
 
 def predicted_labels(probabilities: np.ndarray, labels: Sequence[str]) -> list[str]:

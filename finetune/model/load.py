@@ -74,13 +74,17 @@ def load_model(
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[compute_dtype],
+        # FSDP2 cuts tensors of numbers alone, and of one type.
+        bnb_4bit_quant_storage=DTYPES[compute_dtype] if machine.strategy() == "FSDP2" else torch.uint8,
     )
+    # FSDP2 puts a part of each layer on each device; no device need hold the model.
+    place = None if machine.strategy() == "FSDP2" else {"": machine.device()}
     with loading(path):
         model = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES[dtype],
             quantization_config=four_bit if load_in_4bit else None,
-            device_map={"": machine.device()},
+            device_map=place,
         )
     if use_liger_kernel:
         _fuse_kernels(model)

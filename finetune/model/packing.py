@@ -197,16 +197,20 @@ class Backbone:
     runs_in_fp32 = True
 
     def __init__(self, model):
-        self.model = model
+        # What runs it: in a training on several processes DDP's, which adds up gradients.
+        self.model = self.run = model
         self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
-        # Not the model's: its input embeddings may lie in the host's memory.
-        self.device = self.head.weight.device
         self.embeds_on_device = model.get_input_embeddings().weight.device == self.device
         _register()
         model.set_attn_implementation(NAME)
         # transformers only warns.
         if model.config._attn_implementation != NAME:
             raise ValueError("its attention cannot be replaced")
+
+    @property
+    def device(self) -> torch.device:
+        """Not the model's: its input embeddings may lie in the host's memory. FSDP2 moves its parts to the GPU."""
+        return self.head.weight.device
 
     def __call__(
         self, row: Row, places: torch.Tensor, embeddings: torch.Tensor | None = None, in_fp32: bool = False
@@ -230,7 +234,7 @@ class Backbone:
     def _logits(self, row: Row, **tokens: torch.Tensor) -> torch.Tensor:
         # transformers takes a mask of four dimensions as it is; without one it would build (T, T) of them.
         mask = row.input_ids.new_zeros(1, 1, 1, 1)
-        output = self.model(
+        output = self.run(
             **tokens, position_ids=row.position_ids, attention_mask=mask, use_cache=False, return_dict=True
         )
         return output.logits

@@ -22,9 +22,12 @@ class Padded:
     embeds_on_device = True
 
     def __init__(self, model):
-        self.model = model
+        self.model = self.run = model
         self.head = model.get_output_embeddings()
-        self.device = self.head.weight.device
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
 
     def __call__(self, row: Row, places: torch.Tensor, embeddings: None = None, in_fp32: bool = False) -> torch.Tensor:
         """Logits at places of a row; arguments and result are those of `packing.Backbone`."""
@@ -37,7 +40,7 @@ class Padded:
         ids[mask.bool()] = torch.from_numpy(np.concatenate(sequences))
         flat = torch.tensor([number * longest + column for number, column in columns], device=self.device)
         with only_at(self.head, flat, in_fp32):
-            output = self.model(
+            output = self.run(
                 input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False, return_dict=True
             )
         return output.logits[0]

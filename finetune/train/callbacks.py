@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
 
+import torch
+from accelerate.utils import gather_object, reduce
 from transformers import TrainerCallback
 from transformers.utils.notebook import NotebookProgressCallback, NotebookTrainingTracker
 
@@ -29,6 +32,8 @@ class Clock(TrainerCallback):
     progress in the trainer's output folder, and marks checkpoints that are whole.
 
     Attributes:
+        peaks: Bytes at the fullest moment of each process.
+        hosts: Their machines.
         training: Digest of what decides the training's weights; its checkpoints carry it.
     """
 
@@ -37,6 +42,8 @@ class Clock(TrainerCallback):
         self.seconds = 0.0
         self.energy = energy.EnergyMeter()
         self.peak_memory: tuple[int, str] | None = None
+        self.peaks: list[int] = []
+        self.hosts: list[str] = []
         self._since = 0.0
         self._resumed_at = 0
         self._before = 0.0
@@ -64,7 +71,7 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_) -> None:
         # Small models take a hundred steps a second; a file each would take longer.
-        if time.time() - self._reported < SECONDS_BETWEEN_REPORTS:
+        if machine.rank() or time.time() - self._reported < SECONDS_BETWEEN_REPORTS:
             return
         self._reported = time.time()
         seconds = self.seconds + time.perf_counter() - self._since
@@ -83,6 +90,10 @@ class Clock(TrainerCallback):
     def on_save(self, args, state, control, **_) -> None:
         self.pause()
         self.go_on()
+        # Each process writes its random states.
+        args.distributed_state.wait_for_everyone()
+        if machine.rank():
+            return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         sync_folder(checkpoint)
         mark = {"training": self.training, "seconds": self.seconds, "joules": self.energy.joules}
@@ -90,7 +101,13 @@ class Clock(TrainerCallback):
 
     def on_train_end(self, args, state, control, **_) -> None:
         self.pause()
-        self.peak_memory = machine.peak_memory()
+        peak, kind = machine.peak_memory()
+        self.peaks, self.hosts = gather_object([peak]), sorted(set(gather_object([socket.gethostname()])))
+        self.peak_memory = max(self.peaks), kind
+        joules = gather_object([self.energy.joules])
+        self.energy.joules = None if None in joules else sum(joules)
+        if machine.rank():
+            return
         (Path(args.output_dir) / PROGRESS).unlink(missing_ok=True)
 
 
@@ -174,6 +191,10 @@ class SaveOnSignal(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_) -> None:
         # A last step ends the training anyway, and its artefact is saved.
+        if args.world_size > 1:
+            # A signal comes to one process sooner than to another, and all must stop after the same step.
+            heard = reduce(torch.tensor(float(self.received is not None), device=args.device))
+            self.received = self.received or ("a signal to another process" if heard.item() else None)
         if self.received and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 

@@ -39,7 +39,7 @@ def _counter() -> Callable[[], int] | None:
     try:
         pynvml.nvmlInit()
         # By its name: NVML and CUDA may number the GPUs differently.
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except pynvml.NVMLError:
         return None

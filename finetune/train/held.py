@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from finetune import machine
 from finetune.config.plan import Settings
 from finetune.config.recipes import Recipe
 from finetune.model.precision import DTYPES
@@ -36,6 +37,8 @@ class Work:
         dtype: The type of the weights, and of the matrix products.
         kernels: Whose kernels replace the model's code.
         cuda: Whether it is for a GPU.
+        parts: Devices that share weights, gradients and optimiser (FSDP2).
+        buckets: Whether gradients have a copy, for other processes (DDP).
     """
 
     recipe: Recipe
@@ -44,6 +47,8 @@ class Work:
     compute_dtype: str
     kernels: Literal["none", "liger", "unsloth"]
     cuda: bool
+    parts: int = 1
+    buckets: bool = False
 
     @classmethod
     def of(cls, settings: Settings, dtype: str, compute_dtype: str, liger: bool, cuda: bool) -> Work:
@@ -52,7 +57,9 @@ class Work:
         if settings.engine == "unsloth":
             # Its full fine-tuning compiles transformers' own layers, to about what Liger's kernels are.
             kernels = "unsloth" if settings.recipe.adapter else "liger"
-        return cls(settings.recipe, "off", dtype, compute_dtype, kernels, cuda)
+        strategy = machine.strategy()
+        parts = machine.processes() if strategy == "FSDP2" else 1
+        return cls(settings.recipe, "off", dtype, compute_dtype, kernels, cuda, parts, strategy == "DDP")
 
 
 def build(configuration, recipe: Recipe, dtype: str) -> nn.Module:
@@ -112,13 +119,20 @@ class Held:
         self.apart = min(self.gradients, sum(large))
         # PyTorch's AdamW makes a copy of all second moments, unless it is fused.
         self.step = self.gradients if work.cuda and recipe.optim == "adamw_torch" else 0
+        if work.parts > 1:
+            for name in ("weights", "adapter", "optimizer", "gradients", "apart", "step"):
+                setattr(self, name, getattr(self, name) // work.parts)
+            # What is whole at a time: a layer, and the next one.
+            self.weights += 2 * max(sum(p.nbytes for p in part.parameters()) for part in self._blocks())
         self.least = self.weights + self.constants + self.adapter + self.optimizer + self.gradients
 
     def check(self, longest: int, shortest: int) -> int:
         """What the check of a model's logits takes beside it, for sequences of so many tokens: in fp32, what is outside
         of its blocks, the largest of these, a layer's products and the logits; and two unpacked 4-bit weights."""
-        lists = [part for part in self.model.modules() if isinstance(part, nn.ModuleList)]
-        blocks = max(lists, key=lambda part: sum(p.numel() for p in part.parameters()))
+        if self.work.parts > 1:
+            # It is made in the host's memory.
+            return 0
+        blocks = self._blocks()
         inside = {id(parameter) for parameter in blocks.parameters()}
         packed = {id(weight): weight for weight in self._quantized()} if self.work.recipe.load_in_4bit else {}
         halves = {id(p): p for p in self.model.parameters() if p.element_size() == 2 and id(p) not in packed}
@@ -133,6 +147,10 @@ class Held:
         widest = max(max(p.shape) for p in blocks.parameters())
         copies = 0 if self.work.kernels == "unsloth" else outside + block + unpacked
         return copies + 4 * len(table) * (longest + shortest) + 3 * 4 * widest * longest
+
+    def _blocks(self) -> nn.ModuleList:
+        lists = [part for part in self.model.modules() if isinstance(part, nn.ModuleList)]
+        return max(lists, key=lambda part: sum(p.numel() for p in part.parameters()))
 
     def _quantized(self) -> Iterator[torch.Tensor]:
         """The weights that `load_in_4bit` packs: of all linear layers but the output layer."""

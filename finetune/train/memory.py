@@ -149,11 +149,11 @@ def estimate(configuration, work: Work, rows: Rows, eval_batch: int, program: in
         "quantisation constants": held.constants,
         "adapter": held.adapter,
     }
-    trains = always | {"optimiser": held.optimizer}
+    trains = always | {"optimiser": held.optimizer, "buckets of gradients": held.gradients * work.buckets}
     accumulated = held.gradients if recipe.gradient_accumulation_steps > 1 else 0
 
     def within(size: float, gradients: float, logits: float = 0) -> dict[str, float]:
-        kept = max(accumulated + gradients, held.apart if work.cuda else 0)
+        kept = max(accumulated + gradients / work.parts, held.apart if work.cuda else 0)
         return trains | {"gradients": kept, "activations": size - gradients - logits, "logits": logits} | graphs
 
     longest, shortest = (rows.shared + edge for edge in (max(rows.own), min(rows.own)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -18,6 +18,7 @@ from finetune.model.template import Template
 from finetune.train import memory
 from finetune.train.held import Work
 from finetune.train.memory import Fit
+from finetune.train.processes import share
 
 # Set by `run --force`, for the notebooks' processes.
 FORCE = "FINETUNE_FORCE"
@@ -68,6 +69,10 @@ def resolve(settings: Settings, data: PreparedData, force: bool = False) -> Reso
     recipe, engine = settings.recipe, settings.engine
     torch.backends.cudnn.benchmark = recipe.cudnn_benchmark
     precision = load.choose_precision(settings.experiment, recipe.dtype)
+    # Memory is that of each process's share of an update.
+    own = share(recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps, machine.processes())
+    sizes = dict(zip(("per_device_train_batch_size", "gradient_accumulation_steps"), own, strict=True))
+    settings = replace(settings, recipe=replace(recipe, **sizes))
     tokenizer = load.load_tokenizer(settings.experiment.model)
     configuration = load.configuration(settings.experiment.model)
     encoded = encode.encode(tokenizer, data.train, recipe.max_length)
@@ -80,7 +85,7 @@ def resolve(settings: Settings, data: PreparedData, force: bool = False) -> Reso
     fit = memory.fit(configuration, work, rows, eval_batch, origin, force)
     checkpointing = fit.work.checkpointing
     # Checkpointing asks for random states as it goes, which no graph can record.
-    graphs = recipe.cuda_graphs and machine.has_cuda() and checkpointing == "off"
+    graphs = recipe.cuda_graphs and machine.has_cuda() and checkpointing == "off" and machine.processes() == 1
     attention = load.packed_attention(precision.dtype) if recipe.packing else ("sdpa", "packing is off: padded batches")
     reasons = {
         "prompt": Template(tokenizer).note,
@@ -94,6 +99,9 @@ def resolve(settings: Settings, data: PreparedData, force: bool = False) -> Reso
         "kernels": _kernels(recipe, engine, liger),
         "CUDA graphs": _graphs(recipe, graphs),
     }
+    if machine.processes() > 1:
+        each = f"an update is {own[1]} passes of {own[0]} articles on each"
+        reasons["processes"] = f"{machine.processes()} with {machine.strategy()}: {each}"
     if fit.estimate:
         saves = recipe.save_steps > 0 or recipe.load_best_model_at_end
         reasons["disk"] = memory.disk(fit.estimate, saves, settings.state_folder, force)
@@ -149,4 +157,4 @@ def _graphs(recipe: Recipe, graphs: bool) -> str:
         return "on: a step is recorded once per shape of its batch, then replayed"
     if not recipe.cuda_graphs:
         return "off: cuda_graphs=False"
-    return "off: they need CUDA, and no gradient checkpointing"
+    return "off: they need CUDA, one process, and no gradient checkpointing"

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from data_prep import UserError
-from finetune import cards, paths, records
+from finetune import cards, machine, paths, records
 from finetune.config.plan import Settings
 from finetune.config.recipes import ADAPTER_ONLY, Recipe
 from finetune.data import PreparedData
@@ -24,6 +25,7 @@ from finetune.model.packing import Backbone
 from finetune.model.template import Template
 from finetune.records import RunRecord
 from finetune.train.callbacks import WHOLE
+from finetune.train.processes import whole_weights
 from finetune.train.resolve import Resolved
 from finetune.train.trainer import PackedSFTTrainer
 
@@ -43,6 +45,8 @@ HOUSEKEEPING = {
     "train_sampling_strategy",
     "eval_strategy",
     "per_device_eval_batch_size",
+    "ddp_find_unused_parameters",
+    "ddp_broadcast_buffers",
     "bf16",
     "data_seed",
     "disable_tqdm",
@@ -85,6 +89,8 @@ def observed(trainer: PackedSFTTrainer) -> dict[str, Any]:
         "load_in_4bit": four_bit is not None,
         "use_liger_kernel": load.has_liger(model),
         "gradient_checkpointing": _checkpointing(args.gradient_checkpointing, model),
+        "per_device_train_batch_size": trainer.update[0],
+        "gradient_accumulation_steps": trainer.update[1],
         "packing": trainer.packed and isinstance(trainer.backbone, Backbone),
         "completion_only_loss": args.completion_only_loss is not False,
         "article_loss": trainer.article_loss,
@@ -132,12 +138,19 @@ def newest_checkpoint(trainer: PackedSFTTrainer) -> str | None:
         UserError: Another process trains there.
     """
     folder = Path(trainer.args.output_dir)
-    own(folder)
+    if machine.rank() == 0:
+        own(folder)
     rows = hashlib.sha256(json.dumps(trainer.train_dataset.to_list()).encode()).hexdigest()
     trainer.clock.training = short_digest([trainer.backbone.model.config.to_dict(), rows, observed(trainer)])
+    # One process decides, and removes.
+    found = [_newest_whole(folder, trainer.clock.training) if machine.rank() == 0 else None]
+    return broadcast_object_list(found)[0] if machine.processes() > 1 else found[0]
+
+
+def _newest_whole(folder: Path, training: str) -> str | None:
     numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for checkpoint in numbered:
-        fault = checkpoint_fault(checkpoint, trainer.clock.training)
+        fault = checkpoint_fault(checkpoint, training)
         if fault is None:
             print(f"Resuming from {checkpoint.name}: an earlier run of this training was interrupted there")
             return str(checkpoint)
@@ -163,7 +176,8 @@ def checkpoint_fault(checkpoint: Path, training: str) -> str | None:
 
 
 def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer: PackedSFTTrainer) -> RunRecord:
-    """Save weights (or adapter), tokenizer and model card, and write the run's record.
+    """Save weights (or adapter), tokenizer and model card, and write the run's record. Of several processes the first
+    one does, and the others end.
 
     The artefact's folder appears whole or not at all; then the trainer's checkpoints go.
 
@@ -203,8 +217,11 @@ def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer
     if not ran["adapter"]:
         # The fp32 copy served the optimiser; bf16 is the precision that the model is used in, and half the size.
         model.to(torch.bfloat16)
+    weights = whole_weights(model, machine.rank() == 0) if trainer.is_fsdp_enabled else None
+    if machine.rank():
+        raise SystemExit
     with replacing_folder(folder) as beside:
-        model.save_pretrained(beside)
+        model.save_pretrained(beside, state_dict=weights)
         trainer.processing_class.save_pretrained(beside)
         (beside / "README.md").write_text(cards.model_card(record, data), encoding="utf-8")
 
@@ -229,6 +246,10 @@ def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer
         tokens_per_second=tokens / clock.seconds,
         peak_memory_bytes=clock.peak_memory[0],
         peak_memory_kind=clock.peak_memory[1],
+        processes=machine.processes(),
+        strategy=machine.strategy(),
+        hosts=clock.hosts,
+        device_peak_bytes=clock.peaks,
         energy_joules=clock.energy.joules,
         parameters=parameters,
         trainable_parameters=trainable,

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from IPython import get_ipython
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import functional
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils.notebook import NotebookProgressCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -25,7 +28,7 @@ from finetune.evaluate import score
 from finetune.model import encode, load, packing
 from finetune.model.checks import choose_backbone
 from finetune.model.encode import IGNORED
-from finetune.train import checks
+from finetune.train import checks, processes
 from finetune.train.callbacks import Clock, EvaluateAtTheEnd, SaveOnSignal, ShowProgress, StopOnNonFiniteLoss
 from finetune.train.graphs import GraphedPasses
 from finetune.train.portions import Articles, Portions
@@ -106,8 +109,9 @@ class RowCollator:
         missing = self._missing(len(places), len(targets), articles)
         answers = [labels[place] != IGNORED for place in places]
         return {
-            "predicts": torch.tensor([place - 1 for place in places] + [0] * missing),
-            "targets": torch.tensor([targets[place] for place in places] + [IGNORED] * missing),
+            # A process without a row of an update has none.
+            "predicts": torch.tensor([place - 1 for place in places] + [0] * missing, dtype=torch.int64),
+            "targets": torch.tensor([targets[place] for place in places] + [IGNORED] * missing, dtype=torch.int64),
             "weights": torch.tensor(
                 [1.0 if is_answer else self._article_weight for is_answer in answers] + [0.0] * missing
             ),
@@ -165,7 +169,8 @@ class PackedSFTTrainer(SFTTrainer):
         self.early_stopping_patience = early_stopping_patience
         stopping = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
         self.clock, self.signals, self._is_silent = Clock(), SaveOnSignal(), False
-        adapted = getattr(model, "peft_config", None)
+        adapted, config = getattr(model, "peft_config", None), model.config.get_text_config()
+        asks_router = vars(config).get("output_router_logits")
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
         encoded = encode.encode(processing_class, train_dataset, args.max_length)
@@ -174,14 +179,20 @@ class PackedSFTTrainer(SFTTrainer):
         sequences = [row.prompt + row.answer for row in (*encoded, *watched)]
         self.backbone, self.checks["rows"] = choose_backbone(model, sequences)
         # Nothing of packed rows alone: padded batches have another layout each time.
-        self.cuda_graphs = cuda_graphs = cuda_graphs and args.packing and isinstance(self.backbone, packing.Backbone)
+        self._shared, self._several = 0, machine.processes() > 1
+        cuda_graphs &= args.packing and isinstance(self.backbone, packing.Backbone) and not self._several
+        self.cuda_graphs = cuda_graphs
+        # A recipe's update is the same on any number of processes; the record says what the recipe does.
+        self.update = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        if self._several:
+            self._divide(args, config is not model.config)
         self.encoded_tokens = sum(map(len, encoded))
         supervised = args.completion_only_loss is not False
         if self.packed:
             # Where prompts carry loss or meet with dropout, each article needs its own.
             dropout = any(config.lora_dropout for config in (adapted or {}).values())
             alike = supervised and not dropout
-            shared = encode.shared_length([row.prompt for row in encoded]) if alike else 0
+            shared = self._shared = encode.shared_length([row.prompt for row in encoded]) if alike else 0
             shapes = _fixed_shapes(args, encoded, shared, supervised and not article_loss) if cuda_graphs else None
             # What an article's token weighs against an answer's, so that the two means are weighed as asked for.
             answers, articles = (
@@ -200,8 +211,6 @@ class PackedSFTTrainer(SFTTrainer):
             args.max_grad_norm = 0.0
         # Where several GPUs are visible the trainer would split each batch (DataParallel), and no row can be split.
         args._n_gpu = min(1, args.n_gpu)
-        config = model.config.get_text_config()
-        asks_router = vars(config).get("output_router_logits")
         super().__init__(
             model=model,
             args=args,
@@ -217,6 +226,13 @@ class PackedSFTTrainer(SFTTrainer):
             for shown in (ProgressCallback, NotebookProgressCallback):
                 self.remove_callback(shown)
             self.add_callback(ShowProgress)
+        if self.is_fsdp_enabled:
+            # Products in bf16 and sums of gradients in fp32, as in one process. Accelerate's own mode would hold bf16
+            # weights in fp32, which is another recipe.
+            self.accelerator.state._mixed_precision = "no"
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16 if args.bf16 else None, reduce_dtype=torch.float32
+            )
         if self.packed and asks_router is not None:
             # TRL turns it on for its auxiliary loss, which cannot be formed from a packed row.
             config.output_router_logits = asks_router
@@ -235,11 +251,13 @@ class PackedSFTTrainer(SFTTrainer):
         table = model.get_input_embeddings().weight
         self._adds_rows = table is self.backbone.head.weight and table.requires_grad and table.device.type == "cpu"
         self._adds_rows &= self.packed and isinstance(self.backbone, packing.Backbone) and not update_in_backward
+        self._adds_rows &= not self._several
         if self.packed:
             self._passes = GraphedPasses(self._loss, self._trained) if cuda_graphs else None
             self.portions = Portions(self.data_collator, self._trained)
-            # The trainer calls it at each step; see floating_point_ops.
-            model.zero_grad = self._forget_gradients
+            if not self._several:
+                # The trainer calls it at each step; see floating_point_ops.
+                model.zero_grad = self._forget_gradients
             # The loss divides by the whole update's supervised tokens itself.
             self.model_accepts_loss_kwargs = True
         for name, check in self.checks.items():
@@ -253,7 +271,8 @@ class PackedSFTTrainer(SFTTrainer):
             UserError: Another process trains there; one article does not fit into the memory, or the optimiser does
                 not; or SIGINT, SIGTERM or SIGHUP came, and the sentence says where the training goes on.
         """
-        files.own(Path(self.args.output_dir))
+        if machine.rank() == 0:
+            files.own(Path(self.args.output_dir))
         # Where the training goes on is no point of the uninterrupted one's history.
         self._is_silent = self.args.eval_on_start and resume_from_checkpoint is not None
         try:
@@ -285,9 +304,11 @@ class PackedSFTTrainer(SFTTrainer):
         self.clock.pause()
         prompts, labels = self._watched
         load.evaluating(self.backbone.model)
+        # Not through DDP, which would have all processes call it equally often.
+        self.backbone.run = self.backbone.model
         # The same products as in training; the labels' probabilities are formed in fp32.
         with self.autocast():
-            probabilities = self._scorer.score(prompts)
+            probabilities = np.array(score.divided(self._scorer.score, prompts))
         self.backbone.model.train()
         accuracy = float(np.mean(np.equal(score.predicted_labels(probabilities, self._labels), labels)))
         found = {
@@ -307,12 +328,75 @@ class PackedSFTTrainer(SFTTrainer):
             update_in_backward(optimizer)
         return optimizer
 
+    def _divide(self, args: SFTConfig, reads_images: bool) -> None:
+        """Set the arguments of one of several processes.
+
+        Raises:
+            UserError: The update cannot be shared out, or the recipe is for one process.
+        """
+        if not args.packing or self.update_in_backward:
+            raise UserError("packing=False and update_in_backward=True train in one process: leave --processes out")
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = processes.share(
+            *self.update, machine.processes()
+        )
+        # An image's tower has no part in the loss.
+        args.ddp_find_unused_parameters, args.ddp_broadcast_buffers = reads_images, False
+        if machine.strategy() == "FSDP2":
+            # Gradients that wait for the update's last pass would be those of the whole model.
+            args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
+            if args.use_cpu:
+                # Accelerate knows FSDP2 on accelerators alone, PyTorch on a CPU too.
+                args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+
+    def get_train_dataloader(self):
+        if not self._several:
+            return super().get_train_dataloader()
+        rows, multiple = self.train_dataset, self.args.per_device_train_batch_size * machine.processes()
+        order = processes.Rounded(rows, len(rows), multiple, self.args.data_seed, lambda: int(self.state.epoch or 0))
+        return self._get_dataloader(
+            processes.with_blank(rows, self._shared), "Training", self._train_batch_size, lambda _: order, True
+        )
+
+    # Checkpoints of a model in parts are those of a model in one piece, so that one process can go on from them.
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        weights = processes.whole_weights(self.model, self.args.should_save)
+        if self.args.should_save:
+            self._save(output_dir, weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = processes.whole_optimizer(self.optimizer, self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        processes.load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_best_model()
+        processes.load_weights(self.model, Path(self.state.best_model_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        processes.load_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward pass; the row is active in both, because checkpointed layers run again in the second."""
         if not self.packed:
             return super().training_step(model, inputs, num_items_in_batch)
         # Updated in the backward pass, a part of the weights is new already when it fails: nothing can be repeated.
-        if self.update_in_backward or "articles" not in inputs:
+        # Nor may one process run another number of passes than the others.
+        if self._several or self.update_in_backward or "articles" not in inputs:
             return self._pass(model, inputs, num_items_in_batch)
         step = self.state.global_step + 1
         return self.portions.run(inputs, lambda batch: self._pass(model, batch, num_items_in_batch), step)
@@ -340,6 +424,8 @@ class PackedSFTTrainer(SFTTrainer):
         return 0
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
+        if self.is_fsdp_enabled:
+            return super()._clip_grad_norm(model)
         return torch.nn.utils.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def _forget_gradients(self) -> None:
@@ -360,7 +446,9 @@ class PackedSFTTrainer(SFTTrainer):
         if not self.packed:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         tokens = (inputs["labels"] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = self._loss({**inputs, "tokens": tokens})
+        self.backbone.run = model
+        # The mean over processes, which DDP and FSDP2 take, is to be the sum.
+        loss = self._loss({**inputs, "tokens": tokens}) * machine.processes()
         return (loss, {}) if return_outputs else loss
 
     def _loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
