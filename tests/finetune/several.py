@@ -27,10 +27,10 @@ def begin(run: str, overrides: dict, home: Path, count: int = 2, strategy: str =
         port = str(free.getsockname()[1])
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
     common |= FSDP2 if strategy == "fsdp2" else {}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)] if count > 1 else [{}]
     return [
-        processes.start(one, common | own, run, overrides, edits, home=home, log=home / f"rank-{own['RANK']}.log")
-        for own in ranks
+        processes.start(one, environment, run, overrides, edits, home=home, log=home / f"rank-{rank}.log")
+        for rank, environment in enumerate(ranks)
     ]
 
 
