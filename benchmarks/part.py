@@ -66,9 +66,11 @@ def _write_random_weights(folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from finetune import machine
+
     if (folder / WEIGHTS).is_file():
         return
-    with torch.device("cuda"):
+    with torch.device(machine.device()):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
     half = folder.with_name(f".{folder.name}")
     model.save_pretrained(half, max_shard_size="100GB")

@@ -41,7 +41,7 @@ def main() -> None:
     options = _options()
     os.environ["FINETUNE_COMMAND"] = shlex.join(["python", "-m", "benchmarks.throughput", *sys.argv[1:]])
     model = Path(options.scratch, f"qwen2.5-7b-shape-{options.layers}")
-    _write_shape(options.layers, model)
+    write_shape(options.layers, model)
     # Beside the data, and in a process of its own, which gives the GPU's memory back.
     writer = subprocess.Popen(_command("model", options, model))
     report = _provenance(options, model)
@@ -173,15 +173,15 @@ def _run(command: list[str], environment: Mapping[str, str], report: Callable[[d
     return process.returncode
 
 
-def _write_shape(layers: int, folder: Path) -> None:
-    """Configuration and tokenizer of a model of Qwen2.5-7B's shape (config.json of Qwen/Qwen2.5-7B-Instruct)."""
+def write_shape(layers: int, folder: Path, shape: Mapping[str, Any] = ladder.QWEN_7B) -> None:
+    """Configuration and tokenizer of a model of a Qwen2.5 model's shape; of Qwen2.5-7B's if none is given."""
     from transformers import AutoTokenizer, Qwen2Config
 
     from finetune.model import smollm2
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2.folder())
     config = Qwen2Config(
-        **(ladder.QWEN_7B | {"num_hidden_layers": layers}),
+        **(shape | {"num_hidden_layers": layers}),
         max_position_embeddings=32_768,
         rope_theta=1e6,
         eos_token_id=tokenizer.eos_token_id,

@@ -231,7 +231,7 @@ def generate(
 
 
 def divided(function: Callable[[Sequence], Sequence], rows: Sequence, **named) -> list:
-    """A function's results for rows, one each, which all processes share out; each gets the results of all, in order."""
+    """A function's results for rows, one each, which all processes share out; each gets all results, in order."""
     processes = machine.processes()
     own = -(-len(rows) // processes)
     due = rows[machine.rank() * own :][:own]

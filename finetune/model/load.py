@@ -77,18 +77,31 @@ def load_model(
         # FSDP2 cuts tensors of numbers alone, and of one type.
         bnb_4bit_quant_storage=DTYPES[compute_dtype] if machine.strategy() == "FSDP2" else torch.uint8,
     )
-    # FSDP2 puts a part of each layer on each device; no device need hold the model.
-    place = None if machine.strategy() == "FSDP2" else {"": machine.device()}
     with loading(path):
         model = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES[dtype],
             quantization_config=four_bit if load_in_4bit else None,
-            device_map=place,
+            device_map=_place(path, DTYPES[dtype], load_in_4bit),
         )
     if use_liger_kernel:
         _fuse_kernels(model)
     return model, tokenizer
+
+
+def _place(path: str | Path, dtype: torch.dtype, load_in_4bit: bool) -> dict[str, str | int] | None:
+    """Where a model is loaded. FSDP2 puts a part of each layer on each device: none need hold the model, but one that
+    can has its logits checked sooner."""
+    if machine.strategy() == "FSDP2":
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            count = parameter_count(AutoModelForCausalLM.from_config(configuration(path)))
+        if load_in_4bit or count * dtype.itemsize > machine.available_memory_bytes() / 2:
+            return None
+    # By its number: bitsandbytes' weights are refused on a device that has none.
+    several = machine.processes() > 1 and machine.has_cuda()
+    return {"": torch.cuda.current_device() if several else machine.device()}
 
 
 def add_lora(model, config: LoraConfig):

@@ -49,7 +49,7 @@ class Rounded(Sampler[int]):
         blank: The number of a row without loss.
         multiple: Rows of a batch, times processes.
         seed: Of the order.
-        epoch: Says which one it is. Accelerate tells its samplers, but not behind batches that a resumed training skips.
+        epoch: Says which one it is. Accelerate tells its samplers, but not where a resumed training skips batches.
     """
 
     def __init__(self, rows: Dataset, blank: int, multiple: int, seed: int | None, epoch: Callable[[], int]):
