@@ -29,7 +29,8 @@ CONFUSION = "confusion.csv"
 
 
 def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunRecord:
-    """Evaluate a model on the test rows, and record the result.
+    """Evaluate a model on the test rows, and record the result. Several processes share out the rows; the first one
+    records, and the others end.
 
     Args:
         found: What the model is.
@@ -195,11 +196,14 @@ def _evaluate_model(
     experiment, examples, folder, task = found.experiment, data.test, found.folder, data.task
     prompts, validation_prompts = prompts[: len(examples)], prompts[len(examples) :]
     scorer = score.LabelScorer(backbone, tokenizer, task, experiment.per_device_eval_batch_size)
-    probabilities, seconds = score.timed(scorer.score, prompts, progress="scoring")
+    scores, seconds = score.timed(score.divided, scorer.score, prompts, progress="scoring")
+    probabilities = np.array(scores)
     labels = [example.label for example in examples]
     predicted = score.predicted_labels(probabilities, task.labels)
     generation, answers = _generate(backbone, tokenizer, experiment, task, prompts, labels, predicted)
-    validation = scorer.score(validation_prompts, progress="scoring validation rows")
+    validation = np.array(score.divided(scorer.score, validation_prompts, progress="scoring validation rows"))
+    if machine.rank():
+        raise SystemExit
     digest = predictions.write(
         folder,
         _predictions(task, examples, probabilities, answers),
@@ -241,14 +245,17 @@ def _generate(
         print("Generation skipped: generation_rows=0")
         return None, []
     answers, seconds = score.timed(
-        score.generate,
-        backbone.model,
-        tokenizer,
-        task,
+        score.divided,
+        lambda own: score.generate(
+            backbone.model,
+            tokenizer,
+            task,
+            own,
+            experiment.per_device_eval_batch_size,
+            progress="generating",
+            may_pad=isinstance(backbone, packing.Backbone),
+        ),
         prompts[:rows],
-        experiment.per_device_eval_batch_size,
-        progress="generating",
-        may_pad=isinstance(backbone, packing.Backbone),
     )
     parsed = [task.parse_answer(answer) for answer in answers]
     generation = records.Generation(

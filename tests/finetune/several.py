@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import traceback
 from pathlib import Path
 
 import processes
+from transformers import TrainerCallback
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -20,8 +22,31 @@ FSDP2 = {
 }
 
 
-def begin(run: str, overrides: dict, home: Path, count: int = 2, strategy: str = "ddp", **edits: str) -> list:
+class Ends(TrainerCallback):
+    """Ends all processes after a step's checkpoint, or kills one of them after that; the next run goes on."""
+
+    def __init__(self, step: int, killed: int | None = None):
+        self.step, self.killed = step, killed
+
+    def on_save(self, args, state, control, **_):
+        if state.global_step == self.step and self.killed is None:
+            os._exit(0)
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step + 1 and self.killed == args.process_index:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ending(step: int, killed: int | None = None) -> dict[str, str]:
+    """The edit of a training notebook that ends it after a step; 0: never."""
+    return {"callbacks=[],": f"callbacks=[__import__('several').Ends({step}, {killed})],"}
+
+
+def begin(
+    run: str, overrides: dict, home: Path, count: int = 1, strategy: str = "ddp", edits: dict | None = None
+) -> list:
     """Processes that run a notebook to its record, with the environment that `accelerate launch` gives them."""
+    home.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -29,17 +54,18 @@ def begin(run: str, overrides: dict, home: Path, count: int = 2, strategy: str =
     common |= FSDP2 if strategy == "fsdp2" else {}
     ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)] if count > 1 else [{}]
     return [
-        processes.start(one, environment, run, overrides, edits, home=home, log=home / f"rank-{rank}.log")
+        processes.start(_one, environment, run, overrides, edits, home=home, log=home / f"rank-{rank}.log")
         for rank, environment in enumerate(ranks)
     ]
 
 
-def one(environment: dict[str, str], run: str, overrides: dict, edits: dict[str, str]) -> None:
+def _one(environment: dict[str, str], run: str, overrides: dict, edits: dict[str, str] | None) -> None:
     os.environ.update(environment)
     from finetune.notebooks import run_cells
 
-    name = f"fine_tuning_{run}" if not run.endswith("performance") else run
-    end = "plots.training_curves" if name == f"fine_tuning_{run}" else "class_table"
+    name, end = f"fine_tuning_{run}", "plots.training_curves"
+    if run.endswith("performance"):
+        name, end = run, "class_table"
     try:
         run_cells(name, end, edits, PROFILE="cpu", OVERRIDES=overrides)
     except Exception:
@@ -48,12 +74,16 @@ def one(environment: dict[str, str], run: str, overrides: dict, edits: dict[str,
         os._exit(1)
 
 
-def train(run: str, overrides: dict, home: Path, **named) -> dict:
-    """A run's record from several processes."""
+def finish(run: str, overrides: dict, home: Path, **named) -> str:
+    """Run a notebook on processes; what the first one prints."""
     started = begin(run, overrides, home, **named)
     for process in started:
-        process.join(120)
-    codes = [process.exitcode for process in started]
-    assert codes == [0] * len(codes), "\n".join((home / f"rank-{rank}.log").read_text() for rank in range(len(codes)))
-    [record] = (home / "results").rglob(f"{run}/record.json")
-    return json.loads(record.read_text())
+        process.join(300)
+    logs = [(home / f"rank-{rank}.log").read_text() for rank in range(len(started))]
+    assert [process.exitcode for process in started] == [0] * len(started), "\n".join(logs)
+    return logs[0]
+
+
+def record(run: str, home: Path) -> dict:
+    [file] = (home / "results").rglob(f"{run}/record.json")
+    return json.loads(file.read_text())
