@@ -222,7 +222,9 @@ class Suite:
         if self.processes > 1 and METHODS[step.run or "base"].recipe:
             # The base model's notebook goes on with its model.
             file = self.folder / f".{step.name}.processes.ipynb"
-            notebook = driver(notebook, file, self.processes, self.strategy)
+            # Each scores with the whole model.
+            strategy = self.strategy if step.kind == "train" else "ddp"
+            notebook = driver(notebook, file, self.processes, strategy)
         stamp = self._stamp(step)
         stamp.unlink(missing_ok=True)
         start = time.perf_counter()

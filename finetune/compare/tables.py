@@ -153,13 +153,15 @@ def costs(record: RunRecord, *others: Training) -> pd.DataFrame:
         "artefact MB": f"{training.artefact_bytes / 1e6:.1f}",
         "engine": record.engine,
     }
+    if training.processes > 1:
+        line |= {"device-seconds": f"{median(trainings, 'device_seconds'):,.0f}", "processes": str(training.processes)}
     return _lines({NAMES[record.run]: line})
 
 
 def all_costs(comparison: Comparison) -> pd.DataFrame:
     """The costs of every tuned run, without those that none of them measured."""
     lines = [costs(record, *comparison.trainings(run)[1:]) for run, record in comparison.tuned().items()]
-    table = pd.concat(lines) if lines else pd.DataFrame()
+    table = pd.concat(lines).fillna("-") if lines else pd.DataFrame()
     return table.loc[:, (table != "-").any()]
 
 

@@ -15,7 +15,6 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from IPython import get_ipython
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import functional
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -226,13 +225,6 @@ class PackedSFTTrainer(SFTTrainer):
             for shown in (ProgressCallback, NotebookProgressCallback):
                 self.remove_callback(shown)
             self.add_callback(ShowProgress)
-        if self.is_fsdp_enabled:
-            # Products in bf16 and sums of gradients in fp32, as in one process. Accelerate's own mode would hold bf16
-            # weights in fp32, which is another recipe.
-            self.accelerator.state._mixed_precision = "no"
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16 if args.bf16 else None, reduce_dtype=torch.float32
-            )
         if self.packed and asks_router is not None:
             # TRL turns it on for its auxiliary loss, which cannot be formed from a packed row.
             config.output_router_logits = asks_router
@@ -342,6 +334,10 @@ class PackedSFTTrainer(SFTTrainer):
         # An image's tower has no part in the loss.
         args.ddp_find_unused_parameters, args.ddp_broadcast_buffers = reads_images, False
         if machine.strategy() == "FSDP2":
+            if args.optim == "adamw_8bit":
+                raise UserError("adamw_8bit knows no weights in parts (fsdp2): set optim=adamw_torch_fused")
+            # The loss's own autocast does what it does in one process; Accelerate's would hold bf16 weights in fp32.
+            args.mixed_precision = "no"
             # Gradients that wait for the update's last pass would be those of the whole model.
             args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
             if args.use_cpu:

@@ -360,7 +360,9 @@ class TestDocumentation:
         assert "no CUDA on this machine" in html
 
 
-def test_one_of_several_processes_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one of 2 processes"):
-        plan("lora", "cpu")
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "FINETUNE_PROCESSES"])
+def test_several_processes_train_with_transformers(monkeypatch, name):
+    monkeypatch.setenv(name, "2")
+    assert plan("lora", "cpu").engine_reason.startswith("2 processes")
+    with pytest.raises(UnavailableHere, match="one process"):
+        plan("lora", "cpu", {"engine": "unsloth"})
