@@ -211,7 +211,7 @@ def _work(options: argparse.Namespace) -> None:
 
     from finetune import machine
 
-    PartialState()
+    PartialState(cpu=not machine.has_cuda())
     for key in options.work:
         try:
             result = _measured(TRAININGS[key], options)

@@ -148,7 +148,7 @@ def main(notebook: str) -> None:
     if machine.rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        PartialState()
+        PartialState(cpu=not machine.has_cuda())
         read = nbformat.read(notebook, as_version=4)
         names: dict[str, object] = {"__name__": "__main__"}
         for cell in read.cells[: _last(read) + 1]:

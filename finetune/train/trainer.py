@@ -381,7 +381,7 @@ class PackedSFTTrainer(SFTTrainer):
         processes.load_weights(self.model, Path(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.is_fsdp_enabled:
+        if checkpoint is None or not self._several:
             return super()._load_optimizer_and_scheduler(checkpoint)
         processes.load_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))

@@ -61,7 +61,12 @@ def begin(
 
 def _one(environment: dict[str, str], run: str, overrides: dict, edits: dict[str, str] | None) -> None:
     os.environ.update(environment)
+    from accelerate import PartialState
+
     from finetune.notebooks import run_cells
+
+    if environment:
+        PartialState(cpu=True)
 
     name, end = f"fine_tuning_{run}", "plots.training_curves"
     if run.endswith("performance"):
