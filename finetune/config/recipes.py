@@ -1,7 +1,7 @@
 """The recipes: one for each method, which differ only where the methods differ.
 
-Defaults are the values of the experiment on a DGX Spark that this suite began with, but for `max_length`; a profile or an override may
-replace any of them, and the table that every notebook prints says which one did.
+Defaults are the values of the experiment on a DGX Spark that this suite began with, but for `max_length`; a profile or
+an override may replace any of them, and the table that every notebook prints says which one did.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-# Of training and evaluation alike. No article of AG News comes near it; a prompt that names 77 classes takes 564 tokens.
+# Of training and evaluation alike. No article of AG News comes near it; a prompt with 77 classes takes 564 tokens.
 MAX_LENGTH = 1024
 # Parameters that mean nothing where all weights are trained.
 ADAPTER_ONLY = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_dora"}
