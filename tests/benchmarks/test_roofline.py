@@ -23,7 +23,7 @@ def kept(recipe, **changes):
 
 
 def test_the_shape_is_qwen_s():
-    assert (roofline.SHAPE.quantized, roofline.HEAD, roofline.SHAPE.parameters) == (LAYERS, HEAD, ALL)
+    assert (roofline.LINEAR, roofline.HEAD, roofline.PARAMETERS) == (LAYERS, HEAD, ALL)
 
 
 def test_arithmetic_of_a_frozen_and_of_a_trained_model():

@@ -98,12 +98,12 @@ class TestMeasurements:
 class TestPart:
     @pytest.mark.parametrize("name", ["model", *ladder.ALL_PARTS])
     def test_its_process_understands_the_command(self, name, tmp_path, monkeypatch):
-        monkeypatch.setattr(sys, "argv", ["throughput", "/data/ag_news", "--profile", "batch", "qlora"])
+        monkeypatch.setattr(sys, "argv", ["throughput", "/data/ag_news"])
         command = throughput._command(name, throughput._options(), tmp_path)
         assert command[1:3] == ["-m", "benchmarks.part"]
-        options = part.parser().parse_args([*command[3:], "--rungs", "batch", "--profile", "batch"])
+        options = part.parser().parse_args([*command[3:], "--rungs", "batch"])
         assert (options.part, options.csv, options.model) == (name, "/data/ag_news", str(tmp_path))
-        assert options.rungs == options.profile == ["batch"]
+        assert options.rungs == ["batch"]
 
     def test_its_results_are_reported_while_it_runs(self, monkeypatch):
         script = "import time; print('noise'); print('RESULT {\"key\": \"batch\"}', flush=True); time.sleep(60)"
