@@ -157,8 +157,7 @@ class Comparison:
         """Accuracy with its 95 % interval: of several seeds the mean over seeds and rows, else Wilson's."""
         if name in self.over_seeds:
             return self.over_seeds[name].mean, *self.over_seeds[name].interval()
-        scoring = self.scoring[name]
-        return scoring.accuracy, scoring.accuracy_low, scoring.accuracy_high
+        return self.scoring[name].estimate
 
     def seeds_of(self, run: str) -> tuple[int, ...]:
         """The seeds that a tuned run was trained with, that of its record first."""
