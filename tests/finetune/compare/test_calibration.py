@@ -105,24 +105,6 @@ class TestTemperature:
 
 
 class TestCalibration:
-    def test_the_intervals_are_those_of_a_bootstrap_row_by_row(self):
-        labels, probabilities = drawn(250, sharpness=2)
-        found = calibration.of(as_predictions(labels, probabilities), [])
-        generator = np.random.default_rng(11)
-        draws = []
-        for _ in range(800):
-            rows = generator.integers(250, size=250)
-            sample = [labels[row] for row in rows], probabilities[rows]
-            truth = sample[1][np.arange(250), [LABELS.index(label) for label in sample[0]]]
-            draws.append((error_by_loops(*sample), brier_by_loops(*sample), -np.log(truth).mean()))
-        expected = np.percentile(draws, [2.5, 97.5], axis=0).T
-        scores = found.scores
-        # The intervals are 0.1 wide or more.
-        for figure, ends, wander in zip(
-            (scores.error, scores.brier, scores.log_loss), expected, (0.012, 0.02, 0.05), strict=True
-        ):
-            assert (figure.low, figure.high) == pytest.approx(ends, abs=wander)
-
     def test_without_a_wrong_validation_row_there_is_no_temperature(self):
         labels, probabilities = drawn(50)
         right = as_predictions([LABELS[best] for best in probabilities.argmax(axis=1)], probabilities)

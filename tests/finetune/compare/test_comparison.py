@@ -32,26 +32,10 @@ def compare(results, **right) -> comparison.Comparison:
 
 
 class TestFigures:
-    def test_rows_without_a_duplicate_by_hand(self, results):
-        """LoRA is right on rows 0 to 29; rows 0 to 9 have duplicates: 20 of 30 are right on the others."""
-        rows = [replace(row, has_duplicate=number < 10) for number, row in enumerate(predictions(right_on(30, 40)))]
-        other = dict.fromkeys(("World", "Sports", "Business", "Sci/Tech"), 0.25)
-        write_run(results, "base", [], rows=[replace(row, probabilities=other) for row in rows])
-        write_run(results, "lora", [], rows=rows)
-        alone = load_folder(results, "cpu").without_duplicates["lora"]
-        assert (alone.rows, alone.accuracy) == (30, pytest.approx(20 / 30))
-
     def test_without_such_rows_there_is_no_figure(self, results):
         rows = [replace(row, has_duplicate=True) for row in predictions(right_on(30, 40))]
         write_run(results, "base", [], rows=rows)
         assert load_folder(results, "cpu").without_duplicates == {"base": None}
-
-    def test_a_pair_counts_rows_on_which_one_alone_is_right(self, results):
-        pair = compare(results, base=right_on(20, 40, start=5), lora=right_on(30, 40)).pair("lora", "base")
-        assert (pair.only_first, pair.only_second) == (10, 0)
-        assert pair.points == pytest.approx(25)
-        assert pair.p_value == pytest.approx(2 / 2**10)
-        assert pair.low < 25 < pair.high
 
     def test_pairs_are_each_against_the_base_and_then_each_other(self, results):
         rows = {run: right_on(5 * number, 40) for number, run in enumerate(("qlora", "lora", "full", "base"), 1)}
@@ -86,14 +70,6 @@ def write_seeds(results, run: str, accuracy: float, rows: int = 400, seeds: int 
 
 
 class TestSeeds:
-    def test_pairs_carry_the_difference_over_seeds(self, results):
-        write_run(results, "base", right_on(200, 400))
-        lora, qlora = (np.array(write_seeds(results, run, 0.9)) for run in ("lora", "qlora"))
-        base_pair, _, tuned = load("cpu").pairs
-        assert tuned.over_seeds.seeds == 3
-        assert tuned.over_seeds.points == pytest.approx(100 * (lora.mean() - qlora.mean()))
-        assert base_pair.over_seeds.points == pytest.approx(100 * (lora.mean() - 0.5))
-
     @pytest.mark.parametrize("variant", ["seed-43", "rows-250"])
     def test_a_figure_that_its_predictions_do_not_give_is_refused(self, results, variant):
         write_run(results, "base", right_on(20, 40))

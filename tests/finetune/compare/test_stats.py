@@ -46,23 +46,6 @@ def test_the_test_is_that_of_statsmodels(only_first, only_second):
         assert (compared.points, compared.low, compared.high, compared.is_tie) == (0, 0, 0, True)
 
 
-@pytest.mark.parametrize(("only_first", "only_second"), [(9, 2), (60, 30), (30, 30)])
-def test_the_interval_of_a_difference_is_near_the_normal_one(only_first, only_second):
-    compared = compare(*table(only_first, only_second, both=400, neither=100))
-    rows = 500 + only_first + only_second
-    share = (only_first - only_second) / rows
-    error = ((only_first + only_second) / rows - share**2) ** 0.5 / rows**0.5
-    assert compared.points == pytest.approx(100 * share)
-    wald = (100 * (share - 1.96 * error), 100 * (share + 1.96 * error))
-    assert (compared.low, compared.high) == pytest.approx(wald, abs=0.1 * 100 * 1.96 * error)
-
-
-def test_exchanging_a_pair_exchanges_its_figures():
-    forth, back = (compare(*sides) for sides in (table(40, 12), table(12, 40)))
-    assert back.points == -forth.points and back.p_value == pytest.approx(forth.p_value)
-    assert (back.only_first, back.only_second) == (forth.only_second, forth.only_first)
-
-
 def test_a_pair_in_words_has_its_figures():
     assert str(pair(0.63)) == "LoRA against QLoRA: +0.3 points (-0.2 to +0.8), p = 0.630"
 
