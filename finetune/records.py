@@ -232,10 +232,11 @@ def read(folder: Path) -> RunRecord:
     Raises:
         DataError: It is missing, or does not match the schema.
     """
-    return _parsed(RunRecord, folder / RECORD)
+    return parsed(RunRecord, folder / RECORD)
 
 
-def _parsed(kind: type[Kind], path: Path) -> Kind:
+def parsed(kind: type[Kind], path: Path, remedy: str = "run its notebook again") -> Kind:
+    """A record of this kind from its file; a DataError with the field and the remedy where it is none."""
     try:
         return kind.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
@@ -243,8 +244,7 @@ def _parsed(kind: type[Kind], path: Path) -> Kind:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
-        reason = f"not a record of this version ({where}: {first['msg']}); run its notebook again"
-        raise DataError(path, reason) from error
+        raise DataError(path, f"not a record of this version ({where}: {first['msg']}); {remedy}") from error
 
 
 def read_merged(record: RunRecord, folder: Path) -> Merged | None:
@@ -256,7 +256,7 @@ def read_merged(record: RunRecord, folder: Path) -> Merged | None:
     path = folder / MERGED
     if record.training is None or not path.is_file():
         return None
-    merged = _parsed(Merged, path)
+    merged = parsed(Merged, path)
     return merged if merged.adapter_digest == record.training.artefact_digest else None
 
 
