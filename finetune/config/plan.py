@@ -43,7 +43,7 @@ EVALUATION_ONLY = {
 # What tells which training an evaluation is of.
 NAMING = {"task", "model", "variant"}
 # Settings of the process, not parameters of an experiment.
-NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND", "FINETUNE_FORCE"}
+NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND", "FINETUNE_FORCE", "FINETUNE_MEMORY_FLOOR"}
 
 
 @dataclass(frozen=True, config=STRICT)
