@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep import UserError
 from finetune import machine, paths, wording
 from finetune.config.methods import METHODS
-from finetune.config.plan import DEFAULT, Settings, applicable, fewer_rows, parse_assignments, plan
+from finetune.config.plan import DEFAULT, PLACES, Settings, applicable, fewer_rows, located, parse_assignments, plan
 from finetune.config.profiles import PROFILES
 
 if TYPE_CHECKING:
@@ -218,6 +218,10 @@ def _execute(options: argparse.Namespace, **trainings: Any) -> int:
     warnings.filterwarnings("ignore", module="(zmq|nbformat|nbclient|papermill)")
     if options.force:
         os.environ["FINETUNE_FORCE"] = "1"
+    # The notebooks work in another folder.
+    for name in PLACES:
+        if value := os.environ.get(f"FINETUNE_{name.upper()}"):
+            os.environ[f"FINETUNE_{name.upper()}"] = located(name, value)
     overrides = _overrides(options)
     suite = Suite(options.profile, overrides, tuple(options.only), options.fresh, **trainings)
     reason = plan("base", options.profile, suite.overrides_for("base")).profile_reason

@@ -45,7 +45,7 @@ class Clock(TrainerCallback):
         self._since = 0.0
         self._resumed_at = 0
         self._before = 0.0
-        self._reported = 0.0
+        self._reported = -math.inf
 
     def pause(self) -> None:
         # What was launched is not done yet; it must not count as validation.
@@ -70,9 +70,9 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_) -> None:
         # Small models take a hundred steps a second; a file each would take longer.
-        if time.time() - self._reported < SECONDS_BETWEEN_REPORTS:
+        if time.monotonic() - self._reported < SECONDS_BETWEEN_REPORTS:
             return
-        self._reported = time.time()
+        self._reported = time.monotonic()
         seconds = self.seconds + time.perf_counter() - self._since
         pace = (seconds - self._before) / (state.global_step - self._resumed_at)
         write_json(

@@ -185,7 +185,7 @@ def test_activations_are_kept_where_they_fit(monkeypatch, bare, asked, enough, m
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: needs if enough else needs - 1000)
     found = memory.fit(llama(4), done, ROWS, 1, "default")
     assert found.work.checkpointing == mode, found.checkpointing
-    assert found.memory.endswith(f"; {(needs if enough else needs - 1000) / 1e9:.1f} GB are there")
+    assert f"; {(needs if enough else needs - 1000) / 1e9:.1f} GB are there" in found.memory
 
 
 def test_what_cannot_fit_is_refused_with_the_cheapest_changes_that_do(monkeypatch, bare):
