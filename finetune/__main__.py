@@ -17,6 +17,7 @@ python -m finetune new      FILE [--name NAME] [--text COLUMN ...] [--label COLU
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -41,6 +42,9 @@ SVM = "svm"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 if all went well, 1 if a step failed, 2 if the command or its input was wrong."""
+    # A terminal or a file in an old encoding gets "?" for what it cannot hold, and not a traceback.
+    for stream in filter(lambda stream: isinstance(stream, io.TextIOWrapper), (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)
     # Records name the command that made them; a notebook's kernel, too, finds it here.
     given = sys.argv[1:] if arguments is None else arguments

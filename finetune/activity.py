@@ -34,7 +34,7 @@ def unfinished_trainings(states: Path) -> list[dict]:
     found = []
     for progress in sorted(states.glob("*/progress.json")):
         try:
-            run = json.loads(progress.read_text())
+            run = json.loads(progress.read_bytes())
         except FileNotFoundError:
             continue
         item = {key: run[key] for key in ("run", "step", "total_steps")}

@@ -329,7 +329,7 @@ class _Progress:
         """Show each accuracy on the test rows as soon as its record is there."""
         there = self._records()
         for path in [path for key, path in there.items() if key not in self._shown]:
-            record = json.loads(path.read_text())
+            record = json.loads(path.read_bytes())
             scoring = record.get("scoring") or (record.get("evaluation") or {}).get("scoring")
             if scoring:
                 name = path.parent.relative_to(paths.results_folder(self._place))
@@ -362,7 +362,7 @@ def _training_progress(place: str) -> str:
     for path in paths.state_folder(place, "").parent.glob(f"{place}-*/progress.json"):
         # The file is replaced at every step and removed at the end, perhaps between glob and read.
         with contextlib.suppress(FileNotFoundError):
-            state = json.loads(path.read_text())
+            state = json.loads(path.read_bytes())
             if time.time() - state["updated"] > STALE_SECONDS:
                 continue
             return f"step {state['step']}/{state['total_steps']}, {state['seconds_left']} s left"

@@ -60,7 +60,7 @@ class Clock(TrainerCallback):
     def on_train_begin(self, args, state, control, **_) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE
         if state.global_step and checkpoint.is_file():
-            before = json.loads(checkpoint.read_text())
+            before = json.loads(checkpoint.read_bytes())
             self.seconds = before["seconds"]
             self.energy.go_on_from(before.get("joules"))
             self._portions.largest, self._portions.note = before.get("largest"), before.get("note", "")

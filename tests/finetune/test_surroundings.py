@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import filelock
+import matplotlib
 import pytest
 from transformers import TrainerState
 
@@ -40,9 +42,22 @@ umask 077
 mount --bind '{paths.PROJECT}' '{paths.PROJECT}' && mount -o remount,bind,ro '{paths.PROJECT}' || exit 99
 exec unshare --user --map-user=12345 --map-group=12345 "$@"
 """
-    values = {"PATH": os.environ["PATH"], "LC_ALL": "C", "GIT_DIR": f"{tmp_path}/other/.git", "TMPDIR": str(long)}
-    values |= {"JUPYTER_PATH": f"{tmp_path}/kernels", "FINETUNE_HOME": f"{tmp_path}/out", "OMP_NUM_THREADS": "1"}
-    values |= {"PYTHONPATH": str(paths.PROJECT), "HF_HUB_OFFLINE": "1"}
+    values = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(paths.PROJECT),
+        "FINETUNE_HOME": f"{tmp_path}/out",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        # Its list of fonts takes seconds to make.
+        "MPLCONFIGDIR": matplotlib.get_cachedir(),
+        "LC_ALL": "C",
+        # Python would take UTF-8 in its place.
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "GIT_DIR": f"{tmp_path}/other/.git",
+        "TMPDIR": str(long),
+        "JUPYTER_PATH": f"{tmp_path}/kernels",
+    }
     tried = subprocess.run([*isolated, script, "bash", "true"], capture_output=True, text=True)
     if tried.returncode:
         pytest.skip(f"no read-only checkout and no other user can be made here: {tried.stderr.strip()}")
@@ -153,3 +168,11 @@ def test_a_clock_that_is_set_back_stops_no_report(tmp_path, monkeypatch):
         clock.on_step_end(arguments, TrainerState(global_step=step, max_steps=10), None)
         progress = json.loads((tmp_path / "cpu-lora" / "progress.json").read_text())
         assert progress["step"] == step and progress["seconds_left"] >= 0
+
+
+def test_an_encoding_without_umlauts_gets_something_else_for_them(home, monkeypatch):
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stderr", written)
+    assert main(["data", "--task", "Müller"]) == 2
+    written.flush()
+    assert b"unknown task 'M?ller'" in written.buffer.getvalue()
