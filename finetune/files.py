@@ -89,7 +89,7 @@ def _try_to_lock(target: Path) -> tuple[BaseFileLock, bool]:
 
 
 # The folders of this process: a lock that nobody holds on to is freed.
-_owned: dict[Path, FileLock] = {}
+_owned: dict[Path, BaseFileLock] = {}
 
 
 def own(folder: Path) -> None:

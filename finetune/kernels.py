@@ -73,18 +73,12 @@ class Kernels:
         scratch = Path(self._scratch.name)
         self._server = self._serve(scratch) if sys.platform == "linux" and not machine.has_cuda() else None
         # -S -E: the proxy needs no packages, and starts in a fiftieth of a second.
-        proxy = [sys.executable, "-S", "-E", str(scratch / "proxy.py"), str(scratch / "server")]
+        proxy = ["-S", "-E", str(scratch / "proxy.py"), str(scratch / "server")]
+        start = proxy if self._server else ["-m", "ipykernel_launcher"]
         # Not Jupyter's own `python3`: a user's may be of another Python.
-        command = [
-            *(proxy if self._server else [sys.executable, "-m", "ipykernel_launcher"]),
-            "-f",
-            "{connection_file}",
-        ]
-        (scratch / "kernels" / KERNEL).mkdir(parents=True)
-        write_json(
-            scratch / "kernels" / KERNEL / "kernel.json",
-            {"argv": command, "display_name": "Python 3", "language": "python"},
-        )
+        command = [sys.executable, *start, "-f", "{connection_file}"]
+        specification = {"argv": command, "display_name": "Python 3", "language": "python"}
+        write_json(scratch / "kernels" / KERNEL / "kernel.json", specification)
         return self
 
     def __exit__(self, *_) -> None:

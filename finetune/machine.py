@@ -159,6 +159,8 @@ class MemoryWatch:
     Nothing else ends a process in time: on a CPU the kernel kills it, and unified memory freezes the machine.
     """
 
+    _floor, _lowest = 0, sys.maxsize
+
     def __enter__(self) -> MemoryWatch:
         self._floor, self._lowest, self._ended = memory_floor(), sys.maxsize, threading.Event()
         if self._floor:
@@ -174,6 +176,8 @@ class MemoryWatch:
 
     def shortage(self) -> str:
         """How little was left since this was last asked, if it was less than the floor; else empty."""
+        if not self._floor:
+            return ""
         lowest, self._lowest = min(self._lowest, memory_left()), sys.maxsize
         if lowest >= self._floor:
             return ""

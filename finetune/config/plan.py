@@ -42,9 +42,9 @@ EVALUATION_ONLY = {
 }
 # What tells which training an evaluation is of.
 NAMING = {"task", "model", "variant"}
-# Settings of the process, not parameters of an experiment.
 # Files and folders, or names on the hub.
 PLACES = ("model", "data_path")
+# Settings of the process, not parameters of an experiment.
 NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND", "FINETUNE_FORCE", "FINETUNE_MEMORY_FLOOR"}
 
 
@@ -273,7 +273,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, str]:
 
 def located(name: str, value: Any) -> Any:
     """A parameter's value that means the same in any working folder: a notebook's is not the command line's."""
-    return paths.absolute(value) if name in PLACES and value not in (None, MODEL) else value
+    return paths.absolute(value) if name in PLACES and value and value != MODEL else value
 
 
 def fewer_rows(count: int) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class TestMemory:
         monkeypatch.setattr(machine, "SECONDS_BETWEEN_READINGS", 0.01)
         monkeypatch.setattr(machine, "memory_left", lambda: left.pop(0) if len(left) > 1 else left[0])
         monkeypatch.setenv("FINETUNE_MEMORY_FLOOR", "2")
+        assert machine.MemoryWatch().shortage() == "", "it has not begun"
         with machine.MemoryWatch() as watch:
             while len(left) > 1:
                 time.sleep(0.01)
