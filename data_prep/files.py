@@ -165,7 +165,10 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         number = errno.ENOSPC if FULL.search(str(error)) else getattr(error, "errno", None)
-        if number not in REFUSALS:
+        named = getattr(error, "filename", None)
+        blamed = Path(named) if isinstance(named, str) else path
+        # A file that may not be read is another matter.
+        if number not in REFUSALS or not (blamed.is_relative_to(path.parent) or path.is_relative_to(blamed)):
             raise
         raise UserError(f"{path} cannot be written: {REFUSALS[number]}") from error
 

@@ -118,6 +118,9 @@ def test_what_an_operating_system_refuses_is_said(home, monkeypatch, tiny_model,
     with pytest.raises(UserError, match=reason), files.replacing_folder(home / "artefact") as beside:
         (beside / "weights").touch()
     assert not list(home.glob("*artefact*"))
+    # A source that may not be read meanwhile is another matter.
+    with pytest.raises(OSError, match=r"data.train"), files.replacing_folder(home / "artefact"):
+        raise OSError(number, os.strerror(number), "/data/train.csv")
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
