@@ -167,7 +167,7 @@ class PackedSFTTrainer(SFTTrainer):
         self.update_in_backward, self.added_callbacks, self.added = update_in_backward, list(callbacks), named
         self.early_stopping_patience = early_stopping_patience
         stopping = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
-        self.clock, self.signals, self._is_silent = Clock(), SaveOnSignal(), False
+        self._is_silent = False
         adapted, config = getattr(model, "peft_config", None), model.config.get_text_config()
         asks_router = vars(config).get("output_router_logits")
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -199,6 +199,8 @@ class PackedSFTTrainer(SFTTrainer):
                 sum(len(row.prompt) - shared for row in encoded),
             )
             named = {"data_collator": RowCollator(shared, shapes, article_loss * answers / articles)} | named
+        self.portions = Portions(named.get("data_collator"), self._trained)
+        self.clock, self.signals = Clock(self.portions), SaveOnSignal(self.portions)
         # Rows are encoded and packed here; Unsloth would turn its own packing on.
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         args.packing = args.padding_free = False
@@ -246,7 +248,6 @@ class PackedSFTTrainer(SFTTrainer):
         self._adds_rows &= not self._several
         if self.packed:
             self._passes = GraphedPasses(self._loss, self._trained) if cuda_graphs else None
-            self.portions = Portions(self.data_collator, self._trained)
             if not self._several:
                 # The trainer calls it at each step; see floating_point_ops.
                 model.zero_grad = self._forget_gradients
@@ -261,7 +262,7 @@ class PackedSFTTrainer(SFTTrainer):
 
         Raises:
             UserError: Another process trains there; one article does not fit into the memory, or the optimiser does
-                not; or SIGINT, SIGTERM or SIGHUP came, and the sentence says where the training goes on.
+                not; or a signal came or memory ran short, and the sentence says where the training goes on.
         """
         if machine.rank() == 0:
             files.own(Path(self.args.output_dir))
@@ -299,8 +300,17 @@ class PackedSFTTrainer(SFTTrainer):
         # Not through DDP, which would have all processes call it equally often.
         self.backbone.run = self.backbone.model
         # The same products as in training; the labels' probabilities are formed in fp32.
-        with self.autocast():
-            probabilities = np.array(score.divided(self._scorer.score, prompts))
+        try:
+            with self.autocast():
+                probabilities = np.array(score.divided(self._scorer.score, prompts))
+        except UserError:
+            # Several processes save together, or not at all.
+            if self.is_in_train and self.state.global_step and not self._several:
+                self._save_checkpoint(self.model, trial=None)
+                self.callback_handler.on_save(self.args, self.state, self.control)
+            raise
+        # Scoring has taken smaller batches by now.
+        self.signals.memory.shortage()
         self.backbone.model.train()
         accuracy = float(np.mean(np.equal(score.predicted_labels(probabilities, self._labels), labels)))
         found = {
