@@ -85,8 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", parents=[common, suite], help="execute the notebooks headless, in their order")
     run.add_argument("--seeds", type=_positive, default=1, metavar="N", help="train each method with N seeds")
     run.add_argument("--processes", default="1", metavar="N", help="train on N GPUs, or CPU processes; auto: all GPUs")
-    whole = "each GPU holds the model (ddp), or a part of each layer (fsdp2)"
-    run.add_argument("--strategy", default="ddp", choices=STRATEGIES, help=whole)
+    run.add_argument("--strategy", default="ddp", choices=STRATEGIES, help="each GPU holds the model, or a part of it")
     run.set_defaults(command=_run)
 
     curve = commands.add_parser("curve", parents=[common, suite], help="train each method, and an SVM, on fewer rows")
@@ -171,11 +170,7 @@ def _bytes(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    processes = 1 if options.processes == "1" else processes_for(options.processes)
-    if processes > 1:
-        # Plans name another engine then.
-        os.environ["FINETUNE_PROCESSES"] = str(processes)
-    return _execute(options, seeds=options.seeds, processes=processes, strategy=options.strategy)
+    return _execute(options, seeds=options.seeds, shared=(processes_for(options.processes), options.strategy))
 
 
 def _curve(options: argparse.Namespace) -> int:
@@ -272,8 +267,8 @@ def _plan(options: argparse.Namespace) -> int:
     if options.run is None:
         raise UserError(f"name a run ({', '.join(METHODS)}), or a memory such as --memory 24GB")
     resolved = plan(options.run, options.profile, _overrides(options))
-    print(wrapped(f"{resolved.run}: profile {resolved.profile} ({resolved.profile_reason})"))
-    print(wrapped(f"engine {resolved.engine} ({resolved.engine_reason})"))
+    profile = wrapped(f"{resolved.run}: profile {resolved.profile} ({resolved.profile_reason})")
+    print(profile, wrapped(f"engine {resolved.engine} ({resolved.engine_reason})"), sep="\n")
     shown = Table(box=SIMPLE, pad_edge=False)
     shown.add_column("parameter", no_wrap=True)
     for name in ("value", "from"):
@@ -335,8 +330,7 @@ def _plan_memory(size: int) -> int:
 def _data(options: argparse.Namespace) -> int:
     from finetune.data import load_data
 
-    overrides = _overrides(options)
-    print(load_data(plan("base", options.profile, overrides)).table().to_string())
+    print(load_data(plan("base", options.profile, _overrides(options))).table().to_string())
     return 0
 
 

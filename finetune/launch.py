@@ -34,21 +34,24 @@ FAILURE = re.compile(r"host\s*: (\S+)\s+rank\s*: (\d+).*\s+exitcode\s*: (-?\d+)"
 
 
 def processes_for(asked: str) -> int:
-    """How many processes `--processes` asks for.
+    """How many processes `--processes` asks for; plans that are made from here on know it.
 
     Raises:
         UserError: It is no number from 1, or there are fewer GPUs.
     """
+    if asked == "1":
+        return 1
     import torch
 
     gpus = torch.cuda.device_count()
-    if asked == "auto":
-        return max(1, gpus)
-    if not asked.isdecimal() or int(asked) == 0:
+    if asked != "auto" and (not asked.isdecimal() or int(asked) == 0):
         raise UserError(f"--processes {asked}: give a whole number from 1, or auto for all visible GPUs")
-    if machine.has_cuda() and int(asked) > gpus:
+    count = max(1, gpus) if asked == "auto" else int(asked)
+    if machine.has_cuda() and count > gpus:
         raise UserError(f"--processes {asked}: each needs a GPU of its own, and {gpus} can be seen here")
-    return int(asked)
+    if count > 1:
+        os.environ["FINETUNE_PROCESSES"] = str(count)
+    return count
 
 
 def driver(notebook: nbformat.NotebookNode, file: Path, processes: int, strategy: str) -> nbformat.NotebookNode:
@@ -58,11 +61,16 @@ def driver(notebook: nbformat.NotebookNode, file: Path, processes: int, strategy
         notebook: With its parameters. It is written to `file`, which the processes run.
         file: A notebook's path.
         processes: How many.
-        strategy: `ddp` or `fsdp2`.
+        strategy: `ddp` or `fsdp2`; an evaluation takes `ddp`, as each process scores with the whole model.
+
+    Returns:
+        The notebook as it is, for one process.
 
     Raises:
         UserError: It has no such cells, or one that is not plain Python.
     """
+    if processes == 1:
+        return notebook
     cells = [number for number, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
     last = _last(notebook)
     first = next(number for number in cells if any(text in notebook.cells[number].source for text in BEGINS))
@@ -74,7 +82,8 @@ def driver(notebook: nbformat.NotebookNode, file: Path, processes: int, strategy
     notebook = copy.deepcopy(notebook)
     for number in cells[cells.index(first) : cells.index(last) + 1]:
         notebook.cells[number].metadata.setdefault("tags", []).append("skip-execution")
-    place = "settings.run_folder" if "save_run(" in notebook.cells[last].source else "found.folder"
+    trains = "save_run(" in notebook.cells[last].source
+    place, strategy = ("settings.run_folder", strategy) if trains else ("found.folder", "ddp")
     source = (
         "from finetune.compare import plots\nfrom finetune.launch import launch\n\n"
         f"# The cells above, from `{notebook.cells[first].source.splitlines()[-1]}` on, ran there.\n"

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,6 @@ import nbformat
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
-from tqdm import tqdm
 
 from data_prep import UserError
 from data_prep.files import MANIFEST, replacing, write_json
@@ -32,12 +30,10 @@ from finetune.config.methods import METHODS
 from finetune.config.plan import EVALUATION_ONLY, NAMING, Settings, UnavailableHere, applicable, fewer_rows, plan
 from finetune.kernels import Kernels
 from finetune.launch import driver
+from finetune.progress import Progress
 
 NOTEBOOKS = paths.PROJECT / "notebooks"
 RECORD = records.RECORD
-# A killed training leaves its progress behind; a step of a 7B model on a DGX Spark takes about 20 seconds.
-STALE_SECONDS = 300
-SECONDS_BETWEEN_LINES = 30
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -132,8 +128,7 @@ class Suite:
         fresh: Run every step, whatever can be reused.
         seeds: Trainings of each method, with the seed that is planned and those after it.
         curve: Numbers of training rows to train and evaluate each method on, instead of all.
-        processes: How many train and evaluate each model together.
-        strategy: How they do: `ddp` or `fsdp2`.
+        shared: Processes that train and evaluate each model together, and how: `ddp` or `fsdp2`.
 
     Raises:
         UserError: An unknown profile, parameter or run, or values that no run allows, before anything is executed.
@@ -147,15 +142,13 @@ class Suite:
         fresh: bool = False,
         seeds: int = 1,
         curve: tuple[int, ...] = (),
-        processes: int = 1,
-        strategy: str = "ddp",
+        shared: tuple[int, str] = (1, "ddp"),
     ):
-        self.processes, self.strategy = processes, strategy
         self.overrides = dict(overrides or {})
         base = plan("base", profile, self.overrides_for("base"))
         self.profile, self.task, self.place = base.profile, base.task.name, base.place
         self.steps = _curve(_selected(only), curve) if curve else _seeded(_selected(only), base.experiment.seed, seeds)
-        self.fresh = fresh
+        self.fresh, self.shared = fresh, shared
         self._plans: dict[str, Settings] = {}
         self._refused: dict[str, UserError] = {}
         for step in self.steps:
@@ -185,7 +178,7 @@ class Suite:
         """
         outcomes: list[Outcome] = []
         with contextlib.ExitStack() as stack:
-            progress = stack.enter_context(_Progress(self.steps, self.place))
+            progress = stack.enter_context(Progress(self.steps, self.place))
             kernels: Kernels | None = None
             for step in self.steps:
                 outcome = self._without_executing(step, outcomes)
@@ -214,17 +207,14 @@ class Suite:
             return None
         return Outcome(step, "reused", reason=f"made by commit {made}; nothing that it depends on has changed")
 
-    def _execute(self, step: Step, kernels: Kernels, progress: _Progress) -> Outcome:
+    def _execute(self, step: Step, kernels: Kernels, progress: Progress) -> Outcome:
         notebook = parameterize_notebook(
             _notebook(step),
             {"PROFILE": self.profile, "TASK": self.task, **self._given(step), **step.parameters},
         )
-        if self.processes > 1 and METHODS[step.run or "base"].recipe:
+        if METHODS[step.run or "base"].recipe:
             # The base model's notebook goes on with its model.
-            file = self.folder / f".{step.name}.processes.ipynb"
-            # Each scores with the whole model.
-            strategy = self.strategy if step.kind == "train" else "ddp"
-            notebook = driver(notebook, file, self.processes, strategy)
+            notebook = driver(notebook, self.folder / f".{step.name}.processes.ipynb", *self.shared)
         stamp = self._stamp(step)
         stamp.unlink(missing_ok=True)
         start = time.perf_counter()
@@ -299,86 +289,6 @@ class Suite:
             path = self._plans[step.name].run_folder / RECORD
             if path.is_file():
                 yield json.loads(path.read_text())["training"]["artefact_digest"].encode()
-
-
-class _Progress:
-    """What runs, for how long, and how far a training is: a bar in a terminal, lines elsewhere; and the first figures.
-
-    Args:
-        steps: All steps.
-        place: Where trainings and records are looked for.
-    """
-
-    def __init__(self, steps: tuple[Step, ...], place: str):
-        self._place = place
-        self._steps = steps
-        self._bar = tqdm(total=len(steps), unit="step", disable=None, bar_format="{l_bar}{bar:20}| {elapsed}{postfix}")
-        self._now = ""
-        self._cells = 0
-        self._shown: set[str] = set()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.close()
-
-    def _write(self, text: str) -> None:
-        self._bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
-
-    def start(self, step: Step, cells: int) -> None:
-        self._now, self._cells = step.name, cells
-        self._begun = self._told = time.monotonic()
-        self._shown |= self._records().keys()
-        if self._bar.disable:
-            self._write(f"running            {step.name} ({self._steps.index(step) + 1} of {len(self._steps)})")
-
-    def cell(self, number: int) -> None:
-        self._bar.set_description_str(f"{self._now}, cell {number + 1}/{self._cells}")
-
-    def advance(self) -> None:
-        """Show each accuracy on the test rows as soon as its record is there."""
-        there = self._records()
-        for path in [path for key, path in there.items() if key not in self._shown]:
-            record = json.loads(path.read_bytes())
-            scoring = record.get("scoring") or (record.get("evaluation") or {}).get("scoring")
-            if scoring:
-                name = path.parent.relative_to(paths.results_folder(self._place))
-                self._write(
-                    f"                   {name}: {scoring['accuracy']:.1%} of {scoring['rows']:,} test rows right"
-                )
-        self._shown |= there.keys()
-
-    def _records(self) -> dict[str, Path]:
-        """The records that are there, by path and time: a clock that was set back says nothing of their order."""
-        found = sorted(paths.results_folder(self._place).rglob(RECORD))
-        return {f"{path} {path.stat().st_mtime_ns}": path for path in found}
-
-    def tick(self) -> None:
-        training = _training_progress(self._place)
-        if not self._bar.disable:
-            self._bar.set_postfix_str(training)
-        elif time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
-            self._told = time.monotonic()
-            seconds = round(self._told - self._begun)
-            self._write(f"                   {self._now}: {seconds} s" + (f", {training}" if training else ""))
-
-    def finish(self, outcome: Outcome) -> None:
-        self._bar.update()
-        self._write(str(outcome))
-
-
-def _training_progress(place: str) -> str:
-    """How far the training that runs now is, empty if none does."""
-    for path in paths.state_folder(place, "").parent.glob(f"{place}-*/progress.json"):
-        # The file is replaced at every step and removed at the end, perhaps between glob and read.
-        with contextlib.suppress(FileNotFoundError):
-            state = json.loads(path.read_bytes())
-            if time.time() - state["updated"] > STALE_SECONDS:
-                continue
-            return f"step {state['step']}/{state['total_steps']}, {state['seconds_left']} s left"
-    return ""
 
 
 def _selected(only: tuple[str, ...]) -> tuple[Step, ...]:

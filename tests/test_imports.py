@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "compare": COMMON | {"baseline_records", "config", "metrics", "records", "wording"},
 }
 # They put the rest together.
-ENTRIES = {"__init__", "activity", "__main__", "kernels", "keys", "launch", "new", "notebooks", "runner"}
+ENTRIES = {"__init__", "activity", "__main__", "kernels", "keys", "launch", "new", "notebooks", "progress", "runner"}
 WITHOUT_TORCH = [
     "finetune",
     "finetune.records",

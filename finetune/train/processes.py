@@ -13,13 +13,17 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import DistributedType
 from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Sampler
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from trl import SFTConfig, SFTTrainer
 
 from data_prep import UserError
+from finetune import machine
 from finetune.model.encode import IGNORED
 
 
@@ -122,3 +126,80 @@ def load_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:
 
 def _parted(whole: torch.Tensor, like: DTensor) -> DTensor:
     return distribute_tensor(whole.to(like.device, like.dtype), like.device_mesh, like.placements)
+
+
+class SharedTraining(SFTTrainer):
+    """What a trainer needs besides to be one of several processes. In one process it is TRL's.
+
+    Attributes:
+        update: Articles of a pass and passes of an update, as the recipe has them.
+    """
+
+    update: tuple[int, int]
+    update_in_backward: bool
+    _shared = 0
+    _several = False
+
+    def divide(self, args: SFTConfig, reads_images: bool) -> None:
+        """Set the arguments of one of several processes.
+
+        Raises:
+            UserError: The update cannot be shared out, or the recipe is for one process.
+        """
+        if not args.packing or self.update_in_backward:
+            raise UserError("packing=False and update_in_backward=True train in one process: leave --processes out")
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = share(*self.update, machine.processes())
+        # An image's tower has no part in the loss.
+        args.ddp_find_unused_parameters, args.ddp_broadcast_buffers = reads_images, False
+        if machine.strategy() == "FSDP2":
+            if args.optim == "adamw_8bit":
+                raise UserError("adamw_8bit knows no weights in parts (fsdp2): set optim=adamw_torch_fused")
+            # The loss's own autocast does what it does in one process; Accelerate's would hold bf16 weights in fp32.
+            args.mixed_precision = "no"
+            # Gradients that wait for the update's last pass would be those of the whole model.
+            args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
+            if args.use_cpu:
+                # Accelerate knows FSDP2 on accelerators alone, PyTorch on a CPU too.
+                args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+
+    def get_train_dataloader(self):
+        if not self._several:
+            return super().get_train_dataloader()
+        rows, multiple = self.train_dataset, self.args.per_device_train_batch_size * machine.processes()
+        order = Rounded(rows, len(rows), multiple, self.args.data_seed, lambda: int(self.state.epoch or 0))
+        return self._get_dataloader(
+            with_blank(rows, self._shared), "Training", self._train_batch_size, lambda _: order, True
+        )
+
+    # Checkpoints of a model in parts are those of a model in one piece, so that one process can go on from them.
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        weights = whole_weights(self.model, self.args.should_save)
+        if self.args.should_save:
+            self._save(output_dir, weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = whole_optimizer(self.optimizer, self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_best_model()
+        load_weights(self.model, Path(self.state.best_model_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._several:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))

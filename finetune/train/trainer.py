@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from IPython import get_ipython
 from torch.nn import functional
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils.notebook import NotebookProgressCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from data_prep import Example, Task, UserError
 from finetune import files, machine, metrics
@@ -121,7 +119,7 @@ class RowCollator:
         return min(self._shapes.supervised * articles, tokens) - supervised if self._shapes else 0
 
 
-class PackedSFTTrainer(SFTTrainer):
+class PackedSFTTrainer(processes.SharedTraining):
     """TRL's SFTTrainer on packed rows, watched on validation rows.
 
     With `packing=True` a batch of articles is one row without padding (`RowCollator`); otherwise batches are padded as
@@ -163,13 +161,12 @@ class PackedSFTTrainer(SFTTrainer):
         **named: Any,
     ):
         # What save_run reads of what ran.
-        self.packed, self.article_loss, self.cuda_graphs = args.packing, article_loss, cuda_graphs
+        self.packed, self.article_loss, self._several = args.packing, article_loss, machine.processes() > 1
         self.update_in_backward, self.added_callbacks, self.added = update_in_backward, list(callbacks), named
         self.early_stopping_patience = early_stopping_patience
         stopping = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
-        self._is_silent = False
         adapted, config = getattr(model, "peft_config", None), model.config.get_text_config()
-        asks_router = vars(config).get("output_router_logits")
+        self._is_silent, asks_router = False, vars(config).get("output_router_logits")
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
         encoded = encode.encode(processing_class, train_dataset, args.max_length)
@@ -178,13 +175,14 @@ class PackedSFTTrainer(SFTTrainer):
         sequences = [row.prompt + row.answer for row in (*encoded, *watched)]
         self.backbone, self.checks["rows"] = choose_backbone(model, sequences)
         # Nothing of packed rows alone: padded batches have another layout each time.
-        self._shared, self._several = 0, machine.processes() > 1
         cuda_graphs &= args.packing and isinstance(self.backbone, packing.Backbone) and not self._several
-        self.cuda_graphs = cuda_graphs
         # A recipe's update is the same on any number of processes; the record says what the recipe does.
-        self.update = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        self.update, self.cuda_graphs = (
+            (args.per_device_train_batch_size, args.gradient_accumulation_steps),
+            cuda_graphs,
+        )
         if self._several:
-            self._divide(args, config is not model.config)
+            self.divide(args, reads_images=config is not model.config)
         self.encoded_tokens = sum(map(len, encoded))
         supervised = args.completion_only_loss is not False
         if self.packed:
@@ -194,10 +192,8 @@ class PackedSFTTrainer(SFTTrainer):
             shared = self._shared = encode.shared_length([row.prompt for row in encoded]) if alike else 0
             shapes = _fixed_shapes(args, encoded, shared, supervised and not article_loss) if cuda_graphs else None
             # What an article's token weighs against an answer's, so that the two means are weighed as asked for.
-            answers, articles = (
-                sum(len(row.answer) for row in encoded),
-                sum(len(row.prompt) - shared for row in encoded),
-            )
+            answers = sum(len(row.answer) for row in encoded)
+            articles = sum(len(row.prompt) - shared for row in encoded)
             named = {"data_collator": RowCollator(shared, shapes, article_loss * answers / articles)} | named
         self.portions = Portions(named.get("data_collator"), self._trained)
         self.clock, self.signals = Clock(self.portions), SaveOnSignal(self.portions)
@@ -239,22 +235,20 @@ class PackedSFTTrainer(SFTTrainer):
         self._labels = task.labels
         self._watched = [row.prompt for row in watched], [example.label for example in eval_dataset]
         self.supervision = checks.check_supervision(self, processing_class)
-        self._passes = None
+        self._passes = GraphedPasses(self._loss, self._trained) if cuda_graphs else None
         # Of a table of 49,152 rows, a batch reads a few hundred. PyTorch makes its gradient as large as the table and
         # adds it to the head's, which is the same matrix: 0.6 of the 4.0 s of a step of SmolLM2-135M on two cores.
         table = model.get_input_embeddings().weight
         self._adds_rows = table is self.backbone.head.weight and table.requires_grad and table.device.type == "cpu"
-        self._adds_rows &= self.packed and isinstance(self.backbone, packing.Backbone) and not update_in_backward
-        self._adds_rows &= not self._several
+        alone = not (update_in_backward or self._several)
+        self._adds_rows &= self.packed and isinstance(self.backbone, packing.Backbone) and alone
         if self.packed:
-            self._passes = GraphedPasses(self._loss, self._trained) if cuda_graphs else None
             if not self._several:
                 # The trainer calls it at each step; see floating_point_ops.
                 model.zero_grad = self._forget_gradients
             # The loss divides by the whole update's supervised tokens itself.
             self.model_accepts_loss_kwargs = True
-        for name, check in self.checks.items():
-            print(f"{name}: {check}")
+        print(*(f"{name}: {check}" for name, check in self.checks.items()), sep="\n")
 
     def train(self, resume_from_checkpoint: str | None = None, **named):
         """TRL's, except that an interrupted training saves a checkpoint first, and that `args.output_dir` belongs to
@@ -289,7 +283,7 @@ class PackedSFTTrainer(SFTTrainer):
         return self.supervision.table()
 
     def autocast(self) -> torch.autocast:
-        """A context in which fp32 weights are multiplied in bf16, where `args.bf16` says so."""
+        """Where `args.bf16` says so, a context in which fp32 weights are multiplied in bf16."""
         return torch.autocast(machine.device(), dtype=torch.bfloat16, enabled=self.args.bf16)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -329,72 +323,6 @@ class PackedSFTTrainer(SFTTrainer):
         if self.update_in_backward:
             update_in_backward(optimizer)
         return optimizer
-
-    def _divide(self, args: SFTConfig, reads_images: bool) -> None:
-        """Set the arguments of one of several processes.
-
-        Raises:
-            UserError: The update cannot be shared out, or the recipe is for one process.
-        """
-        if not args.packing or self.update_in_backward:
-            raise UserError("packing=False and update_in_backward=True train in one process: leave --processes out")
-        args.per_device_train_batch_size, args.gradient_accumulation_steps = processes.share(
-            *self.update, machine.processes()
-        )
-        # An image's tower has no part in the loss.
-        args.ddp_find_unused_parameters, args.ddp_broadcast_buffers = reads_images, False
-        if machine.strategy() == "FSDP2":
-            if args.optim == "adamw_8bit":
-                raise UserError("adamw_8bit knows no weights in parts (fsdp2): set optim=adamw_torch_fused")
-            # The loss's own autocast does what it does in one process; Accelerate's would hold bf16 weights in fp32.
-            args.mixed_precision = "no"
-            # Gradients that wait for the update's last pass would be those of the whole model.
-            args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
-            if args.use_cpu:
-                # Accelerate knows FSDP2 on accelerators alone, PyTorch on a CPU too.
-                args.distributed_state.distributed_type = DistributedType.MULTI_GPU
-
-    def get_train_dataloader(self):
-        if not self._several:
-            return super().get_train_dataloader()
-        rows, multiple = self.train_dataset, self.args.per_device_train_batch_size * machine.processes()
-        order = processes.Rounded(rows, len(rows), multiple, self.args.data_seed, lambda: int(self.state.epoch or 0))
-        return self._get_dataloader(
-            processes.with_blank(rows, self._shared), "Training", self._train_batch_size, lambda _: order, True
-        )
-
-    # Checkpoints of a model in parts are those of a model in one piece, so that one process can go on from them.
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not self.is_fsdp_enabled:
-            return super().save_model(output_dir, _internal_call)
-        weights = processes.whole_weights(self.model, self.args.should_save)
-        if self.args.should_save:
-            self._save(output_dir, weights)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
-            return super()._save_optimizer_and_scheduler(output_dir)
-        state = processes.whole_optimizer(self.optimizer, self.args.should_save)
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if not self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        processes.load_weights(self.model, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        if not self.is_fsdp_enabled:
-            return super()._load_best_model()
-        processes.load_weights(self.model, Path(self.state.best_model_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._several:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        processes.load_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward pass; the row is active in both, because checkpointed layers run again in the second."""
@@ -458,9 +386,8 @@ class PackedSFTTrainer(SFTTrainer):
         return (loss, {}) if return_outputs else loss
 
     def _loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        row = batch["row"]
         with self.autocast():
-            logits = self.backbone(row, batch["predicts"], batch.get("embeddings"))
+            logits = self.backbone(batch["row"], batch["predicts"], batch.get("embeddings"))
         smoothing = self.args.label_smoothing_factor
         losses = functional.cross_entropy(logits.float(), batch["targets"], reduction="none", label_smoothing=smoothing)
         return (losses * batch["weights"]).sum() / batch["tokens"]

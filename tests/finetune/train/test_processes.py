@@ -200,9 +200,10 @@ def test_a_sentence_of_a_process_is_the_sentence_of_all(tmp_path):
     assert str(tmp_path) in _failure("nothing", tmp_path)
 
 
-def test_processes_are_a_number_or_all_gpus():
+def test_processes_are_a_number_or_all_gpus(monkeypatch):
     assert processes_for("auto") >= 1
     if not machine.has_cuda():
+        monkeypatch.setenv("FINETUNE_PROCESSES", "")
         assert processes_for("3") == 3
     with pytest.raises(UserError, match="whole number"):
         processes_for("two")
@@ -212,7 +213,7 @@ def test_processes_are_a_number_or_all_gpus():
 def test_the_suite_trains_and_evaluates_on_two_processes(overrides, tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_HOME", str(tmp_path))
     monkeypatch.setenv("FINETUNE_PROCESSES", "2")
-    outcomes = Suite("cpu", overrides, ("base", "lora"), processes=2).execute()
+    outcomes = Suite("cpu", overrides, ("base", "lora"), shared=(2, "ddp")).execute()
     assert [outcome.status for outcome in outcomes] == ["done"] * 3, [outcome.reason for outcome in outcomes]
     record = several.record("lora", tmp_path)
     assert record["training"]["processes"] == 2 and record["evaluation"]["scoring"]["rows"] == 24

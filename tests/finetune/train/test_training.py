@@ -31,7 +31,7 @@ from finetune.files import disown
 from finetune.model import encode, load
 from finetune.model.packing import Backbone
 from finetune.notebooks import run_cells
-from finetune.runner import _training_progress
+from finetune.progress import training_progress
 from finetune.train.callbacks import Clock, SaveOnSignal
 from finetune.train.checks import check_supervision
 from finetune.train.portions import Portions
@@ -532,10 +532,10 @@ def test_variants_of_a_run_report_their_progress_apart(home):
         clock.on_step_end(SimpleNamespace(output_dir=str(folder)), TrainerState(global_step=3, max_steps=10), None)
         progress = json.loads((folder / "progress.json").read_text())
         assert (progress["run"], progress["step"]) == (folder.name, 3)
-    assert _training_progress("cpu").startswith("step 3/10, ")
+    assert training_progress("cpu").startswith("step 3/10, ")
     paths.state_folder("cpu", "lora").joinpath("progress.json").unlink()
-    assert _training_progress("cpu").startswith("step 3/10, "), "the variant's"
-    assert _training_progress("cpu+tickets") == ""
+    assert training_progress("cpu").startswith("step 3/10, "), "the variant's"
+    assert training_progress("cpu+tickets") == ""
 
 
 def test_two_processes_that_start_together_prepare_the_data_once(tiny, place, tmp_path, monkeypatch, capfd):
