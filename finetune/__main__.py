@@ -236,8 +236,7 @@ def _execute(options: argparse.Namespace, **trainings: Any) -> int:
     outcomes = suite.execute()
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if failed:
-        names = wording.listed([outcome.step.name for outcome in failed])
-        print(f"failed: {names}; see {suite.folder}", file=sys.stderr)
+        print(f"failed: {wording.listed([one.step.name for one in failed])}; see {suite.folder}", file=sys.stderr)
         return 1
     if any(outcome.step.run is None for outcome in outcomes):
         _print_comparison(suite.place)

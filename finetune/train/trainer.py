@@ -381,7 +381,7 @@ class PackedSFTTrainer(processes.SharedTraining):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         tokens = (inputs["labels"] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         self.backbone.run = model
-        # The mean over processes, which DDP and FSDP2 take, is to be the sum.
+        # DDP and FSDP2 take the mean over processes, and we the sum.
         loss = self._loss({**inputs, "tokens": tokens}) * machine.processes()
         return (loss, {}) if return_outputs else loss
 
