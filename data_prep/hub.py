@@ -11,11 +11,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from data_prep import tables
+import numpy as np
+
+from data_prep import splits
 from data_prep.errors import DataError, UserError
 from data_prep.files import SPLITS, Split
 from data_prep.rows import Row, some, spelled, spelling
 from data_prep.task import Columns, Task
+from data_prep.text_files import cell
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,16 @@ class Hub:
     name: str = "hub"
 
     def splits(self) -> tuple[Split, ...]:
-        return tuple(split for split in SPLITS if split in self._loaded)
+        return self._parts if self.task.is_split else SPLITS
 
     def rows(self, split: Split) -> Iterator[Row]:
-        for texts, label in self._values(split):
-            yield Row(tuple(text.strip() for text in texts), self._labels[label])
+        for number, (texts, label) in enumerate(self._values(split if self.task.is_split else "train")):
+            if self.task.is_split or self._assigned[number] == SPLITS.index(split):
+                yield Row(tuple(text.strip() for text in texts), self._labels[label])
 
     def provenance(self) -> dict[str, Any]:
         digests = {}
-        for split in self.splits():
+        for split in self._parts:
             digest = hashlib.sha256()
             for texts, label in self._values(split):
                 digest.update(f"{json.dumps([*texts, label])}\n".encode())
@@ -67,16 +71,39 @@ class Hub:
     def _table(self) -> Columns:
         return self.task.sources["hub"]
 
+    @property
+    def _parts(self) -> tuple[Split, ...]:
+        """The splits that are there."""
+        return tuple(split for split in SPLITS if split in self._loaded)
+
+    @cached_property
+    def _assigned(self) -> np.ndarray:
+        """The split of each row, where there are training rows alone."""
+        labels = [self._labels[label] for _, label in self._values("train")]
+        keys = self._loaded["train"][self.task.splits.column] if self.task.splits.column else ()
+        named = [cell(self.place("train"), row, self.task.splits.column, key) for row, key in enumerate(keys, start=1)]
+        try:
+            return splits.assign(self.task.splits, labels, named)
+        except ValueError as error:
+            raise DataError(self.dataset, str(error)) from error
+
     @cached_property
     def _loaded(self) -> dict[str, Any]:
         """The splits by name, with the task's columns."""
         loaded = load_set(self.dataset, self.revision)
-        if missing := [split for split in ("train", "test") if split not in loaded]:
+        if missing := [split for split in ("train", "test") if split not in loaded and self.task.is_split]:
             raise UserError(
                 f"the data set {self.dataset} has no {' and no '.join(missing)} split; it has {', '.join(loaded)}; "
                 "divide its rows into splits named train and test"
             )
+        if not self.task.is_split and set(loaded) & set(SPLITS) != {"train"}:
+            raise UserError(
+                f"the data set {self.dataset} has the splits {', '.join(loaded)}: set splits.by to given in task "
+                f"{self.task.name}; we split training rows alone"
+            )
         needed = [*self._table.texts, self._table.label]
+        if not self.task.is_split and self.task.splits.column not in (None, *needed):
+            needed.append(self.task.splits.column)
         for split, rows in loaded.items():
             if split in SPLITS and not set(needed) <= set(rows.column_names):
                 raise UserError(
@@ -90,23 +117,24 @@ class Hub:
         columns, rows = self._table, self._loaded[split]
         classes = getattr(rows.features[columns.label], "names", None)
         # In batches: row by row takes ten times as long.
-        batches = (zip(*(batch[name] for name in rows.column_names), strict=True) for batch in rows.iter(1000))
+        names = [*columns.texts, columns.label]
+        batches = (zip(*(batch[name] for name in names), strict=True) for batch in rows.iter(1000))
         for number, (*texts, label) in enumerate(chain.from_iterable(batches), start=1):
             where = f"{self.place(split)}, row {number}"
             if not all(isinstance(text, str) for text in texts) or not any(text.strip() for text in texts):
                 raise DataError(where, f"no text in {' and '.join(columns.texts)}; leave the row out")
             if label is None or (classes and label == -1):
                 raise DataError(where, f"no {columns.label}; leave the row out")
-            yield texts, classes[label] if classes else tables.cell(where, number, columns.label, label)
+            yield texts, classes[label] if classes else cell(where, number, columns.label, label)
 
     @cached_property
     def _labels(self) -> dict[str, str]:
         """What each label of all splits stands for."""
         column = self._table.label
         known = spelled({label: label for label in self.task.labels}) | spelled(self._table.values)
-        found = dict.fromkeys(label for split in self.splits() for _, label in self._values(split))
+        found = dict.fromkeys(label for split in self._parts for _, label in self._values(split))
         if unknown := [label for label in found if spelling(label) not in known]:
-            split = next(split for split in self.splits() if unknown[0] in {label for _, label in self._values(split)})
+            split = next(split for split in self._parts if unknown[0] in {label for _, label in self._values(split)})
             named = some(self.task.labels)
             if all(label.lstrip("-").isdecimal() for label in found):
                 raise DataError(

@@ -69,6 +69,14 @@ class Columns:
     """The label column's value to the label: `{"1": "World"}`. Values that are not here are labels themselves."""
     merge_spellings: bool = False
     """Whether `sports ` and `Sports` are one label."""
+    encoding: Text | None = None
+    """Of files that are not UTF-8, by Python's name: `cp1252`. A file's own mark, as of UTF-16, counts more."""
+
+    def __post_init__(self) -> None:
+        try:
+            "".encode(self.encoding or "utf-8")
+        except LookupError as error:
+            raise ValueError(f"encoding: {self.encoding} is none that Python knows; cp1252 is Windows' own") from error
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -141,6 +149,11 @@ class Task:
                 raise ValueError(f"sources.{kind}.values: must stand for the labels, for each of them")
             if kind == "files" and columns.at is None:
                 raise ValueError("sources.files.at: is missing; name a file or a folder")
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the source splits its rows; else we split one table."""
+        return self.splits is None or self.splits.by == "given"
 
     @property
     def kinds(self) -> list[str]:

@@ -136,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     split = new.add_mutually_exclusive_group()
     split.add_argument("--group", metavar="COLUMN", help="rows with the same value here stay in one split")
     split.add_argument("--time", metavar="COLUMN", help="the latest rows become the test")
+    new.add_argument("--encoding", metavar="NAME", help="of a file that is not UTF-8: cp1252, say")
     new.add_argument("--merge-spellings", action="store_true", help="'sports ' and 'Sports' are one label")
     new.set_defaults(command=_new)
 
@@ -373,7 +374,7 @@ def _new(options: argparse.Namespace) -> int:
 
     by = "group" if options.group else "time" if options.time else None
     column = options.group or options.time
-    new(options.file, options.name, options.text, options.label, by, column, options.merge_spellings)
+    new(options.file, options.name, options.text, options.label, by, column, options.merge_spellings, options.encoding)
     return 0
 
 

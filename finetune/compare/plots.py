@@ -291,7 +291,8 @@ def _draw_f1(axes: Axes, scorings: dict[str, Metrics], names: list[str]) -> None
     centres = np.arange(len(names))
     for position, (run, scoring) in enumerate(scorings.items()):
         classes = [scoring.classes[label] for label in names]
-        heights = 100 * np.array([of.f1 for of in classes])
+        # Of a class without test rows there is nothing to draw.
+        heights = 100 * np.array([of.f1 if of.rows else np.nan for of in classes])
         # A percentile interval may end short of what was observed where next to nothing was wrong.
         below = np.maximum(0, heights - 100 * np.array([of.f1_low for of in classes]))
         above = np.maximum(0, 100 * np.array([of.f1_high for of in classes]) - heights)

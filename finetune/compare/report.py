@@ -127,6 +127,8 @@ def notes(comparison: Comparison) -> list[str]:
         else:
             found.append(f"Training and validation used {train_rows:,} rows, the test {data.test_rows:,}.")
     counts = {label: of.rows for label, of in record.evaluation.scoring.classes.items() if of.rows < FEW}
+    if absent := [label for label, rows in counts.items() if not rows]:
+        found.append(f"No test row has the class {', '.join(absent)}: macro-F1 is the mean of the other classes.")
     if counts:
         fewest = sorted(counts, key=counts.__getitem__)
         named = ", ".join(f"{label} ({counts[label]})" for label in fewest[: metrics.MOST_CLASSES])

@@ -73,8 +73,8 @@ def classes(comparison: Comparison) -> pd.DataFrame:
         line = lines.setdefault(NAMES[name], {})
         for label in shown:
             of = scoring.classes[label]
-            line[f"{label} F1 %"] = percent(of.f1)
-            line[f"{label} interval"] = percent_interval(of.f1_low, of.f1_high)
+            line[f"{label} F1 %"] = percent(of.f1) if of.rows else "-"
+            line[f"{label} interval"] = percent_interval(of.f1_low, of.f1_high) if of.rows else "no test row"
     return _lines(lines) if len(shown) == len(comparison.classes) else _lines(lines).T
 
 

@@ -59,7 +59,8 @@ def test_six_classes_in_json_lines(tickets, tiny_model, capsys):
     assert task.labels == CLASSES and task.sources["files"].at == "tickets.jsonl"
     assert task.sources["files"].texts == ("title", "body") and task.splits.by == "stratified"
     assert "  queue: Billing\n" in printed and "Text: title + body. Label: queue, 6 classes." in printed
-    assert f"48 test rows can show a difference of {metrics.detectable_difference(48, 0.05):.1f} points" in printed
+    assert "48 test rows can show no difference between" in printed
+    assert f"one point needs {metrics.rows_to_show(1, 0.05):,}\n" in printed
     assert "Duplicates: 0 test rows repeat" in printed
     assert printed.endswith("\n  python -m finetune run --task tickets\n")
     data = prepared("tickets", tiny_model)
