@@ -72,12 +72,6 @@ class Columns:
     encoding: Text | None = None
     """Of files that are not UTF-8, by Python's name: `cp1252`. A file's own mark, as of UTF-16, counts more."""
 
-    def __post_init__(self) -> None:
-        try:
-            "".encode(self.encoding or "utf-8")
-        except LookupError as error:
-            raise ValueError(f"encoding: {self.encoding} is none that Python knows; cp1252 is Windows' own") from error
-
 
 @dataclass(frozen=True, config=STRICT)
 class Splits:

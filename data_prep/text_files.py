@@ -80,8 +80,11 @@ def decoded_lines(path: Path, encoding: str | None = None) -> Iterator[str]:
             if begin.startswith(magic):
                 raise DataError(path, reason, 1)
         encoding = _encoding(begin, encoding)
-        # Of two bytes a character, a line's end is no byte that lines can be split at.
-        is_wide = encoding is not None and "\n".encode(encoding) != b"\n"
+        try:
+            # Of two bytes a character, a line's end is no byte that lines can be split at.
+            is_wide = encoding is not None and "\n".encode(encoding) != b"\n"
+        except (LookupError, UnicodeError) as error:
+            raise DataError(path, f"Python knows no encoding {encoding}; Windows' own is cp1252") from error
         try:
             for line in io.TextIOWrapper(file, encoding, newline="\n") if is_wide else file:
                 number += 1

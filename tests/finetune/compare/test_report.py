@@ -161,6 +161,15 @@ class TestReport:
         write_run(results, "lora", right_on(40, 40))
         assert "100.0" in text_of(report.render(load("cpu"), {}))
 
+    def test_a_class_without_test_rows_is_drawn_and_said(self, drawn):
+        results = paths.results_folder("cpu")
+        for name, right in (("base", 20), ("lora", 30)):
+            rows = [row for row in predictions(right_on(right, 40)) if row.label != "World"]
+            write_run(results, name, (), rows=rows)
+        text = text_of(report.render(load("cpu"), {}))
+        assert "No test row has the class World: macro-F1 is the mean of the other classes." in text
+        assert tables.classes(load("cpu")).loc["LoRA", "World F1 %"] == "-"
+
     def test_the_same_records_give_the_same_file(self, drawn):
         assert write_report() == write_report()
 
