@@ -92,10 +92,10 @@ def decoded_lines(path: Path, encoding: str | None = None) -> Iterator[str]:
                 if "\0" in text:
                     raise _with_nul(path, line, number)
                 yield text
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
             if encoding is None:
                 raise _not_utf8(path, error, number) from error
-            reason = f"not {encoding} ({error.reason}); is it another encoding, or the file cut short?"
+            reason = f"not {encoding} ({error}); is it another encoding, or the file cut short?"
             raise DataError(path, reason, None if is_wide else number) from error
     if not number:
         raise DataError(path, "the file is empty")

@@ -71,6 +71,7 @@ def new(
     path = own_folder() / f"{name}.yaml"
     written = describe(seen, name, texts, label, _place(seen, path), merge_spellings, by, column)
     task = parse_task(written, path)
+    _show_odd_labels(task.labels)
     # Everything that `run` would refuse is refused here, before a file is written.
     with tempfile.TemporaryDirectory() as scratch:
         manifest, _ = prepare(open_source(seen.kind, task), Path(scratch), prompt="lean")
@@ -115,6 +116,18 @@ def _show_rows(seen: Look) -> None:
         print()
 
 
+def _show_odd_labels(labels: Sequence[str]) -> None:
+    alike = defaultdict(list)
+    for value in labels:
+        alike[spelling(value)].append(repr(value))
+    if several := [" and ".join(values) for values in alike.values() if len(values) > 1]:
+        print(
+            f"Labels of nearly one spelling are classes of their own: {some(several)}. Are they one? --merge-spellings"
+        )
+    if gaps := [value for value in labels if spelling(value) in _GAPS]:
+        print(f"The label {some(gaps)} may mean that there is none; then delete its rows")
+
+
 def _show_task(task: Task, manifest: Manifest, examples: list[Example]) -> None:
     columns = task.sources[manifest.source["kind"]]
     print(f"Text: {' + '.join(columns.texts)}. Label: {columns.label}, {len(task.labels)} classes.\n")
@@ -126,15 +139,6 @@ def _show_task(task: Task, manifest: Manifest, examples: list[Example]) -> None:
         print(
             f"We split the rows: {task.splits.by}, {task.splits.validation:.0%} validation, {task.splits.test:.0%} test"
         )
-    alike = defaultdict(list)
-    for value in task.labels:
-        alike[spelling(value)].append(repr(value))
-    if several := [" and ".join(values) for values in alike.values() if len(values) > 1]:
-        print(
-            f"Labels of nearly one spelling are classes of their own: {some(several)}. Are they one? --merge-spellings"
-        )
-    if gaps := [value for value in task.labels if spelling(value) in _GAPS]:
-        print(f"The label {some(gaps)} may mean that there is none; then delete its rows")
     for sentence in findings(manifest, examples, manifest.total("test")):
         print(sentence)
     print(*lengths(examples), sep="\n")

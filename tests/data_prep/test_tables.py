@@ -158,7 +158,7 @@ REFUSED = {
     "two rows of a class": (
         "a.csv",
         CSV + b'A,"ham, really"\nB,"ham, really"\nC,spam\n',
-        r"a\.csv: the class ham, really has 2 rows, and three splits need three",
+        r"a\.csv: the class 'ham, really' has 2 rows, and three splits need three",
     ),
 }
 
