@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ import numpy as np
 from data_prep import splits
 from data_prep.errors import DataError, UserError
 from data_prep.files import SPLITS, Split
-from data_prep.rows import Row, some, spelled, spelling
+from data_prep.rows import LEAVE_OUT, Row, some, spelled, spelling
 from data_prep.task import Columns, Task
 from data_prep.text_files import cell
 
@@ -65,6 +66,10 @@ class Hub:
             else ["labels by name, not by number" if classes else "labels by name"]
         )
         other = [f"'{label}' is {name}" for label, name in self._labels.items() if label != name]
+        if self._table.skip_incomplete:
+            kept = sum(1 for split in self._parts for _ in self._values(split))
+            left_out = sum(len(self._loaded[split]) for split in self._parts) - kept
+            said.append(f"rows without text or label, left out: {left_out:,}")
         return said + ([some(other)] if other else [])
 
     @cached_property
@@ -121,10 +126,14 @@ class Hub:
         batches = (zip(*(batch[name] for name in names), strict=True) for batch in rows.iter(1000))
         for number, (*texts, label) in enumerate(chain.from_iterable(batches), start=1):
             where = f"{self.place(split)}, row {number}"
-            if not all(isinstance(text, str) for text in texts) or not any(text.strip() for text in texts):
-                raise DataError(where, f"no text in {' and '.join(columns.texts)}; leave the row out")
-            if label is None or (classes and label == -1):
-                raise DataError(where, f"no {columns.label}; leave the row out")
+            has_text = all(isinstance(text, str) for text in texts) and any(text.strip() for text in texts)
+            has_label = label is not None and not (classes and label == -1)
+            if columns.skip_incomplete and not (has_text and has_label):
+                continue
+            if not has_text:
+                raise DataError(where, f"no text in {' and '.join(columns.texts)}; {LEAVE_OUT}")
+            if not has_label:
+                raise DataError(where, f"no {columns.label}; {LEAVE_OUT}")
             yield texts, classes[label] if classes else cell(where, number, columns.label, label)
 
     @cached_property
@@ -161,6 +170,9 @@ def load_set(dataset: str, revision: str | None = None) -> Mapping[str, Any]:
     from datasets import load_dataset, load_from_disk
 
     is_saved = Path(dataset, "dataset_dict.json").is_file()
+    print(f"Loading the data set {dataset}")
+    # Without a network it tries for half a minute; what it says of each try helps nobody.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return load_from_disk(dataset) if is_saved else load_dataset(dataset, revision=revision)
     except Exception as error:

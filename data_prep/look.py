@@ -201,13 +201,16 @@ def describe(
     label: str,
     at: str,
     merge_spellings: bool = False,
+    skip_incomplete: bool = False,
     by: str | None = None,
     column: str | None = None,
 ) -> str:
     """The task's file, with comments: what `new` writes, and people edit."""
     counts = Counter(seen.values(label))
     if not 2 <= len([value for value in counts if value.strip()]) <= MOST_LABELS:
-        raise UserError(f"the column '{label}' has {len(counts)} different values; a label has 2 to {MOST_LABELS}")
+        raise DataError(
+            seen.at, f"the column '{label}' has {len(counts)} different values; a label has 2 to {MOST_LABELS}"
+        )
     by = by or ("stratified" if seen.parts == ("all",) else "given")
     spelled: dict[str, str] = {}
     for value, _ in counts.most_common():
@@ -240,6 +243,8 @@ def describe(
     lines += [
         "    # Whether `sports ` and `Sports` are one label.",
         f"    merge_spellings: {str(merge_spellings).lower()}",
+        "    # Whether rows without a text or a label are left out.",
+        f"    skip_incomplete: {str(skip_incomplete).lower()}",
         "",
         "# given: by files; stratified: at random, the same share of each class; group: rows with the same value of",
         "# a column stay together; time: the latest rows are the test. The last two need `column`.",

@@ -63,6 +63,10 @@ def spelled(labels: Mapping[str, str]) -> dict[str, str]:
     return {spelling(label): of for label, of in labels.items() if counts[spelling(label)] == 1}
 
 
+# What to do about a row without its text or label.
+LEAVE_OUT = "complete the row, or leave all such rows out: --skip-incomplete of `new`, or skip_incomplete: true"
+
+
 def some(parts: Sequence[str]) -> str:
     """The first ten of a list."""
     return ", ".join(parts[:10]) + (f" and {len(parts) - 10} more" if len(parts) > 10 else "")

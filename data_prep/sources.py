@@ -20,7 +20,7 @@ from data_prep.csv_files import CsvForm, TextRow, Wanted
 from data_prep.errors import DataError, UserError
 from data_prep.files import SPLITS, Split, file_digest
 from data_prep.hub import Hub
-from data_prep.rows import Row, Source, some, spelled, spelling
+from data_prep.rows import LEAVE_OUT, Row, Source, some, spelled, spelling
 from data_prep.task import Columns, Task
 from data_prep.text_files import ending, how_read
 
@@ -67,7 +67,7 @@ class Files:
             if part == "all" and self._assigned[number] != SPLITS.index(split):
                 continue
             if not any(text.strip() for text in texts):
-                raise DataError(path, f"empty text: nothing in {' and '.join(columns.texts)}", line)
+                raise DataError(path, f"empty text: nothing in {' and '.join(columns.texts)}; {LEAVE_OUT}", line)
             yield Row(tuple(text.strip() for text in texts), labels[label])
 
     def provenance(self) -> dict[str, Any]:
@@ -84,6 +84,11 @@ class Files:
             form = (how_read(path, self._table.encoding), str(self._forms.get(part, "")))
             names.setdefault(", ".join(filter(None, form)), []).append(path.name)
         said = [f"in {' and '.join(files)} {form}" for form, files in names.items() if form]
+        if self._table.skip_incomplete:
+            left_out = sum(
+                sum(1 for _ in self._read_all(part)) - sum(1 for _ in self._read(part)) for part in self._paths
+            )
+            said.append(f"rows without text or label, left out: {left_out:,}")
         if self._counted_from_0 and "0" in map(spelling, self._labels) and "0" not in self._table.values:
             said.append(f"the labels {', '.join(self._counted_from_0)} stand for {', '.join(self.task.labels)}")
         if self._table.values:
@@ -133,6 +138,12 @@ class Files:
         return self._forms[part].wanted if part in self._forms else self._wanted[0]
 
     def _read(self, part: str) -> Iterator[TextRow]:
+        """The rows of a file, without those that the task leaves out."""
+        for row in self._read_all(part):
+            if not self._table.skip_incomplete or (row.label.strip() and any(text.strip() for text in row.texts)):
+                yield row
+
+    def _read_all(self, part: str) -> Iterator[TextRow]:
         if part in self._forms:
             return csv_files.read_rows(self._paths[part], self._forms[part], self._spellings)
         return tables.read(self._paths[part], self._wanted[0], self._table.encoding)
@@ -209,7 +220,7 @@ class Files:
     def _unknown(self, label: str, found: Counter[str], line: int) -> str:
         columns, wanted = self._table, self._wanted[0]
         if not label.strip() and not columns.values:
-            return f"no label: nothing in {columns.label}; give the row a label, or leave it out"
+            return f"no label: nothing in {columns.label}; {LEAVE_OUT}"
         known = [name if key == name else f"{key} ({name})" for key, name in columns.values.items()]
         what = f"unknown {columns.label} '{label}'; known are: {some(known or self.task.labels)}"
         if len(found) > 1:

@@ -69,6 +69,8 @@ class Columns:
     """The label column's value to the label: `{"1": "World"}`. Values that are not here are labels themselves."""
     merge_spellings: bool = False
     """Whether `sports ` and `Sports` are one label."""
+    skip_incomplete: bool = False
+    """Whether rows without a text or a label are left out. Without it they are refused."""
     encoding: Text | None = None
     """Of files that are not UTF-8, by Python's name: `cp1252`. A file's own mark, as of UTF-16, counts more."""
 

@@ -138,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     split.add_argument("--time", metavar="COLUMN", help="the latest rows become the test")
     new.add_argument("--encoding", metavar="NAME", help="of a file that is not UTF-8: cp1252, say")
     new.add_argument("--merge-spellings", action="store_true", help="'sports ' and 'Sports' are one label")
+    new.add_argument("--skip-incomplete", action="store_true", help="leave out rows without a text or a label")
     new.set_defaults(command=_new)
 
     results = commands.add_parser("results", help="write the figures of README and docs from results/reference")
@@ -374,7 +375,8 @@ def _new(options: argparse.Namespace) -> int:
 
     by = "group" if options.group else "time" if options.time else None
     column = options.group or options.time
-    new(options.file, options.name, options.text, options.label, by, column, options.merge_spellings, options.encoding)
+    said = (options.merge_spellings, options.skip_incomplete, options.encoding)
+    new(options.file, options.name, options.text, options.label, by, column, *said)
     return 0
 
 

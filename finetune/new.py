@@ -34,6 +34,7 @@ def new(
     by: str | None = None,
     column: str | None = None,
     merge_spellings: bool = False,
+    skip_incomplete: bool = False,
     encoding: str | None = None,
 ) -> Path:
     """Describe a table as a task. In a terminal, what is not given is asked for.
@@ -46,6 +47,7 @@ def new(
         by: How to split, if not as the files are given or at random.
         column: The column of the group or time.
         merge_spellings: Whether labels that differ in case or blanks are one.
+        skip_incomplete: Whether rows without a text or a label are left out.
         encoding: Of files that are not UTF-8.
 
     Returns:
@@ -54,9 +56,13 @@ def new(
     Raises:
         UserError: A column cannot be guessed, a row cannot be read, or the name is taken. Then nothing is written.
     """
-    name = name or re.sub(r"[^a-z0-9_-]+", "-", Path(at.removesuffix(".gz")).stem.lower()).strip("-_")
+    name = name or re.sub(r"[^a-z0-9_-]+", "-", Path(at.removesuffix(".gz")).absolute().stem.lower()).strip("-_")
     if not NAME.fullmatch(name) or name in known_tasks():
-        what = "is there already" if name in known_tasks() else "is no name of lower-case letters, digits, - and _"
+        what = (
+            "is there already, in tasks/"
+            if name in known_tasks()
+            else "is no name of lower-case letters, digits, - and _"
+        )
         raise UserError(f"task '{name}' {what}; give another: --name my-{name or 'task'}")
     try:
         seen = look(at, encoding)
@@ -69,7 +75,7 @@ def new(
     asking = sys.stdin.isatty() and not (text and label)
     texts, label = _asked(seen, text, label) if asking else choose(seen, text, label)
     path = own_folder() / f"{name}.yaml"
-    written = describe(seen, name, texts, label, _place(seen, path), merge_spellings, by, column)
+    written = describe(seen, name, texts, label, _place(seen, path), merge_spellings, skip_incomplete, by, column)
     task = parse_task(written, path)
     _show_odd_labels(task.labels)
     # Everything that `run` would refuse is refused here, before a file is written.

@@ -158,7 +158,7 @@ REFUSED = {
     "two rows of a class": (
         "a.csv",
         CSV + b'A,"ham, really"\nB,"ham, really"\nC,spam\n',
-        r"a\.csv: the class 'ham, really' has 2 rows, and three splits need three",
+        r"a\.csv: the class 'ham, really' has too few rows for three splits, 2;",
     ),
 }
 
@@ -170,6 +170,18 @@ def test_what_cannot_be_read_is_refused_in_a_sentence_and_nothing_is_written(tmp
     with pytest.raises(DataError, match=f"{re.escape(str(tmp_path))}.*{reason}") as refused:
         prepare(open_source("files", task_of(tmp_path, name)), tmp_path / "out", prompt="lean")
     assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
+
+
+def test_rows_without_text_or_label_are_left_out_on_request(tmp_path):
+    gaps = FRAME.assign(label=[None, *LABELS[1:]])
+    gaps.loc[3, "Text "] = " "
+    for name, texts in (("a.csv", "Text"), ("a.parquet", "Text ")):
+        gaps.to_csv(tmp_path / name, index=False) if name == "a.csv" else gaps.to_parquet(tmp_path / name)
+        with pytest.raises(DataError, match="skip_incomplete: true"):
+            rows_of(task_of(tmp_path, name, texts=texts))
+        task = task_of(tmp_path, name, texts=texts, skip_incomplete="true")
+        assert {text for text, _ in rows_of(task)} == {text for row, text in enumerate(TEXTS) if row not in (0, 3)}
+        assert open_source("files", task).recognised()[-1] == "rows without text or label, left out: 2"
 
 
 class TestSpellings:
