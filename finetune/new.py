@@ -58,11 +58,7 @@ def new(
     """
     name = name or re.sub(r"[^a-z0-9_-]+", "-", Path(at.removesuffix(".gz")).absolute().stem.lower()).strip("-_")
     if not NAME.fullmatch(name) or name in known_tasks():
-        what = (
-            "is there already, in tasks/"
-            if name in known_tasks()
-            else "is no name of lower-case letters, digits, - and _"
-        )
+        what = "is there already" if name in known_tasks() else "is no name of lower-case letters, digits, - and _"
         raise UserError(f"task '{name}' {what}; give another: --name my-{name or 'task'}")
     try:
         seen = look(at, encoding)
