@@ -52,7 +52,7 @@ class Files:
             return SPLITS
         for path in self._paths.values():
             if not path.exists():
-                raise DataError(path, "no such file")
+                raise DataError(path, "no such file; there must be training and test rows, or one file to split")
         if not self.task.is_split:
             raise DataError(
                 next(iter(self._paths.values())),

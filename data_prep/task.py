@@ -140,7 +140,14 @@ class Task:
     def __post_init__(self) -> None:
         if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
             raise ValueError(f"labels: {list(self.labels)} must be two or more, each once")
+        key = self.splits.column if self.splits else None
         for kind, columns in self.sources.items():
+            if columns.label in columns.texts:
+                raise ValueError(f"sources.{kind}.label: '{columns.label}' is one of the texts; name another column")
+            needed = (columns.label, *columns.texts, *([key] if key else []))
+            if columns.names and not set(needed) <= set(columns.names):
+                lacking = ", ".join(name for name in needed if name not in columns.names)
+                raise ValueError(f"sources.{kind}.names: lacks {lacking}; it has {', '.join(columns.names)}")
             if columns.values and set(columns.values.values()) != set(self.labels):
                 raise ValueError(f"sources.{kind}.values: must stand for the labels, for each of them")
             if kind == "files" and columns.at is None:
