@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, mode
+
+import yaml
 
 from data_prep import csv_files, tables
 from data_prep.csv_files import Wanted
@@ -265,8 +266,8 @@ def describe(
 
 
 def _quoted(text: str) -> str:
-    """Text as YAML, whatever it is: JSON's quotes are YAML's."""
-    return json.dumps(text, ensure_ascii=False)
+    """Text as YAML on one line, whatever it is."""
+    return yaml.dump(text, default_style='"', allow_unicode=True, width=float("inf")).strip()
 
 
 def _in_order(label: str) -> tuple[bool, float, str]:

@@ -98,7 +98,7 @@ def _place(seen: Look, path: Path) -> str:
 def _asked(seen: Look, text: Sequence[str], label: str | None) -> tuple[tuple[str, ...], str]:
     """The columns that the user chooses; Enter takes those that are proposed."""
     if label is None:
-        label = _answer("Label column", (seen.label_candidates() or [""])[0])
+        label = _answer("Label column", (seen.label_candidates() or [""])[0]) or None
     if not text:
         proposed = ", ".join(seen.text_candidates(label))
         text = [name.strip() for name in _answer("Text columns, with commas", proposed).split(",") if name.strip()]
@@ -106,7 +106,10 @@ def _asked(seen: Look, text: Sequence[str], label: str | None) -> tuple[tuple[st
 
 
 def _answer(question: str, proposed: str) -> str:
-    return input(f"{question} [{proposed}]: ").strip() or proposed
+    try:
+        return input(f"{question} [{proposed}]: ").strip() or proposed
+    except EOFError as error:
+        raise UserError("no answer; nothing was written") from error
 
 
 def _show_rows(seen: Look) -> None:

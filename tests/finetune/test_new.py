@@ -122,6 +122,18 @@ def test_another_encoding_is_proposed_and_kept(home, monkeypatch, capsys):
         assert {row.text for row in open_source("files", task).rows("test")} < set(rows)
 
 
+def test_labels_and_columns_of_any_characters_are_written_as_they_are(home):
+    labels = [
+        'say "a": {b}, [c] # d',
+        "\x85 next line\u2028and\u00a0blanks\x7f",
+        "\U0001f469\u200d\U0001f4bb: it's \\ 100 %",
+    ]
+    frame = pd.DataFrame({'te"xt: #': texts(90), "la\u2028bel": labels * 30})
+    frame.to_json(home / "t.jsonl", orient="records", lines=True)
+    new(str(home / "t.jsonl"))
+    assert set(find_task("t").labels) == set(labels) and find_task("t").sources["files"].texts == ('te"xt: #',)
+
+
 def test_a_packed_file_and_training_rows_alone(home):
     frame = pd.DataFrame({"text": texts(90), "label": ["a", "b", "c"] * 30})
     frame.to_csv(home / "mail.csv.gz", index=False)
