@@ -50,9 +50,6 @@ class Files:
     def splits(self) -> tuple[Split, ...]:
         if "all" in self._paths:
             return SPLITS
-        for path in self._paths.values():
-            if not path.exists():
-                raise DataError(path, "no such file; there must be training and test rows, or one file to split")
         if not self.task.is_split:
             raise DataError(
                 next(iter(self._paths.values())),
@@ -104,7 +101,7 @@ class Files:
     @cached_property
     def _paths(self) -> dict[str, Path]:
         """The file of each split, or one for `all`."""
-        return dict(self.at) if isinstance(self.at, Mapping) else tables.find_files(self.at, self.task.is_split)
+        return tables.find_files(self.at, self.task.is_split)
 
     def _part(self, split: Split) -> str:
         return "all" if "all" in self._paths else split

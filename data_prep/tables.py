@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,32 +26,36 @@ _OTHERS = {
 }
 
 
-def find_files(at: Path, is_given: bool = True) -> dict[str, Path]:
+def find_files(at: Path | Mapping[str, Path], is_given: bool = True) -> dict[str, Path]:
     """The files of a table: `all` for a single file; for a folder those of its splits.
 
     Args:
-        at: The file or the folder.
-        is_given: Whether there must be test rows. If not, a folder's training rows alone are `all`.
+        at: The file or the folder, or a file for each split.
+        is_given: Whether there must be test rows. If not, training rows alone are `all`.
 
     Raises:
         DataError: There is no such file, or its form is none that we read.
     """
-    if at.is_dir():
-        found = {}
-        for split in SPLITS:
-            files = [at / f"{name}{form}{gz}" for name in _NAMES[split] for form in READ for gz in ("", ".gz")]
-            there = [path for path in files if path.is_file()]
-            if there or split != "validation":
-                # What is missing is named as CSV.
-                found[split] = (there or files)[0]
-        is_alone = [split for split, path in found.items() if path.is_file()] == ["train"]
-        return {"all": found["train"]} if is_alone and not is_given else found
-    if not at.exists():
-        raise DataError(at, "no such file")
-    if ending(at) not in READ:
-        what = _OTHERS.get(ending(at), "a form that we do not read")
-        raise DataError(at, f"this is {what}; we read {', '.join(READ)}, also packed as .gz")
-    return {"all": at}
+    if isinstance(at, Path) and not at.is_dir():
+        if not at.exists():
+            raise DataError(at, "no such file")
+        if ending(at) not in READ:
+            what = _OTHERS.get(ending(at), "a form that we do not read")
+            raise DataError(at, f"this is {what}; we read {', '.join(READ)}, also packed as .gz")
+        return {"all": at}
+    if isinstance(at, Path):
+        names = {split: [f"{name}{form}" for name in _NAMES[split] for form in READ] for split in SPLITS}
+        files = {split: [at / f"{name}{gz}" for name in of for gz in ("", ".gz")] for split, of in names.items()}
+        found = {split: there[0] for split, of in files.items() if (there := [path for path in of if path.is_file()])}
+    else:
+        found = dict(at)
+    if set(found) == {"train"} and not is_given:
+        return {"all": found["train"]}
+    for split in ("train", "test"):
+        path = found.get(split, at / f"{split}.csv" if isinstance(at, Path) else Path(f"at.{split}"))
+        if not path.is_file():
+            raise DataError(path, "no such file; there must be training and test rows, or training rows alone to split")
+    return found
 
 
 def read(path: Path, wanted: Wanted, encoding: str | None = None) -> Iterator[TextRow]:

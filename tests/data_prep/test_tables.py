@@ -301,10 +301,13 @@ class TestGiven:
         manifest, _ = prepare(open_source("files", task), tmp_path / "out", prompt="lean")
         assert manifest.rows["train"]["rare"] == 1 and manifest.missing == {"validation": ["rare"], "test": ["rare"]}
 
-    def test_a_missing_file_is_named(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("at", "named"), [(".", r"test\.csv"), ({"train": "train.csv"}, r"at\.test"), ({"test": "b.csv"}, "at.train")]
+    )
+    def test_a_missing_file_is_named(self, tmp_path, at, named):
         FRAME.to_csv(tmp_path / "train.csv", index=False)
-        with pytest.raises(DataError, match=r"test\.csv: no such file"):
-            open_source("files", task_of(tmp_path, ".", more="splits: {by: given}")).splits()
+        with pytest.raises(DataError, match=f"{named}: no such file"):
+            open_source("files", task_of(tmp_path, at, more="splits: {by: given}")).splits()
 
     def test_one_file_needs_a_way_to_split(self, tmp_path):
         FRAME.to_csv(tmp_path / "table.csv", index=False)
