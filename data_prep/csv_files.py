@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.errors import DataError
+from data_prep.rows import some
 from data_prep.text_files import decoded_lines
 
 # Python's own limit is 131,072 characters, and an article may be longer.
@@ -126,7 +127,7 @@ def recognise(
         if not rows:
             # Its fault is in its first row.
             next(read_rows(path, best, labels))
-        there = ", ".join(name.strip() for name in rows[0])
+        there = some([name.strip() for name in rows[0]])
         lacking = [name for name in wanted[0].names if name not in rows[0]]
         raise DataError(path, f"no column {' and no column '.join(lacking)} in the first line, which has: {there}", 1)
     return best
@@ -186,7 +187,7 @@ def _other_width(row: list[str], form: CsvForm, line: int) -> str:
     if not row:
         return "an empty line; delete it"
     names = form.header or form.wanted.names
-    what = f"{len(row)} columns instead of {form.width} ({', '.join(names)})"
+    what = f"{len(row)} columns instead of {form.width} ({some(names)})"
     what += f", separated by {DELIMITERS.get(form.delimiter, form.delimiter)}"
     if not form.header and len(row) == form.width + 1 and row[0].strip() in ("", "0", str(line), str(line - 1)):
         what += "; is the first a pandas index? Write the file with index=False, or with a header"

@@ -16,7 +16,7 @@ from data_prep.csv_files import Wanted
 from data_prep.errors import DataError, UserError
 from data_prep.files import SPLITS
 from data_prep.hub import load_set
-from data_prep.rows import spelling
+from data_prep.rows import some, spelling
 from data_prep.sources import LABEL_NAMES
 from data_prep.text_files import cell, ending
 
@@ -118,7 +118,7 @@ def _csv(path: Path, encoding: str | None) -> tuple[tuple[str, ...], bool, list[
     names = tuple(name.strip() for name in rows[0]) if has_header else numbered
     once = tuple(name for name in names if names.count(name) == 1 and name)
     if len(once) < 2:
-        raise DataError(path, f"the columns {', '.join(names)} need a name each", 1)
+        raise DataError(path, f"the columns {some(names)} need a name each", 1)
     wanted = Wanted(once[0], once[1:])
     form = csv_files.recognise(path, [wanted], () if has_header else names, (), encoding)
     read = csv_files.read_rows(path, form, ())
@@ -181,17 +181,17 @@ def choose(seen: Look, text: Sequence[str] = (), label: str | None = None) -> tu
     """
     for name in (*text, *([label] if label else [])):
         if name not in seen.columns:
-            raise UserError(f"{seen.at} has no column '{name}'; its columns are: {', '.join(seen.columns)}")
+            raise UserError(f"{seen.at} has no column '{name}'; its columns are: {some(seen.columns)}")
     if label is None:
         candidates = [name for name in seen.label_candidates() if name not in text]
         if len(candidates) != 1:
-            what = f"one of {', '.join(candidates)}" if candidates else f"a column of {', '.join(seen.columns)}"
+            what = f"one of {some(candidates)}" if candidates else f"a column of {some(seen.columns)}"
             raise UserError(f"which column is the label? Name {what}: --label '{(candidates or seen.columns)[0]}'")
         [label] = candidates
     found = tuple(text) or tuple(seen.text_candidates(label))
     if not found:
         others = [name for name in seen.columns if name != label]
-        raise UserError(f"which column is the text? Name one or more of {', '.join(others)}: --text '{others[0]}'")
+        raise UserError(f"which column is the text? Name one or more of {some(others)}: --text '{others[0]}'")
     return found, label
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from data_prep.csv_files import TextRow, Wanted
 from data_prep.errors import DataError
 from data_prep.files import SPLITS
+from data_prep.rows import some
 from data_prep.text_files import WORKBOOK, cell, decoded_lines, ending
 
 # A workbook is read as CSV.
@@ -66,7 +67,7 @@ def read(path: Path, wanted: Wanted, encoding: str | None = None) -> Iterator[Te
     """
     for number, record in records(path, encoding):
         if lacking := [name for name in wanted.names if name not in record]:
-            there = ", ".join(map(str, record))
+            there = some(list(map(str, record)))
             raise DataError(path, f"no column {' and no column '.join(lacking)}; there are: {there}", number)
         yield wanted.row(number, [cell(path, number, name, record[name]) for name in wanted.names])
 

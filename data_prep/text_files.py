@@ -122,8 +122,10 @@ def cell(path: Path | str, number: int, name: str, value: Any) -> str:
     if isinstance(value, list | dict | bytes):
         raise DataError(path, f"{name} holds a {type(value).__name__}, and a text or a label is needed", number)
     text = str(value)
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(path, f"{name} holds half a character (a lone surrogate); take it out", number)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(path, f"{name} holds half a character (a lone surrogate); take it out", number) from error
     return text
 
 
