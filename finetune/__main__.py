@@ -329,8 +329,7 @@ def _plan_memory(size: int) -> int:
 def _data(options: argparse.Namespace) -> int:
     from finetune.data import load_data
 
-    overrides = _overrides(options)
-    print(load_data(plan("base", options.profile, overrides)).table().to_string())
+    print(load_data(plan("base", options.profile, _overrides(options))).table().to_string())
     return 0
 
 
@@ -382,17 +381,15 @@ def _new(options: argparse.Namespace) -> int:
     from finetune.new import new
 
     by = "group" if options.group else "time" if options.time else None
-    column = options.group or options.time
-    said = (options.merge_spellings, options.skip_incomplete, options.encoding)
-    new(options.file, options.name, options.text, options.label, by, column, *said)
+    said = (options.group or options.time, options.merge_spellings, options.skip_incomplete, options.encoding)
+    new(options.file, options.name, options.text, options.label, by, *said)
     return 0
 
 
 def _results(options: argparse.Namespace) -> int:
     from finetune.compare.publish import regenerate
 
-    changed = regenerate()
-    for path in changed:
+    for path in (changed := regenerate()):
         print(f"written anew: {path}")
     if not changed:
         print("The figures in README and docs are those of the records.")
