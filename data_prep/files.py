@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,6 +141,27 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+# Python has a number for a full disk, safetensors (Rust) a text. PyTorch's C++ says what it failed to do.
+FULL = re.compile("No space left on device|PytorchStreamWriter|inline_container")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say a full disk in one sentence, whichever library meets it.
+
+    Raises:
+        UserError: The disk is full.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if getattr(error, "errno", None) != errno.ENOSPC and not FULL.search(str(error)):
+            raise
+        raise UserError(f"no space left on the disk while writing {path}; free some and run again") from error
+
+
 @contextmanager
 def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file beside `path` that takes its place when the block ends well, and vanishes when it does not.
@@ -149,20 +171,17 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         UserError: The disk is full.
     """
     beside = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with beside.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(f"no space left on the disk while writing {path}; free some and run again") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+            sync(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

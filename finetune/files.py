@@ -16,28 +16,28 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from data_prep import UserError
-from data_prep.files import file_digest, sync
+from data_prep.files import file_digest, sync, writing
 
 
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target` that takes its place when the block ends well, and vanishes when it does not. Its
     files are on the disk before it has its name."""
-    beside = target.with_name(f".{target.name}.partial")
+    beside, retired = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        sync_folder(beside)
-        retired = target.with_name(f".{target.name}.old")
-        shutil.rmtree(retired, ignore_errors=True)
-        if target.exists():
-            target.rename(retired)
-        beside.rename(target)
-        sync(target.parent)
-        shutil.rmtree(retired, ignore_errors=True)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with writing(target):
+        try:
+            beside.mkdir(parents=True)
+            yield beside
+            sync_folder(beside)
+            shutil.rmtree(retired, ignore_errors=True)
+            if target.exists():
+                target.rename(retired)
+            beside.rename(target)
+            sync(target.parent)
+            shutil.rmtree(retired, ignore_errors=True)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextmanager
@@ -51,7 +51,8 @@ def locked(target: Path, waiting: str) -> Iterator[None]:
     """
     lock = FileLock(target.with_name(f".{target.name}.lock"))
     try:
-        lock.acquire(blocking=False)
+        with writing(target):
+            lock.acquire(blocking=False)
     except Timeout:
         print(waiting, flush=True)
         lock.acquire()
@@ -73,16 +74,18 @@ def own(folder: Path) -> None:
     """
     if folder in _owned:
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(folder.with_name(f".{folder.name}.lock")), folder.with_name(f".{folder.name}.owner")
     try:
-        lock.acquire(blocking=False)
+        with writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
     except Timeout:
         # Written after the lock is taken.
         who = owner.read_text() if owner.is_file() else "another process"
         raise UserError(f"{who} trains in {folder} already: wait until it has saved its model, or end it") from None
     _owned[folder] = lock
-    owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    with writing(folder):
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
 
 
 def disown(folder: Path) -> None:
@@ -105,6 +108,10 @@ def sync_folder(folder: Path) -> None:
 ARTEFACT = re.compile(r"(?!README\.md$)(?!(.*/)?\.).+")
 # Those of a base model that its outputs come from. An adapter brings its own tokenizer.
 BASE = re.compile(r"config\.json|[^/.][^/]*\.(safetensors|bin)")
+
+
+# With what its prompts and tokens come from.
+MODEL = re.compile(rf"{BASE.pattern}|[^/]*token[^/]*\.json|(vocab|merges)\.\w+|chat_template\.jinja")
 
 
 def file_digests(folder: Path, names: re.Pattern = re.compile(".+")) -> dict[str, str]:

@@ -6,6 +6,7 @@ record's, are refused.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -16,13 +17,15 @@ from typing import Any, Literal, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_prep import DataError
-from data_prep.files import replacing
+from data_prep.files import write_json
 from finetune import machine, paths, predictions
+from finetune.files import short_digest
 from finetune.metrics import Metrics, first_difference
 from finetune.predictions import Prediction
 
 RECORD = "record.json"
 MERGED = "merged.json"
+DIGEST = "digest"
 Kind = TypeVar("Kind", bound="Part")
 
 
@@ -222,8 +225,13 @@ def write(record: RunRecord, folder: Path) -> None:
     """Write a record in one step. Predictions that belonged to an earlier one go first."""
     if record.evaluation is None:
         (folder / predictions.FILE).unlink(missing_ok=True)
-    with replacing(folder / RECORD) as file:
-        file.write(record.model_dump_json(indent=2) + "\n")
+    write_part(record, folder / RECORD)
+
+
+def write_part(part: Part, path: Path) -> None:
+    """Write a record with the digest of its content: a figure that is damaged later is not read as another one."""
+    content = json.loads(part.model_dump_json())
+    write_json(path, content | {DIGEST: short_digest(content)})
 
 
 def read(folder: Path) -> RunRecord:
@@ -232,19 +240,29 @@ def read(folder: Path) -> RunRecord:
     Raises:
         DataError: It is missing, or does not match the schema.
     """
-    return _parsed(RunRecord, folder / RECORD)
+    return read_part(RunRecord, folder / RECORD, "run its notebook again")
 
 
-def _parsed(kind: type[Kind], path: Path) -> Kind:
+def read_part(kind: type[Kind], path: Path, remedy: str) -> Kind:
+    """What `write_part` wrote.
+
+    Raises:
+        DataError: It is missing, was changed since, or does not match the schema.
+    """
     try:
-        return kind.model_validate_json(path.read_bytes())
+        content = json.loads(path.read_bytes())
+        # Older records have no digest.
+        if isinstance(content, dict) and content.pop(DIGEST, None) not in (None, short_digest(content)):
+            raise DataError(path, f"was changed after it was written, or is damaged; {remedy}")
+        return kind.model_validate(content)
     except FileNotFoundError as error:
         raise DataError(path, "no such file; run the notebook that makes it first") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
-        reason = f"not a record of this version ({where}: {first['msg']}); run its notebook again"
-        raise DataError(path, reason) from error
+        raise DataError(path, f"not a record of this version ({where}: {first['msg']}); {remedy}") from error
+    except ValueError as error:
+        raise DataError(path, f"not a record ({error}); is the file cut short? {remedy.capitalize()}") from error
 
 
 def read_merged(record: RunRecord, folder: Path) -> Merged | None:
@@ -256,7 +274,7 @@ def read_merged(record: RunRecord, folder: Path) -> Merged | None:
     path = folder / MERGED
     if record.training is None or not path.is_file():
         return None
-    merged = _parsed(Merged, path)
+    merged = read_part(Merged, path, "delete it, and merge again")
     return merged if merged.adapter_digest == record.training.artefact_digest else None
 
 

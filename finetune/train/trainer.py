@@ -20,6 +20,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from data_prep import Example, Task, UserError
+from data_prep.files import writing
 from finetune import files, machine, metrics
 from finetune.evaluate import score
 from finetune.model import encode, load, packing
@@ -257,9 +258,12 @@ class PackedSFTTrainer(SFTTrainer):
         # Where the training goes on is no point of the uninterrupted one's history.
         self._is_silent = self.args.eval_on_start and resume_from_checkpoint is not None
         try:
-            with self.signals:
+            with writing(Path(self.args.output_dir)), self.signals:
                 ended = super().train(resume_from_checkpoint, **named)
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            # On a CPU, PyTorch has no type of its own for it.
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
             raise UserError(
                 f"out of memory after step {self.state.global_step}: gradients and optimiser do not fit beside the "
                 "model. Use LoRA or QLoRA, optim=adamw_8bit, or end other programs and kernels"

