@@ -251,10 +251,9 @@ def read_part(kind: type[Kind], path: Path, remedy: str) -> Kind:
     """
     try:
         content = json.loads(path.read_bytes())
-        # Older records have no digest.
-        if isinstance(content, dict) and content.pop(DIGEST, None) not in (None, short_digest(content)):
-            raise DataError(path, f"was changed after it was written, or is damaged; {remedy}")
-        return kind.model_validate(content)
+        # Older records have none.
+        digest = content.pop(DIGEST, None) if isinstance(content, dict) else None
+        part = kind.model_validate(content)
     except FileNotFoundError as error:
         raise DataError(path, "no such file; run the notebook that makes it first") from error
     except ValidationError as error:
@@ -262,7 +261,10 @@ def read_part(kind: type[Kind], path: Path, remedy: str) -> Kind:
         where = ".".join(map(str, first["loc"])) or "file"
         raise DataError(path, f"not a record of this version ({where}: {first['msg']}); {remedy}") from error
     except ValueError as error:
-        raise DataError(path, f"not a record ({error}); is the file cut short? {remedy.capitalize()}") from error
+        raise DataError(path, f"not a record of this version (file: {error}); is it cut short? {remedy}") from error
+    if digest not in (None, short_digest(content)):
+        raise DataError(path, f"was changed after it was written, or is damaged; {remedy}")
+    return part
 
 
 def read_merged(record: RunRecord, folder: Path) -> Merged | None:

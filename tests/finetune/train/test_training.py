@@ -289,6 +289,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tiny, capsys)
     assert not newest.exists()
 
 
+def test_a_checkpoint_of_another_base_is_refused(tiny, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "copy")
+    overrides = tiny | {"model": str(model), "save_steps": 0.5}
+    trainer = trainer_of("lora", overrides)
+    newest_checkpoint(trainer)
+    trainer.train()
+    assert newest_checkpoint(trainer).endswith("checkpoint-4")
+    configuration = model / "tokenizer_config.json"
+    configuration.write_text(configuration.read_text() + "\n")
+    with pytest.raises(UserError, match=r"checkpoint-4 was trained on other files of the base model.*put them back"):
+        newest_checkpoint(trainer_of("lora", overrides))
+
+
 def test_a_checkpoint_runs_no_code(tiny, tmp_path):
     """Whoever can write a checkpoint can write its digests too: states are read as tensors alone."""
     trainer = trainer_of("lora", tiny | {"save_steps": 0.5})
