@@ -29,6 +29,7 @@ from benchmarks.records import SpeedRecord, read
 from benchmarks.roofline import scoring_ceiling
 from data_prep import DataError, UserError
 from data_prep.files import replacing
+from finetune import machine
 from finetune.paths import PROJECT
 from finetune.train.memory import CONTEXT, LATER
 from finetune.wording import NAMES, markdown
@@ -51,9 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("other", type=Path, nargs="?", help="the same measurements on another host")
     options = parser.parse_args(arguments)
     try:
-        print(
-            page(options.file, options.other) if options.file else "\n".join(map(str, publish())) or "nothing changed"
-        )
+        text = page(options.file, options.other) if options.file else "\n".join(map(str, publish()))
+        print(text or "nothing changed")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -86,7 +86,7 @@ def publish() -> list[Path]:
         PAGE.with_name("memory.md"): memory_page(memory.FOLDER / "gpu.json"),
         METHOD: with_scores(METHOD.read_text(encoding="utf-8"), scores.FILE),
     }
-    for target, content in {name: page.encode() for name, page in pages.items()} | {picture: drawn.getvalue()}.items():
+    for target, content in (*((name, text.encode()) for name, text in pages.items()), (picture, drawn.getvalue())):
         if not target.is_file() or target.read_bytes() != content:
             with replacing(target, "wb") as file:
                 file.write(content)
@@ -188,6 +188,9 @@ def memory_page(path: Path) -> str:
         misses=f"These miss it: {', '.join(missed)}." if missed else "All are within.",
         context=f"{CONTEXT / 1e9:.2f}",
         later=f"{LATER / 1e9:.3f}",
+        unified=f"{machine.UNIFIED_FLOOR / 1e9:.0f}",
+        share=f"{machine.FLOOR_SHARE:.0%}".replace("%", " %"),
+        largest=f"{machine.LARGEST_FLOOR / 1e9:.0f}",
         environment=content["environment"],
         estimated=content["estimated"],
     )

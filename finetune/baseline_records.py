@@ -12,7 +12,7 @@ from typing import Literal
 from finetune.config.methods import BASELINES
 from finetune.metrics import Metrics
 from finetune.predictions import Prediction
-from finetune.records import RECORD, DataReference, Environment, Part, read_part, read_scored
+from finetune.records import RECORD, DataReference, Environment, Part, parsed, read_scored
 
 Name = Literal["majority", "svm", "logistic", "few_shot"]
 
@@ -69,4 +69,4 @@ def read(path: Path) -> Baseline:
     Raises:
         DataError: It does not match the schema.
     """
-    return read_part(Baseline, path, "delete it")
+    return parsed(Baseline, path, "delete it")

@@ -6,6 +6,7 @@ record's, are refused.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -240,10 +241,10 @@ def read(folder: Path) -> RunRecord:
     Raises:
         DataError: It is missing, or does not match the schema.
     """
-    return read_part(RunRecord, folder / RECORD, "run its notebook again")
+    return parsed(RunRecord, folder / RECORD)
 
 
-def read_part(kind: type[Kind], path: Path, remedy: str) -> Kind:
+def parsed(kind: type[Kind], path: Path, remedy: str = "run its notebook again") -> Kind:
     """What `write_part` wrote.
 
     Raises:
@@ -276,7 +277,7 @@ def read_merged(record: RunRecord, folder: Path) -> Merged | None:
     path = folder / MERGED
     if record.training is None or not path.is_file():
         return None
-    merged = read_part(Merged, path, "delete it, and merge again")
+    merged = parsed(Merged, path)
     return merged if merged.adapter_digest == record.training.artefact_digest else None
 
 
@@ -324,10 +325,13 @@ def read_validation(record: RunRecord, folder: Path) -> list[Prediction]:
 
 def _commit() -> tuple[str | None, bool | None]:
     """The commit of the code that runs and whether the tree differs from it; None outside a git checkout."""
-    git = ["git", "-C", str(paths.PROJECT)]
+    # The project's repository, whatever a hook or a shell has in GIT_DIR, and whoever owns it.
+    git = ["git", "-C", str(paths.PROJECT), "-c", f"safe.directory={paths.PROJECT}"]
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    ask = functools.partial(subprocess.run, capture_output=True, text=True, check=True, env=ours)
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        head = ask([*git, "rev-parse", "HEAD"]).stdout.strip()
+        status = ask([*git, "status", "--porcelain"]).stdout
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None, None
     return head, bool(status.strip())

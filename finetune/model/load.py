@@ -65,6 +65,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    machine.limit_gpu_memory()
     path = model_path(name)
     if name == "embedded":
         smollm2.check()

@@ -165,7 +165,7 @@ class PackedSFTTrainer(SFTTrainer):
         self.update_in_backward, self.added_callbacks, self.added = update_in_backward, list(callbacks), named
         self.early_stopping_patience = early_stopping_patience
         stopping = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
-        self.clock, self.signals, self._is_silent = Clock(), SaveOnSignal(), False
+        self._is_silent = False
         adapted = getattr(model, "peft_config", None)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -190,6 +190,8 @@ class PackedSFTTrainer(SFTTrainer):
                 sum(len(row.prompt) - shared for row in encoded),
             )
             named = {"data_collator": RowCollator(shared, shapes, article_loss * answers / articles)} | named
+        self.portions = Portions(named.get("data_collator"), self._trained)
+        self.clock, self.signals = Clock(self.portions), SaveOnSignal(self.portions)
         # Rows are encoded and packed here; Unsloth would turn its own packing on.
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         args.packing = args.padding_free = False
@@ -238,7 +240,6 @@ class PackedSFTTrainer(SFTTrainer):
         self._adds_rows &= self.packed and isinstance(self.backbone, packing.Backbone) and not update_in_backward
         if self.packed:
             self._passes = GraphedPasses(self._loss, self._trained) if cuda_graphs else None
-            self.portions = Portions(self.data_collator, self._trained)
             # The trainer calls it at each step; see floating_point_ops.
             model.zero_grad = self._forget_gradients
             # The loss divides by the whole update's supervised tokens itself.
@@ -252,7 +253,7 @@ class PackedSFTTrainer(SFTTrainer):
 
         Raises:
             UserError: Another process trains there; one article does not fit into the memory, or the optimiser does
-                not; or SIGINT, SIGTERM or SIGHUP came, and the sentence says where the training goes on.
+                not; or a signal came or memory ran short, and the sentence says where the training goes on.
         """
         files.own(Path(self.args.output_dir))
         # Where the training goes on is no point of the uninterrupted one's history.
@@ -290,8 +291,22 @@ class PackedSFTTrainer(SFTTrainer):
         prompts, labels = self._watched
         load.evaluating(self.backbone.model)
         # The same products as in training; the labels' probabilities are formed in fp32.
-        with self.autocast():
-            probabilities = self._scorer.score(prompts)
+        try:
+            with self.autocast():
+                probabilities = self._scorer.score(prompts)
+        except UserError:
+            if self.is_in_train and self.state.global_step:
+                self._save_checkpoint(self.model, trial=None)
+                self.callback_handler.on_save(self.args, self.state, self.control)
+            raise
+        # Scoring has taken smaller batches by now.
+        self.signals.memory.shortage()
+        if not np.isfinite(probabilities).all():
+            # The last step's loss still was a number.
+            raise UserError(
+                f"the model's scores are no numbers after step {self.state.global_step}; lower learning_rate, or set "
+                "dtype=float32"
+            )
         self.backbone.model.train()
         accuracy = float(np.mean(np.equal(score.predicted_labels(probabilities, self._labels), labels)))
         found = {

@@ -153,7 +153,7 @@ def test_user_errors_show_as_one_line_in_a_notebook():
     ids=["Python", "PyTorch", "safetensors"],
 )
 def test_a_full_disk_is_one_sentence_whoever_meets_it(tmp_path, error):
-    with pytest.raises(UserError, match="no space left on the disk while writing"), writing(tmp_path):
+    with pytest.raises(UserError, match="cannot be written: no space left on the disk"), writing(tmp_path):
         raise error
     with pytest.raises(RuntimeError, match="another"), writing(tmp_path):
         raise RuntimeError("another")
