@@ -36,10 +36,11 @@ from finetune.wording import NAMES, markdown
 
 FOLDER = PROJECT / "results" / "reference" / "throughput"
 PUBLISHED = (FOLDER / "h100.json", FOLDER / "h100-other-host.json")
-PAGE = PROJECT / "docs" / "speed.md"
+DOCS = PROJECT / "docs"
+PAGE = DOCS / "speed.md"
 FAULTS = PROJECT / "results" / "reference" / "faults.json"
 FAMILIES = PROJECT / "results" / "reference" / "families.json"
-METHOD = PROJECT / "docs" / "method.md"
+METHOD = DOCS / "method.md"
 SECOND = "second host"
 # A way to save memory may cost this much of its method's best speed.
 KEPT_SPEED = 0.7
@@ -81,9 +82,9 @@ def publish() -> list[Path]:
     changed = []
     pages = {
         PAGE: page(*PUBLISHED, picture=picture.name) + "\n",
-        PAGE.with_name("families.md"): families_page(FAMILIES),
-        PAGE.with_name("faults.md"): faults_page(FAULTS),
-        PAGE.with_name("memory.md"): memory_page(memory.FOLDER / "gpu.json"),
+        DOCS / "families.md": families_page(FAMILIES),
+        DOCS / "faults.md": faults_page(FAULTS),
+        DOCS / "memory.md": memory_page(memory.FOLDER / "gpu.json"),
         METHOD: with_scores(METHOD.read_text(encoding="utf-8"), scores.FILE),
     }
     for target, content in (*((name, text.encode()) for name, text in pages.items()), (picture, drawn.getvalue())):

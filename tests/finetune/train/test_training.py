@@ -269,6 +269,15 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny):
         trained("full", tiny | {"learning_rate": 1e30, "max_grad_norm": 1e30, "num_train_epochs": 4})
 
 
+def test_scores_that_are_no_numbers_end_the_run(tiny):
+    """Where a validation comes before the next loss is logged."""
+    trainer = trainer_of("lora", tiny)
+    with torch.no_grad():
+        trainer._trained[0].fill_(torch.nan)
+    with pytest.raises(UserError, match="scores are no numbers after step 0; lower learning_rate"):
+        trainer.evaluate()
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tiny, capsys):
     trainer = trainer_of("lora", tiny | {"save_steps": 0.25})
     assert newest_checkpoint(trainer) is None
