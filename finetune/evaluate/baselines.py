@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from data_prep import Example
-from data_prep.files import Message, replacing
+from data_prep.files import Message
 from finetune import baseline_records, metrics, paths, predictions, records
 from finetune.baseline_records import Baseline, Name
 from finetune.config.recipes import MAX_LENGTH
@@ -215,6 +215,5 @@ def _record(
         predictions_digest=predictions.write(folder, rows),
         **how,
     )
-    with replacing(folder / records.RECORD) as file:
-        file.write(baseline.model_dump_json(indent=2) + "\n")
+    records.write_part(baseline, folder / records.RECORD)
     return baseline

@@ -7,14 +7,13 @@ import torch
 from peft import PeftModel
 
 from data_prep import UserError
-from data_prep.files import replacing
 from finetune import cards, metrics, paths, records
 from finetune.config.recipes import MAX_LENGTH
 from finetune.data import PreparedData
 from finetune.evaluate import score
 from finetune.evaluate.find import Found, check_loaded
 from finetune.evaluate.run import check_prompt
-from finetune.files import folder_bytes, folder_digest, replacing_folder
+from finetune.files import folder_bytes, folder_digest, locked, replacing_folder
 from finetune.model import checks, encode, load
 
 BF16 = "the base model's bf16 weights"
@@ -29,6 +28,11 @@ def merge(found: Found, data: PreparedData) -> records.Merged:
     Raises:
         UserError: The run trains no adapter, was not evaluated yet, or its adapter is not the one found.
     """
+    with locked(found.folder, f"Waiting for {found.folder}: another process works with it"):
+        return _merge(found, data)
+
+
+def _merge(found: Found, data: PreparedData) -> records.Merged:
     if not found.trained.get("adapter"):
         raise UserError(f"{found.run} trains no adapter: there is nothing to merge; choose lora or qlora")
     record, base = found.record, DEQUANTISED if found.load_in_4bit else BF16
@@ -73,6 +77,5 @@ def merge(found: Found, data: PreparedData) -> records.Merged:
         agreement=float(np.mean([row.prediction == label for row, label in zip(before, predicted, strict=True)])),
         largest_difference=float(np.abs(probabilities - known).max()),
     )
-    with replacing(found.folder / records.MERGED) as file:
-        file.write(result.model_dump_json(indent=2) + "\n")
+    records.write_part(result, found.folder / records.MERGED)
     return result

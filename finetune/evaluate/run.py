@@ -15,7 +15,7 @@ from finetune.config.recipes import MAX_LENGTH
 from finetune.data import PreparedData
 from finetune.evaluate import score
 from finetune.evaluate.find import Found, check_loaded, values_of
-from finetune.files import short_digest
+from finetune.files import locked, short_digest
 from finetune.model import checks, encode, load, packing, padded
 from finetune.model.hub import base_digest
 from finetune.model.precision import Precision
@@ -40,6 +40,11 @@ def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunR
         UserError: The model was trained on other data, cannot read it, is not the one found, or gives other logits
             than its own.
     """
+    with locked(found.folder, f"Waiting for {found.folder}: another process evaluates it"):
+        return _evaluate(found, model, tokenizer, data)
+
+
+def _evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunRecord:
     if found.record and found.record.data.fingerprint != data.reference.fingerprint:
         raise UserError(
             f"the {found.run} model was trained on other data (fingerprint {found.record.data.fingerprint}, now "
@@ -49,6 +54,11 @@ def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunR
     print(f"precision: {precision}")
     load.evaluating(model)
     check_prompt(found, tokenizer, data)
+    if found.artefact and load.load_tokenizer(found.artefact).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has another vocabulary than the {found.run} model was trained "
+            f"with: load that of {found.artefact}, or run {METHODS[found.run].notebook}.ipynb again"
+        )
     encoded = encode.encode(tokenizer, [*data.test, *data.validation], MAX_LENGTH)
     print(f"articles: {encode.cuts(encoded, MAX_LENGTH)}")
     sequences = [row.prompt + row.answer for row in encoded]

@@ -18,7 +18,7 @@ import torch
 from data_prep import UserError
 from finetune import machine
 from finetune.config.plan import Experiment
-from finetune.model import packing, precision, unsloth
+from finetune.model import packing, precision, smollm2, unsloth
 from finetune.model.hub import loading, model_path
 from finetune.model.precision import DTYPES, Precision
 
@@ -66,8 +66,10 @@ def load_model(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     machine.limit_gpu_memory()
-    tokenizer = load_tokenizer(name)
     path = model_path(name)
+    if name == "embedded":
+        smollm2.check()
+    tokenizer = load_tokenizer(name)
     if engine == "unsloth":
         return unsloth.from_pretrained(path, dtype, load_in_4bit, **unsloth_only), tokenizer
     four_bit = BitsAndBytesConfig(

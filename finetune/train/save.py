@@ -17,7 +17,7 @@ from finetune import cards, paths, records
 from finetune.config.plan import Settings
 from finetune.config.recipes import ADAPTER_ONLY, Recipe
 from finetune.data import PreparedData
-from finetune.files import disown, file_digests, folder_bytes, folder_digest, own, replacing_folder, short_digest
+from finetune.files import MODEL, disown, file_digests, folder_bytes, folder_digest, own, replacing_folder, short_digest
 from finetune.model import load, unsloth
 from finetune.model.hub import base_digest, model_path
 from finetune.model.packing import Backbone
@@ -129,12 +129,15 @@ def newest_checkpoint(trainer: PackedSFTTrainer) -> str | None:
         Its folder, for `trainer.train(resume_from_checkpoint=...)`; None to begin anew.
 
     Raises:
-        UserError: Another process trains there.
+        UserError: Another process trains there; or a file of the base model was changed or damaged since.
     """
     folder = Path(trainer.args.output_dir)
     own(folder)
     rows = hashlib.sha256(json.dumps(trainer.train_dataset.to_list()).encode()).hexdigest()
-    trainer.clock.training = short_digest([trainer.backbone.model.config.to_dict(), rows, observed(trainer)])
+    configuration = trainer.backbone.model.config
+    # What is trained, and on which base: an adapter's checkpoint is nothing on other weights.
+    asked, base = short_digest([configuration.to_dict(), observed(trainer)]), base_digest(configuration, MODEL)
+    trainer.clock.training = f"{asked} {short_digest(rows)} {base}"
     numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for checkpoint in numbered:
         fault = checkpoint_fault(checkpoint, trainer.clock.training)
@@ -147,7 +150,11 @@ def newest_checkpoint(trainer: PackedSFTTrainer) -> str | None:
 
 
 def checkpoint_fault(checkpoint: Path, training: str) -> str | None:
-    """Why a checkpoint cannot be resumed from; None if it can be."""
+    """Why a checkpoint cannot be resumed from; None if it can be.
+
+    Raises:
+        UserError: It is of this training, and a file of the base model is another by now.
+    """
     try:
         mark = json.loads((checkpoint / WHOLE).read_bytes())
         of, files = mark["training"], mark["files"]
@@ -155,6 +162,11 @@ def checkpoint_fault(checkpoint: Path, training: str) -> str | None:
         return "it was cut short while it was written"
     except (ValueError, KeyError, TypeError):
         return f"{WHOLE} is damaged"
+    if of.partition(" ")[0] == training.partition(" ")[0] and of.split()[-1] != training.split()[-1]:
+        raise UserError(
+            f"{checkpoint} was trained on other files of the base model, which were changed or damaged since: put them "
+            f"back, or delete {checkpoint.parent} to begin anew"
+        )
     if of != training:
         return "it is of another training"
     found = file_digests(checkpoint)

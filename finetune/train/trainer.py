@@ -20,6 +20,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from data_prep import Example, Task, UserError
+from data_prep.files import writing
 from finetune import files, machine, metrics
 from finetune.evaluate import score
 from finetune.model import encode, load, packing
@@ -258,9 +259,12 @@ class PackedSFTTrainer(SFTTrainer):
         # Where the training goes on is no point of the uninterrupted one's history.
         self._is_silent = self.args.eval_on_start and resume_from_checkpoint is not None
         try:
-            with self.signals:
+            with writing(Path(self.args.output_dir)), self.signals:
                 ended = super().train(resume_from_checkpoint, **named)
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            # On a CPU, PyTorch has no type of its own for it.
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
             raise UserError(
                 f"out of memory after step {self.state.global_step}: gradients and optimiser do not fit beside the "
                 "model. Use LoRA or QLoRA, optim=adamw_8bit, or end other programs and kernels"
@@ -297,6 +301,12 @@ class PackedSFTTrainer(SFTTrainer):
             raise
         # Scoring has taken smaller batches by now.
         self.signals.memory.shortage()
+        if not np.isfinite(probabilities).all():
+            # The last step's loss still was a number.
+            raise UserError(
+                f"the model's scores are no numbers after step {self.state.global_step}; lower learning_rate, or set "
+                "dtype=float32"
+            )
         self.backbone.model.train()
         accuracy = float(np.mean(np.equal(score.predicted_labels(probabilities, self._labels), labels)))
         found = {
