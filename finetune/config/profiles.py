@@ -91,6 +91,7 @@ PROFILES = {
             "full": {"learning_rate": 0.0001},
             "lora": {"learning_rate": 0.002},
             "qlora": {"learning_rate": 0.002},
+            "head": {"learning_rate": 0.002},
         },
         # Of 288: twenty steps are enough at these learning rates (results/LOG.md).
         sample={"train_rows": 160},

@@ -158,9 +158,9 @@ def fit_logistic(settings: HasExperiment, data: PreparedData, model, tokenizer) 
         return None
     prompts = _prompts(tokenizer, [*data.train, *data.validation, *data.test])
     checks.check_model(model.config, tokenizer, data.task, prompts)
-    backbone, reason = checks.choose_backbone(model, prompts)
+    batch_size = settings.experiment.per_device_eval_batch_size
+    reader, reason = score.choose_scorer(model, tokenizer, data.task, prompts, batch_size)
     print(f"rows: {reason}")
-    reader = score.LabelScorer(backbone, tokenizer, data.task, settings.experiment.per_device_eval_batch_size)
 
     def states(examples: Sequence[Example], progress: str) -> np.ndarray:
         return reader.states(_prompts(tokenizer, examples), progress)
@@ -214,9 +214,9 @@ def few_shot(settings: HasExperiment, data: PreparedData, model, tokenizer) -> B
     print(f"articles: {encode.cuts(encoded, longest)}")
     prompts = [row.prompt for row in encoded]
     checks.check_model(model.config, tokenizer, data.task, prompts)
-    backbone, reason = checks.choose_backbone(model, prompts)
+    batch_size = settings.experiment.per_device_eval_batch_size
+    scorer, reason = score.choose_scorer(model, tokenizer, data.task, prompts, batch_size)
     print(f"rows: {reason}")
-    scorer = score.LabelScorer(backbone, tokenizer, data.task, settings.experiment.per_device_eval_batch_size)
     probabilities = scorer.score(prompts, progress="scoring with examples")
     predicted = score.predicted_labels(probabilities, data.task.labels)
     description = f"the untuned model with {len(shots)} training rows and their answers in the prompt"

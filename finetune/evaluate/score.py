@@ -139,16 +139,10 @@ class LabelScorer:
 
 
 class HeadScorer(LabelScorer):
-    """Scores a task's labels by a model's classification head, in padded batches.
-
-    Args:
-        model: Loaded with `labels`.
-        tokenizer: Its tokenizer.
-        task: Its labels must be the head's, in the same order.
-        batch_size: Prompts per forward pass, at most.
+    """Scores a task's labels by the classification head of a model that was loaded with them, in padded batches.
 
     Raises:
-        UserError: The head is of other labels.
+        UserError: The head is for other labels, or for the same in another order.
     """
 
     # It writes nothing.
@@ -179,14 +173,8 @@ class HeadScorer(LabelScorer):
 def choose_scorer(
     model, tokenizer, task: Task, sequences: Sequence[list[int]], batch_size: int
 ) -> tuple[LabelScorer, str]:
-    """What gives the probabilities of a task's labels, and a sentence that says how the model reads its rows.
-
-    Args:
-        model: A language model, or one with a classification head; with an adapter or without.
-        tokenizer: Its tokenizer.
-        task: Gives the labels.
-        sequences: Token ids of all that it will read.
-        batch_size: Prompts per forward pass, at most.
+    """What scores with a language model, or with a classification head; and a sentence that says how it reads its rows,
+    which are `sequences`.
 
     Raises:
         UserError: As `checks.choose_backbone`; or padding changes what a classification head reads.

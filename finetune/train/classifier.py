@@ -26,16 +26,7 @@ class HeadTrainer(Watched, Trainer):
     A row is a prompt as LoRA's, up to where the answer would begin; its last token predicts the label. Packed rows need
     an output layer at every token, so batches are padded, rows of similar length together.
 
-    Args:
-        model: From `load_model` with labels, with an adapter or without.
-        args: TRL's configuration, which adds `max_length` to transformers'.
-        processing_class: The tokenizer.
-        train_dataset: Examples to train on.
-        eval_dataset: Examples to watch.
-        task: Its labels are the head's.
-        callbacks: Added to the trainer's own.
-        early_stopping_patience: As in `PackedSFTTrainer`.
-        named: What Trainer takes besides, such as `optimizers`.
+    Arguments are those of `PackedSFTTrainer` that a head can have; the model is loaded with labels.
 
     Raises:
         UserError: A prompt does not fit into `max_length`, the head is for other labels, or padding changes what it
@@ -67,8 +58,7 @@ class HeadTrainer(Watched, Trainer):
         batch_size = args.per_device_eval_batch_size
         self.scorer, self.checks["rows"] = score.choose_scorer(model, processing_class, task, prompts, batch_size)
         self.encoded_tokens = sum(len(row.prompt) for row in encoded)
-        numbers = {label: number for number, label in enumerate(task.labels)}
-        labels = [numbers[example.label] for example in train_dataset]
+        labels = [task.labels.index(example.label) for example in train_dataset]
         rows = [{"input_ids": row.prompt, "labels": label} for row, label in zip(encoded, labels, strict=True)]
         args.train_sampling_strategy = "group_by_length"
         super().__init__(
@@ -88,12 +78,8 @@ class HeadTrainer(Watched, Trainer):
         # The loss divides by the rows of the whole update itself.
         self.model_accepts_loss_kwargs = True
         first = rows[:SUPERVISION_ROWS]
-        self.supervision = Supervision(
-            rows=len(first),
-            tokens=sum(len(row["input_ids"]) for row in first),
-            labelled_tokens=len(first),
-            decoded=[task.labels[row["labels"]] for row in first],
-        )
+        names = [task.labels[row["labels"]] for row in first]
+        self.supervision = Supervision(len(first), sum(len(row["input_ids"]) for row in first), len(first), names)
 
     def preview(self) -> pd.DataFrame:
         """The first rows: the end of what the head reads, and the label that carries the loss."""
