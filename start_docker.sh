@@ -14,8 +14,7 @@
 #   shell                   a shell in the container
 #   restart                 stop, then start finetune
 #   stop                    stop and remove the containers; files, adapters and checkpoints stay
-#   build [finetune] [--no-cache]
-#                           build the image again
+#   build [finetune] [--no-cache]  build the image again
 #   doctor                  check this machine, change nothing
 #   help                    this text
 #
@@ -24,7 +23,7 @@
 # exit codes
 #    2 usage, settings      10 no docker           16 no NVIDIA runtime      22 no GPU in the container
 #    3 not running          11 daemon down         17 port taken             23 too little disk
-#                           12 no permission       18 base unreachable       24 another checkout's container
+#   28 rootless, remote     12 no permission       18 base unreachable       24 another checkout's container
 #                           13 compose missing     19 build failed           25 docker refused to start or stop it
 #                           14 compose too old     20 server unhealthy       26 nothing to serve
 #                           15 running as root     21 too little memory      27 no GPU on this machine
@@ -42,14 +41,12 @@ if [[ -t 1 && -t 2 && -z ${NO_COLOR:-} ]]; then bold=$'\e[1m' red=$'\e[31m' gree
 # The comment at the top of this file; for one command, its lines.
 cmd_help() { sed -n '2,/^$/ s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 usage_of() { cmd_help | awk -v command="$1" '/^  [a-z]/ { on = $1 == command } /^$/ { on = 0 } on'; }
-
 say() { printf '%s\n' "$*"; }
 row() { printf '%s%-12s%s %s\n' "$bold" "$1" "$plain" "$2"; }
 
 # fail CODE WHAT REMEDY: what is wrong and where; what to do about it.
 fail() {
-  printf '%serror:%s %s\n' "$red" "$plain" "$2" >&2
-  printf '  %s\n' "${3//$'\n'/$'\n'  }" >&2
+  printf '%serror:%s %s\n  %s\n' "$red" "$plain" "$2" "${3//$'\n'/$'\n'  }" >&2
   exit "$1"
 }
 
@@ -61,12 +58,10 @@ compose() {
 
 running() { [[ $(docker inspect -f '{{.State.Running}}' "$1" 2>/dev/null) == true ]]; }
 gpu_visible() { docker exec "$container" nvidia-smi -L >/dev/null 2>&1; }
-
-# MemAvailable, not nvidia-smi (which has no figure on unified memory) and not torch.cuda.mem_get_info
-# (which counts the page cache as used). Swap is left out: training that swaps freezes the machine.
+url() { say "http://127.0.0.1:$JUPYTER_PORT/lab?token=${JUPYTER_TOKEN:-}"; }
+# MemAvailable: nvidia-smi has no figure on unified memory. Swap is left out: training that swaps freezes the machine.
 memory_gib() { awk -v key="$1:" '$1 == key { printf "%d", $2 / 1048576 }' /proc/meminfo; }
 memory() { say "$(memory_gib MemAvailable) GiB available of $(memory_gib MemTotal) GiB"; }
-
 # A hash of everything that decides the image's contents, but for the project, which is mounted.
 inputs_hash() { cat "$dockerfile" "$root"/requirements/{base,gpu}.txt | sha256sum | cut -c1-16; }
 
@@ -98,8 +93,6 @@ load_settings() {
   export HOME HOST_UID HOST_GID
 }
 
-url() { say "http://127.0.0.1:$JUPYTER_PORT/lab?token=${JUPYTER_TOKEN:-}"; }
-
 # ---- checks: each prints one line when all is well, and fails with its own sentence --------------
 check_user() {
   ((EUID != 0)) || fail 15 "start_docker.sh is running as root: the files it makes would belong to root." \
@@ -124,14 +117,18 @@ check_docker() {
 }
 
 check_daemon() {
-  local answer where=${DOCKER_HOST:-/var/run/docker.sock}
+  local answer where own="Use this machine's own daemon: unset DOCKER_HOST; docker context use default"
+  where=${DOCKER_HOST:-$(docker context inspect -f '{{.Endpoints.docker.Host}}' 2>/dev/null)} || where=''
+  where=${where:-/var/run/docker.sock} where=${where#unix://}
   # Bounded: a daemon that hangs takes the connection and never answers.
   answer=$(timeout 10 docker version --format '{{.Server.Version}}' 2>&1) || case $answer in
     *"permission denied"*) fail 12 "You may not use Docker: $where refuses $(id -un 2>/dev/null || id -u)." \
       "sudo usermod -aG docker \$USER, then log in again (or: newgrp docker)." ;;
-    *) fail 11 "The Docker daemon does not answer at $where." \
-      "sudo systemctl start docker; if that fails: journalctl -u docker -n 50" ;;
+    *) fail 11 "The Docker daemon does not answer at $where." "sudo systemctl start docker; if that fails: journalctl -u docker -n 50" ;;
   esac
+  [[ $where == /* ]] || fail 28 "The Docker daemon at $where is on another machine, which cannot mount this checkout." "$own"
+  [[ $(docker info -f '{{.SecurityOptions}}') != *name=rootless* ]] ||
+    fail 28 "Docker at $where is rootless: the user of its containers is not you, and may not write here." "$own"
   say "Docker engine $answer"
 }
 
@@ -139,21 +136,17 @@ check_compose() {
   local version oldest=2.20.0
   version=$(docker compose version --short 2>/dev/null) || fail 13 "Docker has no compose plugin ('docker compose' fails)." \
     "sudo apt-get install docker-compose-plugin (or docker-compose-v2, on Ubuntu's own docker.io)."
-  version=${version#v}
-  printf '%s\n' "$oldest" "$version" | sort --check=quiet --version-sort ||
-    fail 14 "docker compose is $version; $oldest or newer is needed." \
-      "sudo apt-get install --only-upgrade docker-compose-plugin"
-  say "docker compose $version"
+  printf '%s\n' "$oldest" "${version#v}" | sort --check=quiet --version-sort ||
+    fail 14 "docker compose is ${version#v}; $oldest or newer is needed." "sudo apt-get install --only-upgrade docker-compose-plugin"
+  say "docker compose ${version#v}"
 }
 
-no_runtime() {
-  fail 16 "Docker cannot hand the GPU to a container: NVIDIA's container runtime is missing or not configured." \
-    "sudo apt-get install nvidia-container-toolkit
-sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
-}
-
+# check_runtime [FAILED]: what the daemon says of its runtimes, or that it could not start a container with one.
 check_runtime() {
-  [[ $(docker info -f '{{json .Runtimes}}') == *'"nvidia"'* ]] || command -v nvidia-container-runtime-hook >/dev/null || no_runtime
+  [[ -z ${1:-} && ($(docker info -f '{{json .Runtimes}}') == *'"nvidia"'* || -n $(command -v nvidia-container-runtime-hook)) ]] ||
+    fail 16 "Docker cannot hand the GPU to a container: NVIDIA's container runtime is missing or not configured." \
+      "sudo apt-get install nvidia-container-toolkit
+sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
   say "NVIDIA's container runtime is there"
 }
 
@@ -175,12 +168,9 @@ check_port() {
 check_disk() {
   local free
   free=$(df -BG --output=avail "$1" 2>/dev/null | tr -dc '0-9') || free=''
-  if [[ -z $free ]]; then
-    say "unknown: there is no folder $1 on this machine"
-  else
-    ((free >= $2)) || fail 23 "Only $free GiB are free in $1; $3 takes $2." "$4"
-    say "$free GiB free in $1 ($3 takes $2)"
-  fi
+  [[ -n $free ]] || { say "unknown: there is no folder $1 on this machine" && return; }
+  ((free >= $2)) || fail 23 "Only $free GiB are free in $1; $3 takes $2." "$4"
+  say "$free GiB free in $1 ($3 takes $2)"
 }
 
 check_image_disk() {
@@ -189,7 +179,6 @@ check_image_disk() {
   check_disk "$(docker info -f '{{.DockerRootDir}}')" 40 "building the image" \
     "docker system df shows what Docker keeps; docker system prune frees what nothing uses."
 }
-
 check_model_disk() {
   check_disk "$root/checkpoints" 16 "a full fine-tuning checkpoint" "Delete old checkpoints, or mount a larger disk there."
 }
@@ -206,10 +195,8 @@ check_GPU() {
 }
 
 check_memory() {
-  local free
-  free=$(memory_gib MemAvailable)
-  awk "BEGIN { exit !($free >= $MIN_FREE_GIB) }" ||
-    fail 21 "Only $free GiB of memory are available; at least $MIN_FREE_GIB GiB are needed, or the machine may freeze." \
+  awk "BEGIN { exit !($(memory_gib MemAvailable) >= $MIN_FREE_GIB) }" ||
+    fail 21 "Only $(memory_gib MemAvailable) GiB of memory are available; at least $MIN_FREE_GIB GiB are needed, or the machine may freeze." \
       "Stop other programs, or drop the page cache: sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches'
 docs/speed.md predicts the memory of each method. A smaller limit: MIN_FREE_GIB=12 in .env."
   say "$(memory) (at least $MIN_FREE_GIB)"
@@ -232,28 +219,25 @@ cmd_build() {
   # An argument without a value is taken from the environment, or not at all.
   docker build -f "$dockerfile" -t "$image" --build-arg HOST_UID --build-arg HOST_GID --build-arg BASE_IMAGE \
     --build-arg TRITON --build-arg XFORMERS --label "finetune.inputs=$(inputs_hash)" "${options[@]}" \
-    --build-arg "GIT_COMMIT=$(git -C "$root" describe --always --dirty --abbrev=40 2>/dev/null || say unknown)" \
+    --build-arg "GIT_COMMIT=$(env -u GIT_DIR -u GIT_WORK_TREE git -C "$root" describe --always --dirty --abbrev=40 2>/dev/null || say unknown)" \
     "$root" 2>&1 | tee "$log" | sed -u -nE '/^(Step |#[0-9]+ \[)/ { s/^(.{96}).*/\1 .../; p }' || {
     # BuildKit repeats what the failed step said under a rule of dashes, before a long excerpt of the Dockerfile.
     said=$(sed -n '/^ > \[/,/^------$/p' "$log" | tail -n 15)
-    fail 19 "The image did not build; no image was tagged. The last lines of $log:" \
-      "${said:-$(tail -n 15 "$log")}${said:+$'\n'$(tail -n 1 "$log")}"
+    fail 19 "The image did not build; no image was tagged. The last lines of $log:" "${said:-$(tail -n 15 "$log")}${said:+$'\n'$(tail -n 1 "$log")}"
   }
   say "Built $image"
 }
 
 ensure_image() {
-  local built
-  if ! built=$(docker image inspect -f '{{with .Config.Labels}}{{index . "finetune.host-uid"}} {{index . "finetune.inputs"}}{{end}}' \
-    "$image" 2>/dev/null); then
-    say "There is no image yet; the first build compiles xformers and takes about 10 minutes."
-    cmd_build finetune
-  elif [[ ${built% *} != "$HOST_UID" ]]; then
-    say "The image was built for uid ${built% *}; its last layers are rebuilt for yours, $HOST_UID."
-    cmd_build finetune
-  elif [[ ${built#* } != "$(inputs_hash)" ]]; then
-    say "Note: Dockerfile.dgx-spark or requirements/ changed since the image was built: ./start_docker.sh build"
-  fi
+  local built labels='{{with .Config.Labels}}{{index . "finetune.host-uid"}} {{index . "finetune.inputs"}}{{end}}'
+  built=$(docker image inspect -f "$labels" "$image" 2>/dev/null) || built=none
+  case $built in
+    "$HOST_UID $(inputs_hash)") return ;;
+    "$HOST_UID "*) say "Note: Dockerfile.dgx-spark or requirements/ changed since the image was built: ./start_docker.sh build" && return ;;
+    none) say "There is no image yet; the first build takes some minutes." ;;
+    *) say "The image was built for uid ${built% *}; its last layers are rebuilt for yours, $HOST_UID." ;;
+  esac
+  cmd_build finetune
 }
 
 # up SERVICE SECONDS: create the container, unless it runs, and wait for so long until its server answers.
@@ -263,7 +247,7 @@ up() {
   # The folder must exist: Docker would create it, but as root's.
   mkdir -p "$HF_CACHE" 2>/dev/null || fail 2 "You may not make the folder $HF_CACHE." "Name another: HF_CACHE=/data/huggingface in .env"
   answer=$(compose up --wait --wait-timeout "$2" --no-build "$mode" "${1/#finetune/$container}" 2>&1) && return
-  [[ $answer != *"could not select device driver"* ]] || no_runtime
+  [[ $answer != *"could not select device driver"* ]] || check_runtime failed
   [[ $(docker inspect -f '{{.State.StartedAt}}' "$name" 2>/dev/null) == 2* ]] || fail 25 "Docker could not start $name:" "$answer"
   fail 20 "$name is not healthy. The last lines of its log:" "$(docker logs --tail 15 "$name" 2>&1)
 Health check: $(docker inspect -f '{{range .State.Health.Log}}{{println .Output}}{{end}}' "$name" | tail -n 2 | head -c 300)
@@ -280,25 +264,19 @@ check_checkout() {
 
 start_finetune() {
   check_checkout
-  # The token never appears in an argument list, where `ps` would show it to every user of the machine. The new line
-  # comes after an empty one of the user's, and is read next time.
+  # Never in an argument list, where `ps` shows it to everybody. The new line comes after the user's, and so it counts.
   if [[ -z ${JUPYTER_TOKEN:-} ]]; then
     JUPYTER_TOKEN=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')
     touch "$env_file" && chmod 600 "$env_file"
     printf '\n# By start_docker.sh; whoever has it can run code as you.\nJUPYTER_TOKEN=%s\n' "$JUPYTER_TOKEN" >>"$env_file"
   fi
+  # `systemctl daemon-reload` on the host takes the GPU from running containers.
   if running "$container" && ! gpu_visible; then
-    # `systemctl daemon-reload` on the host takes the GPU from running containers.
     say "$container has lost its GPU; we make a new container."
     compose rm --stop --force "$container" >/dev/null 2>&1
   fi
-  if running "$container"; then
-    say "$container is already running."
-  else
-    check_port >/dev/null
-    check_memory >/dev/null
-    ensure_image
-  fi
+  ! running "$container" || say "$container is already running."
+  running "$container" || { check_port >/dev/null && check_memory >/dev/null && ensure_image; }
   up finetune 120
   gpu_visible || fail 22 "$container runs, but sees no GPU: nvidia-smi fails in it." \
     "If nvidia-smi works on the host: sudo systemctl restart docker, then ./start_docker.sh restart"
@@ -370,8 +348,7 @@ start_serve() {
     # An adapter is served on top of its base, a merged model as it is.
     export SERVE_ARGS="/workspace/$folder --served-model-name tuned"
     [[ ! -e $root/$folder/adapter_config.json ]] || adapter_arguments "$folder"
-    check_port SERVE_PORT >/dev/null
-    check_memory >/dev/null
+    check_port SERVE_PORT >/dev/null && check_memory >/dev/null
     ensure_pulled "$(compose config --images serve)"
     say "Serving $folder; loading takes some minutes."
   fi
@@ -381,19 +358,13 @@ start_serve() {
 
 # ---- commands -----------------------------------------------------------------------------------
 cmd_start() { "start_${1:-finetune}" "${@:2}"; }
-
-cmd_restart() {
-  check_checkout
-  cmd_stop
-  start_finetune
-}
+cmd_restart() { check_checkout && cmd_stop && start_finetune; }
+cmd_shell() { cmd_exec bash; }
 
 cmd_run() {
   start_finetune
   cmd_exec python -m finetune run --profile spark "$@"
 }
-
-cmd_shell() { cmd_exec bash; }
 
 cmd_exec() {
   local tty=()
@@ -424,17 +395,14 @@ cmd_status() {
   activity() { docker exec "$container" python -I /workspace/finetune/activity.py "$1" 2>/dev/null; }
   containers() { docker ps --all --filter label=com.docker.compose.project=dgx-spark-finetune --format "$1"; }
   if running "$container"; then
-    up=true
-    health=$(docker inspect -f '{{.State.Health.Status}}' "$container")
+    up=true health=$(docker inspect -f '{{.State.Health.Status}}' "$container")
     gpu=$(docker exec "$container" nvidia-smi --query-gpu=utilization.gpu --format=csv,noheader,nounits 2>/dev/null) || gpu=''
   fi
   if [[ ${1:-} == --json ]]; then
     # The token stays out of the JSON, which scripts log; it is in .env.
-    printf '{"running": %s, "health": "%s", "url": "http://127.0.0.1:%s/lab", "gpu_percent": %s, "mem_available_gib": %s, ' \
-      $up "$health" "$JUPYTER_PORT" "${gpu:-null}" "$(memory_gib MemAvailable)"
-    printf '"containers": [%s], "activity": %s}\n' \
-      "$(containers '{"name": {{json .Names}}, "state": {{json .State}}, "status": {{json .Status}}}' | paste -sd,)" \
-      "$(activity json || say '[]')"
+    printf '{"running": %s, "health": "%s", "url": "http://127.0.0.1:%s/lab", "gpu_percent": %s, "mem_available_gib": %s, "containers": [%s], "activity": %s}\n' \
+      $up "$health" "$JUPYTER_PORT" "${gpu:-null}" "$(memory_gib MemAvailable)" \
+      "$(containers '{"name": {{json .Names}}, "state": {{json .State}}, "status": {{json .Status}}}' | paste -sd,)" "$(activity json || say '[]')"
   else
     text=$(containers '{{.Names}}: {{.State}} ({{.Status}})')
     while read -r text; do row "container" "$text"; done <<<"${text:-none: ./start_docker.sh start finetune}"

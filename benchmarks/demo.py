@@ -22,6 +22,7 @@ from data_prep import UserError
 from data_prep.files import replacing
 from finetune import paths, records
 from finetune.config.plan import plan
+from finetune.config.recipes import MAX_LENGTH
 from finetune.data import load_data
 from finetune.model import encode, load, precision
 from finetune.runner import STEPS
@@ -45,7 +46,7 @@ def steps(profile: str) -> tuple[pd.DataFrame, records.RunRecord]:
     settings = plan("base", profile)
     configuration, data = load.configuration(settings.experiment.model), load_data(settings)
     prompts = [
-        row.prompt for row in encode.encode(load.load_tokenizer(settings.experiment.model), data.test, max_length=1024)
+        row.prompt for row in encode.encode(load.load_tokenizer(settings.experiment.model), data.test, MAX_LENGTH)
     ]
     shared, rows = encode.shared_length(prompts), []
     full = records.read(paths.run_folder(profile, "full"))

@@ -7,17 +7,23 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks import shape
 from benchmarks.records import SpeedRecord, recipe_of
 from benchmarks.roofline import (
-    CONFIGURATION,
-    SHAPE,
+    BYTES,
+    HIDDEN,
+    LAYERS,
+    LINEAR,
+    MOMENT_BYTES,
+    MOMENTS,
+    PACKED,
+    PARAMETERS,
     Machine,
+    activation_bytes,
+    adapter_parameters,
     bandwidth,
     machine_of,
     recomputes,
     share_of,
-    sizes,
     work_of,
     work_of_row,
 )
@@ -32,6 +38,8 @@ ARTICLES = 120_000
 # share of it that it reaches on an H100 (3.0 of 3.35 TB/s).
 FAST, SLOW = Machine(97e12, 273e9), Machine(93e12, 273e9 * 3.0 / 3.35)
 MEMORY_BYTES = 121.69 * GIB
+# Memory that nothing here foresees: the allocator's fragments, kernels' workspaces, the CUDA context.
+RESERVE = 0.1
 # The same articles with the lean prompt, with its beginning shared, and with the verbose prompt: they give the lengths.
 LENGTH_ROWS = ("lean", "shared", "answer")
 # What others trained on a GB10, and their hours: 8 x 4 rows of 512 tokens without padding.
@@ -155,13 +163,19 @@ def hours(record: SpeedRecord, sources: list[pd.Series], recipe: Recipe, article
 
 def needed_bytes(recipe: Recipe, tokens: float) -> float:
     """Memory of a training whose micro-batches have so many tokens."""
-    engine = "transformers" if recipe.engine == "transformers" else "unsloth"
-    activations = shape.activation_bytes(SHAPE, tokens, engine)
+    activations = activation_bytes(tokens, "transformers" if recipe.engine == "transformers" else "unsloth")
     if recomputes(recipe):
         # Each layer's input, and all of one layer.
-        layers, hidden = CONFIGURATION.num_hidden_layers, CONFIGURATION.hidden_size
-        activations = activations / layers + 2 * tokens * hidden * layers
-    return shape.model_bytes(recipe, sizes(recipe)) + activations
+        activations = activations / LAYERS + 2 * tokens * HIDDEN * LAYERS
+    if recipe.load_in_4bit:
+        weights = LINEAR * PACKED + (PARAMETERS - LINEAR) * 2
+    else:
+        # Of fp32 weights, autocast holds copies in bf16 until the backward pass is over.
+        weights = PARAMETERS * (BYTES[recipe.dtype] + (2 if recipe.dtype == "float32" else 0))
+    adapter, weight = adapter_parameters(recipe), 4 if recipe.adapter else BYTES[recipe.dtype]
+    gradient = 0 if recipe.update_in_backward else weight
+    still = (adapter or PARAMETERS) * (gradient + MOMENTS * MOMENT_BYTES.get(recipe.optim, weight))
+    return round(weights + adapter * 4 + round(still)) + activations
 
 
 def settled(recipe: Recipe, tokens: float) -> Recipe:
@@ -169,7 +183,7 @@ def settled(recipe: Recipe, tokens: float) -> Recipe:
     if recipe.gradient_checkpointing != "auto":
         return recipe
     kept = replace(recipe, gradient_checkpointing="off")
-    fits = needed_bytes(kept, tokens) * (1 + shape.RESERVE) < MEMORY_BYTES
+    fits = needed_bytes(kept, tokens) * (1 + RESERVE) < MEMORY_BYTES
     return kept if fits else replace(recipe, gradient_checkpointing="plain")
 
 

@@ -24,8 +24,8 @@ class Rung:
     Attributes:
         key: What tables know it by.
         name: What it adds to the rung before it.
-        run: The suite's run.
         overrides: Parameters of the suite.
+        run: The suite's run.
         trainer: `suite`, or `trl`: SFTTrainer as its users set it up.
         engine: `unsloth` or `transformers`.
         options: SFTConfig's, for `trl`.
@@ -34,8 +34,8 @@ class Rung:
 
     key: str
     name: str
+    overrides: dict[str, Any]
     run: str = "lora"
-    overrides: dict[str, Any] = field(default_factory=dict)
     trainer: str = "suite"
     engine: str = "unsloth"
     options: dict[str, Any] = field(default_factory=dict)
@@ -52,8 +52,9 @@ UNSLOTH = FIRST | {"gradient_checkpointing": "unsloth"}
 KEPT = UNSLOTH | {"gradient_checkpointing": "off"}
 LEAN = KEPT | {"completion_only_loss": True, "prompt": "lean"}
 BEST = LEAN | LARGE_BATCH
-PEER = BEST | {"gradient_checkpointing": "plain"}
-THRIFTY = BEST | {"gradient_checkpointing": "plain", "offload_embedding": "on"}
+RECOMPUTING = {"gradient_checkpointing": "plain"}
+PEER = BEST | RECOMPUTING
+THRIFTY = PEER | {"offload_embedding": "on"}
 THRIFTY_UNSLOTH = THRIFTY | {"gradient_checkpointing": "unsloth"}
 GRAPHS = {"cuda_graphs": True, "offload_embedding": "on"}
 GRAPHS_16 = BEST | GRAPHS | {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4}
@@ -61,111 +62,77 @@ GRAPHS_8 = BEST | GRAPHS | {"per_device_train_batch_size": 8, "gradient_accumula
 FULL = BEST | {"dtype": "bfloat16", "optim": "adamw_8bit", "gradient_accumulation_steps": 2}
 FULL_LIGER = FULL | {"use_liger_kernel": True}
 IN_BACKWARD = FULL_LIGER | {"gradient_accumulation_steps": 1, "update_in_backward": True}
-FOUR_BIT = {"optim": "adamw_torch_4bit", "optim_args": "bf16_stochastic_round=True", "gradient_checkpointing": "plain"}
+FOUR_BIT = RECOMPUTING | {"optim": "adamw_torch_4bit", "optim_args": "bf16_stochastic_round=True"}
 
+SAME = "{}, 128 articles at once, the same"
+ON_PLAIN = {"run": "full", "engine": "transformers"}
 PARTS: dict[str, tuple[Rung, ...]] = {
     "plain": (
-        Rung(
-            "trl_seed",
-            "TRL + PEFT: 8 x 4 articles, long prompt, loss on all tokens, checkpointing",
-            "lora",
-            FIRST,
-            **PLAIN,
-        ),
-        Rung("trl_cudnn", "+ cudnn.benchmark", "lora", FIRST | {"cudnn_benchmark": True}, **PLAIN),
-        Rung("trl_packed", "+ TRL's packing, rows of 512", "lora", FIRST, options=PACK, **PLAIN),
-        Rung("peer_checkpointing", "peer: TRL + PEFT, tuned, checkpointing", "lora", PEER, **PLAIN),
-        Rung("peer", "peer: TRL + PEFT, tuned, no checkpointing", "lora", BEST, **PLAIN),
-        Rung("peer_liger", "peer: the same with Liger's kernels", "lora", BEST | {"use_liger_kernel": True}, **PLAIN),
+        Rung("trl_seed", "TRL + PEFT: 8 x 4 articles, long prompt, loss on all tokens, checkpointing", FIRST, **PLAIN),
+        Rung("trl_cudnn", "+ cudnn.benchmark", FIRST | {"cudnn_benchmark": True}, **PLAIN),
+        Rung("trl_packed", "+ TRL's packing, rows of 512", FIRST, options=PACK, **PLAIN),
+        Rung("peer_checkpointing", "peer: TRL + PEFT, tuned, checkpointing", PEER, **PLAIN),
+        Rung("peer", "peer: TRL + PEFT, tuned, no checkpointing", BEST, **PLAIN),
+        Rung("peer_liger", "peer: the same with Liger's kernels", BEST | {"use_liger_kernel": True}, **PLAIN),
     ),
     "lora": (
-        Rung("unsloth_seed", "+ Unsloth's kernels and checkpointing", "lora", UNSLOTH, "trl", options=PACK),
-        Rung("flash", "+ flash attention over whole articles", "lora", UNSLOTH, share=False),
-        Rung("kept", "+ no checkpointing", "lora", KEPT, share=False),
-        Rung("answer", "+ loss on the answer alone", "lora", KEPT | {"completion_only_loss": True}, share=False),
-        Rung("lean", "+ lean prompt", "lora", LEAN, share=False),
-        Rung("shared", "+ common beginning computed once", "lora", LEAN),
-        Rung("batch", "+ 64 articles at once", "lora", BEST),
-        Rung("batch_128", "+ 128 articles at once", "lora", BEST | LARGER_BATCH),
+        Rung("unsloth_seed", "+ Unsloth's kernels and checkpointing", UNSLOTH, trainer="trl", options=PACK),
+        Rung("flash", "+ flash attention over whole articles", UNSLOTH, share=False),
+        Rung("kept", "+ no checkpointing", KEPT, share=False),
+        Rung("answer", "+ loss on the answer alone", KEPT | {"completion_only_loss": True}, share=False),
+        Rung("lean", "+ lean prompt", LEAN, share=False),
+        Rung("shared", "+ common beginning computed once", LEAN),
+        Rung("batch", "+ 64 articles at once", BEST),
+        Rung("batch_128", "+ 128 articles at once", BEST | LARGER_BATCH),
     ),
     "lora_memory": (
-        Rung("lora_graphs_16x4", "LoRA, 16 x 4 articles, CUDA graphs, embeddings on the host", "lora", GRAPHS_16),
-        Rung("lora_graphs_8x8", "LoRA, 8 x 8 articles, the same", "lora", GRAPHS_8),
-        Rung("lora_checkpointing", "LoRA, checkpointing, embeddings on the host", "lora", THRIFTY),
-        Rung("lora_checkpointing_128", "LoRA, 128 articles at once, the same", "lora", THRIFTY | LARGER_BATCH),
-        Rung(
-            "lora_unsloth_checkpointing",
-            "LoRA, Unsloth's checkpointing, embeddings on the host",
-            "lora",
-            THRIFTY_UNSLOTH,
-        ),
-        Rung(
-            "lora_unsloth_checkpointing_128",
-            "LoRA, 128 articles at once, the same",
-            "lora",
-            THRIFTY_UNSLOTH | LARGER_BATCH,
-        ),
+        Rung("lora_graphs_16x4", "LoRA, 16 x 4 articles, CUDA graphs, embeddings on the host", GRAPHS_16),
+        Rung("lora_graphs_8x8", "LoRA, 8 x 8 articles, the same", GRAPHS_8),
+        Rung("lora_checkpointing", "LoRA, checkpointing, embeddings on the host", THRIFTY),
+        Rung("lora_checkpointing_128", SAME.format("LoRA"), THRIFTY | LARGER_BATCH),
+        Rung("lora_unsloth_checkpointing", "LoRA, Unsloth's checkpointing, embeddings on the host", THRIFTY_UNSLOTH),
+        Rung("lora_unsloth_checkpointing_128", SAME.format("LoRA"), THRIFTY_UNSLOTH | LARGER_BATCH),
     ),
     "qlora": (
-        Rung("qlora", "QLoRA, 64 articles at once", "qlora", BEST),
-        Rung("qlora_128", "QLoRA, 128 articles at once", "qlora", BEST | LARGER_BATCH),
-        Rung("qlora_graphs_16x4", "QLoRA, 16 x 4 articles, CUDA graphs, embeddings on the host", "qlora", GRAPHS_16),
-        Rung("qlora_graphs_8x8", "QLoRA, 8 x 8 articles, the same", "qlora", GRAPHS_8),
-        Rung("qlora_checkpointing", "QLoRA, checkpointing, embeddings on the host", "qlora", THRIFTY),
-        Rung("qlora_checkpointing_128", "QLoRA, 128 articles at once, the same", "qlora", THRIFTY | LARGER_BATCH),
+        Rung("qlora", "QLoRA, 64 articles at once", BEST, "qlora"),
+        Rung("qlora_128", "QLoRA, 128 articles at once", BEST | LARGER_BATCH, "qlora"),
+        Rung("qlora_graphs_16x4", "QLoRA, 16 x 4 articles, CUDA graphs, embeddings on the host", GRAPHS_16, "qlora"),
+        Rung("qlora_graphs_8x8", "QLoRA, 8 x 8 articles, the same", GRAPHS_8, "qlora"),
+        Rung("qlora_checkpointing", "QLoRA, checkpointing, embeddings on the host", THRIFTY, "qlora"),
+        Rung("qlora_checkpointing_128", SAME.format("QLoRA"), THRIFTY | LARGER_BATCH, "qlora"),
         Rung(
             "qlora_unsloth_checkpointing_96",
             "QLoRA, 96 articles at once, Unsloth's checkpointing, embeddings on the host",
-            "qlora",
             THRIFTY_UNSLOTH | {"per_device_train_batch_size": 96},
-        ),
-        Rung(
-            "qlora_unsloth_checkpointing_128",
-            "QLoRA, 128 articles at once, the same",
             "qlora",
-            THRIFTY_UNSLOTH | LARGER_BATCH,
         ),
+        Rung("qlora_unsloth_checkpointing_128", SAME.format("QLoRA"), THRIFTY_UNSLOTH | LARGER_BATCH, "qlora"),
     ),
     "full": (
-        Rung("full_plain", "full, bf16 weights, 8-bit AdamW, 64 x 2 articles", "full", FULL, engine="transformers"),
-        Rung("full", "full, + Liger's kernels", "full", FULL_LIGER, engine="transformers"),
-        Rung(
-            "full_64x4",
-            "full, 64 x 4 articles",
-            "full",
-            FULL_LIGER | {"gradient_accumulation_steps": 4},
-            engine="transformers",
-        ),
-        Rung(
-            "full_checkpointing",
-            "full, + checkpointing",
-            "full",
-            FULL_LIGER | {"gradient_checkpointing": "plain"},
-            engine="transformers",
-        ),
+        Rung("full_plain", "full, bf16 weights, 8-bit AdamW, 64 x 2 articles", FULL, **ON_PLAIN),
+        Rung("full", "full, + Liger's kernels", FULL_LIGER, **ON_PLAIN),
+        Rung("full_64x4", "full, 64 x 4 articles", FULL_LIGER | {"gradient_accumulation_steps": 4}, **ON_PLAIN),
+        Rung("full_checkpointing", "full, + checkpointing", FULL_LIGER | RECOMPUTING, **ON_PLAIN),
         Rung(
             "full_in_backward",
             "full, 64 x 1 articles, each weight updated in the backward pass",
-            "full",
             IN_BACKWARD,
-            engine="transformers",
+            **ON_PLAIN,
         ),
         Rung(
             "full_in_backward_checkpointing",
             "full, 256 x 1 articles, the same, + checkpointing",
-            "full",
-            IN_BACKWARD | {"gradient_checkpointing": "plain", "per_device_train_batch_size": 256},
-            engine="transformers",
+            IN_BACKWARD | RECOMPUTING | {"per_device_train_batch_size": 256},
+            **ON_PLAIN,
         ),
         Rung(
             "full_4bit_checkpointing",
             "full, + 4-bit AdamW with stochastic rounding",
-            "full",
             FULL_LIGER | FOUR_BIT,
-            engine="transformers",
+            **ON_PLAIN,
         ),
     ),
-    "full_unsloth": (Rung("full_unsloth", "full, bf16 weights, 8-bit AdamW, Unsloth", "full_unsloth", FULL),),
+    "full_unsloth": (Rung("full_unsloth", "full, bf16 weights, 8-bit AdamW, Unsloth", FULL, "full_unsloth"),),
 }
 # Prompt, articles at once and kernels of what is scored.
 SCORED = (("lean", 128, "plain"), ("lean", 128, "fused"), ("lean", 512, "fused"), ("verbose", 128, "fused"))

@@ -204,19 +204,10 @@ def measure(case: Case, scratch: Path) -> dict[str, Any]:
         notebook = METHODS[case.run].notebook
         names = run_cells(notebook, "newest_checkpoint(trainer)", PROFILE=profile, OVERRIDES=overrides)
         trainer, estimate = names["trainer"], names["resolved"].memory.estimate
-        before, loaded = _peaks(), _allocated()
-        collate, tokens = trainer.data_collator, []
-
-        def counted(examples):
-            batch = collate(examples)
-            tokens.append(batch["input_ids"].numel())
-            return batch
-
-        trainer.data_collator = counted
+        before = _peaks()
         # It forgets the peaks so far.
         trainer.train()
-        trained = _peaks()
-        peaks = {name: max(before[name], size) for name, size in trained.items()}
+        peaks = {name: max(before[name], size) for name, size in _peaks().items()}
         if machine.has_cuda():
             free, total = torch.cuda.mem_get_info()
             peaks["context_bytes"] = total - free - torch.cuda.memory_reserved()
@@ -227,12 +218,7 @@ def measure(case: Case, scratch: Path) -> dict[str, Any]:
         "run": case.run,
         "overrides": COMMON | case.overrides,
         "estimate": {"moment": estimate.moment, "parts": dict(estimate.parts)},
-        "tokens": max(tokens),
         **peaks,
-        "before": before,
-        "trained": trained,
-        "loaded_bytes": loaded,
-        "left_bytes": _allocated(),
     }
 
 
@@ -241,16 +227,8 @@ def _peaks() -> dict[str, int]:
 
     if not machine.has_cuda():
         return {"peak_bytes": machine.peak_memory()[0]}
-    return {
-        "reserved_bytes": torch.cuda.max_memory_reserved(),
-        "allocated_bytes": torch.cuda.max_memory_allocated(),
-    }
-
-
-def _allocated() -> int | None:
-    import torch
-
-    return torch.cuda.memory_allocated() if machine.has_cuda() else None
+    reserved, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+    return {"reserved_bytes": reserved, "allocated_bytes": allocated}
 
 
 def _weights(shape: str, scratch: Path) -> Path:

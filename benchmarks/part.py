@@ -1,6 +1,6 @@
 """One part of the benchmark of speed, measured in this process on one GPU; benchmarks/throughput.py starts it.
 
-    python -m benchmarks.part PART CSV_FOLDER --model FOLDER [--rungs KEY ...] [--profile KEY ...] [--scratch FOLDER]
+    python -m benchmarks.part PART CSV_FOLDER --model FOLDER [--rungs KEY ...] [--scratch FOLDER]
 
 Prints a line of JSON for each measurement.
 """
@@ -8,19 +8,18 @@ Prints a line of JSON for each measurement.
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import json
 import os
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import ladder
-from benchmarks.ladder import BEST, Rung
+from benchmarks.ladder import PEER, Rung
 
 WARM_STEPS, TIMED_STEPS = 2, 5
 WEIGHTS = "model.safetensors"
@@ -36,9 +35,6 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("csv", metavar="CSV_FOLDER")
     options.add_argument("--model", required=True, help="folder of the model")
     options.add_argument("--rungs", nargs="*", default=[], metavar="KEY", help="rungs to measure; all if none is named")
-    options.add_argument(
-        "--profile", nargs="*", default=[], metavar="KEY", help="rungs whose slowest kernels to record"
-    )
     options.add_argument("--scratch", default="/dev/shm")
     return options
 
@@ -117,7 +113,7 @@ def _training(rung: Rung, options: argparse.Namespace) -> dict[str, Any]:
     torch.cuda.empty_cache()
     torch.backends.cudnn.benchmark = plan.recipe.cudnn_benchmark
     trainer = _suite_trainer(rung, wanted) if rung.trainer == "suite" else _trl_trainer(rung, plan, data)
-    timing = _timed(trainer, rung.key in options.profile)
+    timing = _timed(trainer)
     parameters = load.parameter_count(trainer.model)
     flops = (4 if plan.recipe.adapter else 6) * parameters * timing["computed_per_second"]
     return {
@@ -182,8 +178,8 @@ def _trl_trainer(rung: Rung, plan, data):
     return SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
 
 
-def _timed(trainer, profile: bool) -> dict[str, Any]:
-    """Train for a few steps, and time all but the first; then, if asked, one more under the profiler."""
+def _timed(trainer) -> dict[str, Any]:
+    """Train for a few steps, and time all but the first."""
     import torch
     from transformers import TrainerCallback
 
@@ -217,7 +213,6 @@ def _timed(trainer, profile: bool) -> dict[str, Any]:
     start = time.perf_counter()
     trainer.train()
     torch.cuda.synchronize()
-    kernels = _kernels(_one_step(trainer)) if profile else {}
     accumulated = trainer.args.gradient_accumulation_steps
     counts = batches[WARM_STEPS * accumulated : steps * accumulated]
     articles, tokens, computed = (sum(column) for column in zip(*counts, strict=True))
@@ -230,68 +225,24 @@ def _timed(trainer, profile: bool) -> dict[str, Any]:
         "computed_per_second": computed / seconds,
         "seconds_to_first_step": first[0] - start,
         "ended_first_step": first[0],
-        **kernels,
     }
-
-
-def _one_step(trainer) -> Callable[[], object]:
-    """A training step on the first rows."""
-    import torch
-
-    examples = [trainer.train_dataset[row] for row in range(trainer.args.per_device_train_batch_size)]
-    batch = {name: value.to("cuda") for name, value in trainer.data_collator(examples).items()}
-    return lambda: trainer.training_step(trainer.model, batch, torch.tensor(512, device="cuda"))
-
-
-def _kernels(step: Callable[[], object], count: int = 14) -> dict[str, Any]:
-    """The kernels that a step spends its time in, and its slowest matrix products by shape, in milliseconds."""
-    import torch
-    from torch.profiler import ProfilerActivity
-
-    torch.cuda.synchronize()
-    activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        milliseconds = 1000 * (time.perf_counter() - start)
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
-    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    shown = {event.key[:90]: [round(event.self_device_time_total / 1000, 2), event.count] for event in kernels[:count]}
-    busy = sum(event.self_device_time_total for event in kernels) / 1000
-    by_shape = sorted(profiler.key_averages(group_by_input_shape=True), key=lambda event: -event.device_time_total)
-    products = {
-        f"{event.key} {event.input_shapes}"[:120]: [round(event.device_time_total / 1000, 2), event.count]
-        for event in by_shape
-        if event.key in ("aten::mm", "aten::addmm", "aten::addmm_")
-    }
-    slowest = dict(list(products.items())[: 2 * count])
-    return {"profile": {"step_ms": milliseconds, "busy_ms": busy, "kernels": shown, "products": slowest}}
 
 
 def matrix_peak() -> float:
     """FLOP/s of a large bf16 matrix product on random numbers, the best of five times ten."""
     import torch
 
-    size = 8192
+    size, seconds = 8192, []
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / _best(lambda: a @ b)
-
-
-def _best(run: Callable[[], object], times: int = 5, inner: int = 10) -> float:
-    """Seconds of one call, the best of `times` groups of `inner`."""
-    import torch
-
-    run()
-    seconds = []
-    for _ in range(times):
+    a @ b
+    for _ in range(5):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(inner):
-            run()
+        for _ in range(10):
+            a @ b
         torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - start) / inner)
-    return min(seconds)
+        seconds.append((time.perf_counter() - start) / 10)
+    return 2 * size**3 / min(seconds)
 
 
 def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -331,7 +282,6 @@ def _evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "matrix_peak_tflops": peak / 1e12,
             "share_of_peak": flops / peak,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-            **(_kernels(functools.partial(scorer.score, prompts[:batch])) if key in options.profile else {}),
         }
         if (key := f"generation_{prompt}_{batch}") in ladder.GENERATED and kernels == "fused":
             _, seconds = score.timed(score.generate, model, tokenizer, data.task, prompts[:512], batch)
@@ -360,7 +310,7 @@ def _start(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     start = time.perf_counter()
     engine = ladder.STARTS[options.part]
     name = f"LoRA on {engine.capitalize()}, from the first import to the end of the first step"
-    rung = Rung(options.part, name, "lora", BEST | {"gradient_checkpointing": "plain"}, engine=engine)
+    rung = Rung(options.part, name, PEER, engine=engine)
     yield {
         "key": rung.key,
         "name": rung.name,

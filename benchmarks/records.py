@@ -89,15 +89,11 @@ def read(path: Path) -> SpeedRecord:
         raise DataError(path, f"no measurements of this version ({reason}); measure again") from error
 
     has_figures = rows.articles_per_second.notna() | rows.seconds_to_first_step.notna()
-    share = rows.tflops / rows.matrix_peak_tflops
     faults = {
         "needs figures or an outcome, and not both": has_figures == rows.outcome.notna(),
         "lacks a figure": rows.run.notna() & rows[FIGURES].isna().any(axis=1),
         "has a figure that is not above 0": (rows[NUMBERS] <= 0).any(axis=1),
         "has a share_of_peak above 1": rows.share_of_peak > 1,
-        "has a share_of_peak that is not tflops / matrix_peak_tflops": ~np.isclose(
-            rows.share_of_peak, share, rtol=1e-6, equal_nan=True
-        ),
     }
     for fault, found in faults.items():
         if found.any():

@@ -29,6 +29,7 @@ from benchmarks.records import SpeedRecord, read
 from benchmarks.roofline import scoring_ceiling
 from data_prep import DataError, UserError
 from data_prep.files import replacing
+from finetune import machine
 from finetune.paths import PROJECT
 from finetune.train.memory import CONTEXT, LATER
 from finetune.wording import NAMES, markdown
@@ -174,6 +175,9 @@ def memory_page(path: Path) -> str:
         misses=f"These miss it: {', '.join(missed)}." if missed else "All are within.",
         context=f"{CONTEXT / 1e9:.2f}",
         later=f"{LATER / 1e9:.3f}",
+        unified=f"{machine.UNIFIED_FLOOR / 1e9:.0f}",
+        share=f"{machine.FLOOR_SHARE:.0%}".replace("%", " %"),
+        largest=f"{machine.LARGEST_FLOOR / 1e9:.0f}",
         environment=content["environment"],
         estimated=content["estimated"],
     )

@@ -24,7 +24,7 @@ from data_prep.files import replacing
 from finetune import machine, metrics, paths, records
 from finetune.config.methods import METHODS
 from finetune.config.plan import parse_assignments
-from finetune.evaluate.run import MAX_LENGTH
+from finetune.config.recipes import MAX_LENGTH
 from finetune.evaluate.score import LabelScorer, predicted_labels, timed
 from finetune.model import checks, encode, load
 from finetune.notebooks import run_cells

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["FINETUNE_COMMAND"] = shlex.join(["python", "-m", "benchmarks.search", *sys.argv[1:]])
     try:
         asked = {"save_steps": 0.0} | parse_assignments(options.assignments)
-        wanted = combinations(options.grid) + tries(options.tries)
+        wanted = combinations(options.grid, options.tries)
         # All before the first training: a wrong value must not end a search that has run for an hour.
         for each in wanted:
             plan_training(options.run, options.profile, asked | each)
@@ -51,17 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def combinations(grid: list[str]) -> list[dict[str, str]]:
-    """`["a=1,2", "b=3"]` as `[{"a": "1", "b": "3"}, {"a": "2", "b": "3"}]`; without a grid, nothing."""
-    if not grid:
-        return []
+def combinations(grid: list[str], tries: list[str]) -> list[dict[str, str]]:
+    """Of `["a=1,2", "b=3"]` and `["a=4,b=5"]`: `a=1 b=3`, `a=2 b=3` and `a=4 b=5`, as dicts."""
     axes = [[(name, value) for value in values.split(",")] for name, values in parse_assignments(grid).items()]
-    return [dict(choice) for choice in itertools.product(*axes)]
-
-
-def tries(lines: list[str]) -> list[dict[str, str]]:
-    """`["a=1,b=3"]` as `[{"a": "1", "b": "3"}]`."""
-    return [parse_assignments(line.split(",")) for line in lines]
+    return [dict(choice) for choice in itertools.product(*axes) if choice] + [
+        parse_assignments(line.split(",")) for line in tries
+    ]
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -79,19 +74,20 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _train(run: str, profile: str, overrides: dict[str, str]) -> dict[str, Any]:
+    import torch
+
     from finetune import machine, records
     from finetune.notebooks import run_cells
     from finetune.train.save import observed
 
     names = run_cells(METHODS[run].notebook, "newest_checkpoint(trainer)", PROFILE=profile, OVERRIDES=overrides)
     settings, trainer = names["settings"], names["trainer"]
+    outcome, logged = {}, {}
     try:
         trainer.train()
-        outcome = {}
     except UserError as error:
         # A learning rate that diverges is a result too.
         outcome = {"outcome": str(error)}
-    logged: dict[str, Any] = {}
     for entry in trainer.state.log_history:
         logged |= entry
     result = {
@@ -108,15 +104,9 @@ def _train(run: str, profile: str, overrides: dict[str, str]) -> dict[str, Any]:
     }
     shutil.rmtree(settings.state_folder, ignore_errors=True)
     del names, trainer
-    _release()
-    return result
-
-
-def _release() -> None:
-    import torch
-
     gc.collect()
     torch.cuda.empty_cache()
+    return result
 
 
 if __name__ == "__main__":

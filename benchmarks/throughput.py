@@ -131,7 +131,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=1, help="GPUs to share the parts out to")
     parser.add_argument("--scratch", default="/dev/shm")
     parser.add_argument("--out", default="results/throughput.json")
-    parser.add_argument("--profile", nargs="*", default=[], metavar="KEY", help="rungs whose slowest kernels to record")
     return parser.parse_args()
 
 
@@ -151,7 +150,6 @@ def _in_process(
     """Measure a part on the next free GPU, and report each result as it comes."""
     command = _command(part, options, model)
     command += ["--rungs", *keys] if keys else []
-    command += ["--profile", *options.profile] if options.profile else []
     gpu = free_gpus.get()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as compiled:

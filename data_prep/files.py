@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,29 +141,58 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+# What an operating system refuses, and what to do.
+REFUSALS = {
+    errno.ENOSPC: "no space left on the disk, or no inodes (df -h, df -i); free some and run again",
+    errno.EDQUOT: "your quota of the disk is used up (quota -s); free some and run again",
+    errno.EROFS: "the file system is read-only; set FINETUNE_HOME to a folder that you can write to",
+    errno.EACCES: "you may not write there; set FINETUNE_HOME to a folder of yours",
+}
+# Python has a number for a full disk, safetensors (Rust) a text. PyTorch's C++ says what it failed to do.
+FULL = re.compile("No space left on device|PytorchStreamWriter|inline_container")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one sentence why a file or folder cannot be written, whichever library meets it.
+
+    Raises:
+        UserError: The disk or a quota is full, or writing is not allowed.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = errno.ENOSPC if FULL.search(str(error)) else getattr(error, "errno", None)
+        named = getattr(error, "filename", None)
+        blamed = Path(named) if isinstance(named, str) else path
+        # A file that may not be read is another matter.
+        if number not in REFUSALS or not (blamed.is_relative_to(path.parent) or path.is_relative_to(blamed)):
+            raise
+        raise UserError(f"{path} cannot be written: {REFUSALS[number]}") from error
+
+
 @contextmanager
 def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file beside `path` that takes its place when the block ends well, and vanishes when it does not.
     The content is on the disk before the name is.
 
     Raises:
-        UserError: The disk is full.
+        UserError: As `writing`.
     """
     beside = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with beside.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(f"no space left on the disk while writing {path}; free some and run again") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+            sync(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -216,9 +216,15 @@ def known_tasks() -> dict[str, Path]:
     return {path.stem: path for folder in (own_folder(), BUILT_IN) for path in sorted(folder.glob("*.yaml"))}
 
 
+def home() -> Path:
+    """Where all outputs are, and the user's tasks. A relative FINETUNE_HOME begins at the project's folder, so that it
+    is one folder, whatever a process works in."""
+    return Path(os.path.abspath(BUILT_IN.parent.parent / os.path.expanduser(os.environ.get("FINETUNE_HOME", ""))))
+
+
 def own_folder() -> Path:
     """Where the user's tasks are: beside the outputs."""
-    return Path(os.environ.get("FINETUNE_HOME") or BUILT_IN.parent.parent) / "tasks"
+    return home() / "tasks"
 
 
 def find_task(name: str) -> Task:

@@ -10,8 +10,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from finetune import paths as _paths
 from finetune.config import plan as _plan
 from finetune.config.plan import Settings
+
+_paths.ensure_user()
 
 _LAZY = {
     "load_data": "finetune.data",

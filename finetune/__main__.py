@@ -17,6 +17,7 @@ python -m finetune new      FILE [--name NAME] [--text COLUMN ...] [--label COLU
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep import UserError
 from finetune import machine, paths, wording
 from finetune.config.methods import METHODS
-from finetune.config.plan import DEFAULT, Settings, applicable, fewer_rows, parse_assignments, plan
+from finetune.config.plan import DEFAULT, PLACES, Settings, applicable, fewer_rows, located, parse_assignments, plan
 from finetune.config.profiles import PROFILES
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ SVM = "svm"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 if all went well, 1 if a step failed, 2 if the command or its input was wrong."""
+    # A terminal or a file in an old encoding gets "?" for what it cannot hold, and not a traceback.
+    for stream in filter(lambda stream: isinstance(stream, io.TextIOWrapper), (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)
     # Records name the command that made them; a notebook's kernel, too, finds it here.
     given = sys.argv[1:] if arguments is None else arguments
@@ -218,6 +222,10 @@ def _execute(options: argparse.Namespace, **trainings: Any) -> int:
     warnings.filterwarnings("ignore", module="(zmq|nbformat|nbclient|papermill)")
     if options.force:
         os.environ["FINETUNE_FORCE"] = "1"
+    # The notebooks work in another folder.
+    for name in PLACES:
+        if value := os.environ.get(f"FINETUNE_{name.upper()}"):
+            os.environ[f"FINETUNE_{name.upper()}"] = located(name, value)
     overrides = _overrides(options)
     suite = Suite(options.profile, overrides, tuple(options.only), options.fresh, **trainings)
     reason = plan("base", options.profile, suite.overrides_for("base")).profile_reason

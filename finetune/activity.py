@@ -29,14 +29,14 @@ def busy_notebooks() -> list[dict]:
     return [{"notebook": session["path"]} for session in sessions if session["kernel"]["execution_state"] == "busy"]
 
 
-def unfinished_trainings(results: Path) -> list[dict]:
-    """The progress.json files under results that are newer than the record of a finished run."""
+def unfinished_trainings(states: Path) -> list[dict]:
+    """What trainings report in their folders; one that ends removes it."""
     found = []
-    for progress in sorted(results.rglob("progress.json")):
-        record = progress.with_name("record.json")
-        if record.exists() and record.stat().st_mtime >= progress.stat().st_mtime:
+    for progress in sorted(states.glob("*/progress.json")):
+        try:
+            run = json.loads(progress.read_bytes())
+        except FileNotFoundError:
             continue
-        run = json.loads(progress.read_text())
         item = {key: run[key] for key in ("run", "step", "total_steps")}
         item["seconds_left"] = round(run["seconds_left"])
         item["silent_seconds"] = round(time.time() - run["updated"])
@@ -60,5 +60,6 @@ def duration(seconds: int) -> str:
 
 
 if __name__ == "__main__":
-    items = busy_notebooks() + unfinished_trainings(Path(__file__).resolve().parent.parent / "results")
+    project = Path(__file__).resolve().parent.parent
+    items = busy_notebooks() + unfinished_trainings(project / "checkpoints" / ".training")
     print(json.dumps(items) if sys.argv[1:] == ["json"] else "\n".join(map(line, items)))

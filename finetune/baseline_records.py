@@ -9,13 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
-from data_prep import DataError
 from finetune.config.methods import BASELINES
 from finetune.metrics import Metrics
 from finetune.predictions import Prediction
-from finetune.records import RECORD, DataReference, Environment, Part, read_scored
+from finetune.records import RECORD, DataReference, Environment, Part, parsed, read_scored
 
 Name = Literal["majority", "svm", "encoder", "logistic", "few_shot"]
 
@@ -72,9 +69,4 @@ def read(path: Path) -> Baseline:
     Raises:
         DataError: It does not match the schema.
     """
-    try:
-        return Baseline.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "file"
-        raise DataError(path, f"not a baseline of this version ({where}: {first['msg']}); delete it") from error
+    return parsed(Baseline, path, "delete it")

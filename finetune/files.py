@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,10 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from data_prep import UserError
-from data_prep.files import file_digest, sync
+from data_prep.files import file_digest, sync, writing
+
+# What network file systems without locks answer; where flock itself is missing, filelock does the same.
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -25,19 +29,20 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     files are on the disk before it has its name."""
     beside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        sync_folder(beside)
-        retired = target.with_name(f".{target.name}.old")
-        shutil.rmtree(retired, ignore_errors=True)
-        if target.exists():
-            target.rename(retired)
-        beside.rename(target)
-        sync(target.parent)
-        shutil.rmtree(retired, ignore_errors=True)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with writing(target):
+        beside.mkdir(parents=True)
+        try:
+            yield beside
+            sync_folder(beside)
+            retired = target.with_name(f".{target.name}.old")
+            shutil.rmtree(retired, ignore_errors=True)
+            if target.exists():
+                target.rename(retired)
+            beside.rename(target)
+            sync(target.parent)
+            shutil.rmtree(retired, ignore_errors=True)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextmanager
@@ -49,10 +54,8 @@ def locked(target: Path, waiting: str) -> Iterator[None]:
             system frees the lock of a process that dies.
         waiting: Printed if another process has it, before waiting for that one.
     """
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
+    lock, is_ours = _try_to_lock(target)
+    if not is_ours:
         print(waiting, flush=True)
         lock.acquire()
     try:
@@ -61,8 +64,32 @@ def locked(target: Path, waiting: str) -> Iterator[None]:
         lock.release()
 
 
+def _try_to_lock(target: Path) -> tuple[BaseFileLock, bool]:
+    """The lock beside a file or folder, and whether this process has it now.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    path = target.with_name(f".{target.name}.lock")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock: BaseFileLock = FileLock(path)
+        try:
+            try:
+                lock.acquire(blocking=False)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                print(f"{path.parent} has no file locks: a file stands for each, and remains if the machine stops")
+                lock = SoftFileLock(path.with_suffix(".soft.lock"))
+                lock.acquire(blocking=False)
+        except Timeout:
+            return lock, False
+    return lock, True
+
+
 # The folders of this process: a lock that nobody holds on to is freed.
-_owned: dict[Path, FileLock] = {}
+_owned: dict[Path, BaseFileLock] = {}
 
 
 def own(folder: Path) -> None:
@@ -73,14 +100,12 @@ def own(folder: Path) -> None:
     """
     if folder in _owned:
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock, owner = FileLock(folder.with_name(f".{folder.name}.lock")), folder.with_name(f".{folder.name}.owner")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
+    lock, is_ours = _try_to_lock(folder)
+    owner = folder.with_name(f".{folder.name}.owner")
+    if not is_ours:
         # Written after the lock is taken.
         who = owner.read_text() if owner.is_file() else "another process"
-        raise UserError(f"{who} trains in {folder} already: wait until it has saved its model, or end it") from None
+        raise UserError(f"{who} trains in {folder} already: wait until it has saved its model, or end it")
     _owned[folder] = lock
     owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
 

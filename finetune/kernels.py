@@ -32,6 +32,7 @@ from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from traitlets.config import Config
 
+from data_prep.files import write_json
 from finetune import machine
 
 SECONDS_BETWEEN_INTERRUPTS = 10
@@ -45,6 +46,7 @@ IMPORTED = (
     "ipykernel.ipkernel",
     "ipykernel.kernelapp",
 )
+KERNEL = "finetune"
 # Linux' limit for the path of a socket.
 LONGEST_SOCKET = 107
 # Runs as the kernel's process: asks the server for a fork, passes signals on to it, and ends when it does.
@@ -65,8 +67,18 @@ class Kernels:
     """Executes notebooks one after the other, with a thread for the one that runs; a context manager."""
 
     def __enter__(self) -> Kernels:
-        self._scratch = tempfile.TemporaryDirectory(prefix="finetune-")
-        self._server = None if machine.has_cuda() else self._serve(Path(self._scratch.name))
+        # Sockets lie in it, and TMPDIR may be too long for their paths.
+        short = len(tempfile.gettempdir()) + len("/finetune-12345678/kernel-12345678/socket-1") <= LONGEST_SOCKET
+        self._scratch = tempfile.TemporaryDirectory(prefix="finetune-", dir=None if short else "/tmp")
+        scratch = Path(self._scratch.name)
+        self._server = self._serve(scratch) if sys.platform == "linux" and not machine.has_cuda() else None
+        # -S -E: the proxy needs no packages, and starts in a fiftieth of a second.
+        proxy = ["-S", "-E", str(scratch / "proxy.py"), str(scratch / "server")]
+        start = proxy if self._server else ["-m", "ipykernel_launcher"]
+        # Not Jupyter's own `python3`: a user's may be of another Python.
+        command = [sys.executable, *start, "-f", "{connection_file}"]
+        specification = {"argv": command, "display_name": "Python 3", "language": "python"}
+        write_json(scratch / "kernels" / KERNEL / "kernel.json", specification)
         return self
 
     def __exit__(self, *_) -> None:
@@ -103,16 +115,15 @@ class Kernels:
             timeout=None,
             # Ten seconds on an idle machine; minutes on one that swaps.
             startup_timeout=300,
-            kernel_name="forked" if self._server else "python3",
+            kernel_name=KERNEL,
             resources={"metadata": {"path": str(folder)}},
             config=self._config(),
             on_cell_start=lambda cell, cell_index: on_cell_start(cell_index),
             on_cell_executed=lambda **_: on_cell_executed(),
         )
-        if self._server:
-            # The default one is made without the configuration.
-            client.create_kernel_manager()
-            client.km.kernel_spec_manager = KernelSpecManager(kernel_dirs=[str(Path(self._scratch.name, "kernels"))])
+        # The default one is made without the configuration.
+        client.create_kernel_manager()
+        client.km.kernel_spec_manager = KernelSpecManager(kernel_dirs=[str(Path(self._scratch.name, "kernels"))])
         errors: list[BaseException] = []
         # Not Thread.join: interrupted, it takes a thread that runs for one that has ended (CPython 3.11, bpo-45274).
         ended = threading.Event()
@@ -151,21 +162,12 @@ class Kernels:
         folder = tempfile.mkdtemp(prefix="kernel-", dir=self._scratch.name)
         return Config({"KernelManager": {"transport": "ipc", "ip": str(Path(folder, "socket"))}})
 
-    def _serve(self, scratch: Path) -> subprocess.Popen | None:
-        """Start the process that kernels are forked from; None where a socket's path would be too long."""
-        address = scratch / "server"
-        if sys.platform != "linux" or len(str(address)) > LONGEST_SOCKET:
-            return None
-        proxy = scratch / "proxy.py"
-        proxy.write_text(PROXY)
-        specification = scratch / "kernels" / "forked" / "kernel.json"
-        specification.parent.mkdir(parents=True)
-        # -S -E: the proxy needs no packages, and starts in a fiftieth of a second.
-        command = [sys.executable, "-S", "-E", str(proxy), str(address), "-f", "{connection_file}"]
-        specification.write_text(json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}))
+    def _serve(self, scratch: Path) -> subprocess.Popen:
+        """Start the process that kernels are forked from."""
+        (scratch / "proxy.py").write_text(PROXY)
         # It listens before it imports, so that a kernel that is asked for meanwhile waits.
         server = subprocess.Popen(
-            [sys.executable, "-m", "finetune.kernels", str(address)],
+            [sys.executable, "-m", "finetune.kernels", str(scratch / "server")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # Ctrl-C is for the kernel alone.

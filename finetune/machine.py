@@ -9,11 +9,21 @@ import os
 import platform
 import resource
 import sys
+import threading
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import psutil
 import pynvml
+
+from data_prep import UserError
+
+# Bytes that training and scoring leave free. Where GPU and CPU share one memory, a machine without any freezes.
+UNIFIED_FLOOR = 6e9
+# On a CPU a share of the memory or of the control group's limit, and at most so many bytes.
+FLOOR_SHARE, LARGEST_FLOOR = 0.05, 2e9
+SECONDS_BETWEEN_READINGS = 0.25
 
 PACKAGES = (
     "torch",
@@ -80,43 +90,107 @@ def total_memory_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Memory that is free for a model now.
-
-    On unified memory the kernel's MemAvailable is right, with swap, and CUDA's figure is not: it counts page cache,
-    which the kernel gives back on demand, as used. On a CPU a control group may leave less.
-    """
+    """Memory that is free for a model now: on unified memory and on a CPU, what is left above the floor."""
     import torch
 
     if has_cuda() and not is_unified():
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + unused
-    available = psutil.virtual_memory().available
-    return available + psutil.swap_memory().free if has_cuda() else min(available, control_group_room())
+    return max(0, memory_left() - memory_floor())
 
 
-def control_group_room(root: Path = Path("/")) -> int:
-    """Bytes left under the memory limits of the control groups that this process is in; sys.maxsize without one.
+def memory_left() -> int:
+    """Bytes that the machine can give away, or that the control groups' limits leave, whichever is less.
+
+    The kernel's MemAvailable is right on unified memory too, and CUDA's figure is not: it counts page cache, which the
+    kernel gives back on demand, as used. Swap is left out: a training that swaps freezes the machine.
+    """
+    return min([psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in control_groups())])
+
+
+def memory_floor() -> int:
+    """Bytes that training and scoring leave free; 0 where a GPU has a memory of its own, which may be used up.
+
+    Raises:
+        UserError: FINETUNE_MEMORY_FLOOR, which sets another floor in GB, is no number.
+    """
+    asked = os.environ.get("FINETUNE_MEMORY_FLOOR")
+    if has_cuda() and not is_unified():
+        return 0
+    if asked:
+        try:
+            return round(float(asked) * 1e9)
+        except ValueError:
+            raise UserError(f"FINETUNE_MEMORY_FLOOR is '{asked}': set it to a number of GB, such as 6") from None
+    if has_cuda():
+        return round(UNIFIED_FLOOR)
+    limit = min([psutil.virtual_memory().total, *(limit for limit, _ in control_groups())])
+    return round(min(FLOOR_SHARE * limit, LARGEST_FLOOR))
+
+
+def control_groups(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
+    """The memory limits of the control groups that this process is in, each with the bytes in use, without page cache.
 
     Args:
         root: Where /proc and /sys are.
     """
-    groups, room = root / "proc" / "self" / "cgroup", sys.maxsize
+    groups = root / "proc" / "self" / "cgroup"
     for line in groups.read_text().splitlines() if groups.is_file() else []:
         _, controllers, path = line.split(":", 2)
-        base, names = root / "sys" / "fs" / "cgroup", ("memory.max", "memory.current", "inactive_file")
+        base, names, prefix = root / "sys" / "fs" / "cgroup", ("memory.max", "memory.current"), ""
         if controllers:
-            base, names = base / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            base, names = base / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            prefix = "total_"
         if controllers and "memory" not in controllers.split(","):
             continue
         folder = base / path.lstrip("/")
         for group in (folder, *folder.parents):
             limit = group / names[0]
             if group.is_relative_to(base) and limit.is_file() and limit.read_text().strip() != "max":
-                # The kernel gives page cache back that was not used for a while.
+                # The kernel gives page cache back on demand.
                 statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                used = int((group / names[1]).read_text()) - int(statistics[names[2]])
-                room = min(room, max(0, int(limit.read_text()) - used))
-    return room
+                cached = sum(int(statistics[f"{prefix}{kind}_file"]) for kind in ("inactive", "active"))
+                yield int(limit.read_text()), int((group / names[1]).read_text()) - cached
+
+
+class MemoryWatch:
+    """Reads again and again how much memory is left, in a thread of its own; a context manager.
+
+    Nothing else ends a process in time: on a CPU the kernel kills it, and unified memory freezes the machine.
+    """
+
+    _floor, _lowest = 0, sys.maxsize
+
+    def __enter__(self) -> MemoryWatch:
+        self._floor, self._lowest, self._ended = memory_floor(), sys.maxsize, threading.Event()
+        if self._floor:
+            threading.Thread(target=self._read, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._ended.set()
+
+    def _read(self) -> None:
+        while not self._ended.wait(SECONDS_BETWEEN_READINGS):
+            self._lowest = min(self._lowest, memory_left())
+
+    def shortage(self) -> str:
+        """How little was left since this was last asked, if it was less than the floor; else empty."""
+        if not self._floor:
+            return ""
+        lowest, self._lowest = min(self._lowest, memory_left()), sys.maxsize
+        if lowest >= self._floor:
+            return ""
+        return f"{lowest / 1e9:.1f} GB of memory were left, and we keep {self._floor / 1e9:.1f} GB free"
+
+
+def limit_gpu_memory() -> None:
+    """On unified memory, have PyTorch raise OutOfMemoryError before the machine's memory is used up."""
+    import torch
+
+    if is_unified():
+        room = torch.cuda.memory_reserved() + available_memory_bytes()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, room / total_memory_bytes()))
 
 
 def wait_for_gpu() -> None:

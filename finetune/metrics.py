@@ -54,6 +54,11 @@ class Metrics(BaseModel):
     macro_f1_high: float | None = None
 
     @property
+    def estimate(self) -> tuple[float, float, float]:
+        """Accuracy with the ends of its interval."""
+        return self.accuracy, self.accuracy_low, self.accuracy_high
+
+    @property
     def counts(self) -> np.ndarray:
         """`confusion` with the invalid answers in a last column: shape (classes, classes + 1)."""
         known = np.array(self.confusion, float).reshape(len(self.classes), -1)
@@ -77,10 +82,9 @@ class Metric:
     percent: bool = True
     if_balanced: bool = True
 
-    def estimate(self, scoring: Metrics) -> tuple[float, float, float]:
-        """The figure, and its 95 % interval by the bootstrap over test rows."""
-        value = float(self.function(resampling.counted(scoring.counts)))
-        return value, *resampling.interval(self.function(resampling.resampled(scoring.counts)))
+    def estimate(self, observed: Counts, drawn: Counts) -> tuple[float, float, float]:
+        """The figure, and its 95 % interval by the bootstrap over test rows, from their resamples."""
+        return float(self.function(observed)), *resampling.interval(self.function(drawn))
 
     def shown(self, value: float) -> str:
         return f"{100 * value:.1f}" if self.percent else f"{value:.3f}"
@@ -112,19 +116,16 @@ METRICS = {
 }
 
 
-def figures(scoring: Metrics, against: Metrics | None = None) -> dict[str, str]:
-    """The cells of a table's line for all METRICS: the figure, its interval, and the difference to another run."""
-    cells = {}
+def figures(scoring: Metrics) -> dict[str, str]:
+    """The cells of a table's line for all METRICS: the figure, and its interval."""
+    cells, counts = {}, scoring.counts
+    observed, drawn = resampling.counted(counts), resampling.resampled(counts)
     is_balanced = len({of.rows for of in scoring.classes.values()}) == 1
     for metric in METRICS.values():
-        if is_balanced and not metric.if_balanced:
-            continue
-        value, low, high = metric.estimate(scoring)
-        cells[f"{metric.title}{' %' if metric.percent else ''}"] = metric.shown(value)
-        cells[f"{metric.title} interval"] = f"{metric.shown(low)} to {metric.shown(high)}"
-        if against is not None:
-            difference = value - float(metric.function(resampling.counted(against.counts)))
-            cells[f"{metric.title} against base"] = f"{'+' if difference >= 0 else ''}{metric.shown(difference)}"
+        if metric.if_balanced or not is_balanced:
+            value, low, high = metric.estimate(observed, drawn)
+            cells[f"{metric.title}{' %' if metric.percent else ''}"] = metric.shown(value)
+            cells[f"{metric.title} interval"] = f"{metric.shown(low)} to {metric.shown(high)}"
     return cells
 
 

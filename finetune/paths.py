@@ -5,14 +5,32 @@ A place is a profile's name, with task and model where these are not its own (`f
 
 from __future__ import annotations
 
+import getpass
 import os
+import sys
 from pathlib import Path
+
+from data_prep.task import home
 
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-def home() -> Path:
-    return Path(os.environ.get("FINETUNE_HOME") or PROJECT)
+def absolute(given: str) -> str:
+    """A file or folder that is there, seen from any working folder; a name on the hub as it is."""
+    path = os.path.abspath(os.path.expanduser(given))
+    return path if os.path.exists(path) else given
+
+
+def ensure_user() -> None:
+    """Where the user has no account on this machine, as in a container, give what libraries ask for: a name, and a home
+    for their caches. Without one, Jupyter starts no kernel."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"uid-{os.getuid()}"
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = str(home() / "checkpoints" / ".home")
+        print(f"This user has no home, and HOME is not set: caches go to {os.environ['HOME']}", file=sys.stderr)
 
 
 def dataset_folder(source: str, place: str) -> Path:

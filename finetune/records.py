@@ -6,6 +6,7 @@ record's, are refused.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -232,10 +233,11 @@ def read(folder: Path) -> RunRecord:
     Raises:
         DataError: It is missing, or does not match the schema.
     """
-    return _parsed(RunRecord, folder / RECORD)
+    return parsed(RunRecord, folder / RECORD)
 
 
-def _parsed(kind: type[Kind], path: Path) -> Kind:
+def parsed(kind: type[Kind], path: Path, remedy: str = "run its notebook again") -> Kind:
+    """A record of this kind from its file; a DataError with the field and the remedy where it is none."""
     try:
         return kind.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
@@ -243,8 +245,7 @@ def _parsed(kind: type[Kind], path: Path) -> Kind:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
-        reason = f"not a record of this version ({where}: {first['msg']}); run its notebook again"
-        raise DataError(path, reason) from error
+        raise DataError(path, f"not a record of this version ({where}: {first['msg']}); {remedy}") from error
 
 
 def read_merged(record: RunRecord, folder: Path) -> Merged | None:
@@ -256,7 +257,7 @@ def read_merged(record: RunRecord, folder: Path) -> Merged | None:
     path = folder / MERGED
     if record.training is None or not path.is_file():
         return None
-    merged = _parsed(Merged, path)
+    merged = parsed(Merged, path)
     return merged if merged.adapter_digest == record.training.artefact_digest else None
 
 
@@ -304,10 +305,13 @@ def read_validation(record: RunRecord, folder: Path) -> list[Prediction]:
 
 def _commit() -> tuple[str | None, bool | None]:
     """The commit of the code that runs and whether the tree differs from it; None outside a git checkout."""
-    git = ["git", "-C", str(paths.PROJECT)]
+    # The project's repository, whatever a hook or a shell has in GIT_DIR, and whoever owns it.
+    git = ["git", "-C", str(paths.PROJECT), "-c", f"safe.directory={paths.PROJECT}"]
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    ask = functools.partial(subprocess.run, capture_output=True, text=True, check=True, env=ours)
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        head = ask([*git, "rev-parse", "HEAD"]).stdout.strip()
+        status = ask([*git, "status", "--porcelain"]).stdout
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None, None
     return head, bool(status.strip())

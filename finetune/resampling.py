@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,19 +38,10 @@ def resamples(labels: Sequence[str], *predictions: Sequence[str], classes: Seque
         predictions: A sequence of predicted labels per method; anything that is no label is an invalid answer.
         classes: All labels of the task, in its order.
     """
-    generator = np.random.default_rng(0)
     truth = codes(labels, classes)
     answers = np.stack([codes(predicted, classes) for predicted in predictions], axis=1)
-    rows = np.bincount(truth, minlength=len(classes)).astype(float)
-    results = [_nothing(rows) for _ in predictions]
-    for label in np.unique(truth):
-        distinct, counts = np.unique(answers[truth == label], axis=0, return_counts=True)
-        draws = generator.multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES)
-        for method, result in enumerate(results):
-            drawn = draws @ np.eye(len(classes) + 1)[distinct[:, method]]
-            result.right[:, label] = drawn[:, label]
-            result.predicted[:] += drawn[:, :-1]
-    return results
+    found = (np.unique(answers[truth == label], axis=0, return_counts=True) for label in range(len(classes)))
+    return _drawn(found, np.bincount(truth, minlength=len(classes)).astype(float), len(predictions))
 
 
 def resampled(matrix: np.ndarray) -> Counts:
@@ -62,20 +53,23 @@ def resampled(matrix: np.ndarray) -> Counts:
     Returns:
         The same as `resamples` gives for the rows.
     """
-    generator = np.random.default_rng(0)
-    result = _nothing(matrix.sum(axis=1))
-    for label, row in enumerate(matrix.astype(int)):
-        there = np.flatnonzero(row)
-        if there.size:
-            drawn = np.zeros((RESAMPLES, len(row)))
-            drawn[:, there] = generator.multinomial(row.sum(), row[there] / row.sum(), size=RESAMPLES)
+    found = ((np.flatnonzero(row)[:, None], row[row > 0].astype(int)) for row in matrix)
+    return _drawn(found, matrix.sum(axis=1), 1)[0]
+
+
+def _drawn(found: Iterable[tuple[np.ndarray, np.ndarray]], rows: np.ndarray, methods: int) -> list[Counts]:
+    """Resamples of each class's distinct answers, shape (distinct, methods), and how many rows have each."""
+    generator, count = np.random.default_rng(0), len(rows)
+    results = [Counts(np.zeros((RESAMPLES, count)), rows, np.zeros((RESAMPLES, count))) for _ in range(methods)]
+    for label, (distinct, counts) in enumerate(found):
+        if not len(counts):
+            continue
+        draws = generator.multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES)
+        for method, result in enumerate(results):
+            drawn = draws @ np.eye(count + 1)[distinct[:, method]]
             result.right[:, label] = drawn[:, label]
             result.predicted[:] += drawn[:, :-1]
-    return result
-
-
-def _nothing(rows: np.ndarray) -> Counts:
-    return Counts(np.zeros((RESAMPLES, len(rows))), rows, np.zeros((RESAMPLES, len(rows))))
+    return results
 
 
 def accuracy(counts: Counts) -> np.ndarray:

@@ -318,7 +318,7 @@ class _Progress:
     def start(self, step: Step, cells: int) -> None:
         self._now, self._cells = step.name, cells
         self._begun = self._told = time.monotonic()
-        self._since = time.time()
+        self._shown |= self._records().keys()
         if self._bar.disable:
             self._write(f"running            {step.name} ({self._steps.index(step) + 1} of {len(self._steps)})")
 
@@ -327,17 +327,21 @@ class _Progress:
 
     def advance(self) -> None:
         """Show each accuracy on the test rows as soon as its record is there."""
-        for path in sorted(paths.results_folder(self._place).rglob(RECORD)):
-            if path.stat().st_mtime < self._since - 1 or (key := f"{path} {path.stat().st_mtime_ns}") in self._shown:
-                continue
-            self._shown.add(key)
-            record = json.loads(path.read_text())
+        there = self._records()
+        for path in [path for key, path in there.items() if key not in self._shown]:
+            record = json.loads(path.read_bytes())
             scoring = record.get("scoring") or (record.get("evaluation") or {}).get("scoring")
             if scoring:
                 name = path.parent.relative_to(paths.results_folder(self._place))
                 self._write(
                     f"                   {name}: {scoring['accuracy']:.1%} of {scoring['rows']:,} test rows right"
                 )
+        self._shown |= there.keys()
+
+    def _records(self) -> dict[str, Path]:
+        """The records that are there, by path and time: a clock that was set back says nothing of their order."""
+        found = sorted(paths.results_folder(self._place).rglob(RECORD))
+        return {f"{path} {path.stat().st_mtime_ns}": path for path in found}
 
     def tick(self) -> None:
         training = _training_progress(self._place)
@@ -358,7 +362,7 @@ def _training_progress(place: str) -> str:
     for path in paths.state_folder(place, "").parent.glob(f"{place}-*/progress.json"):
         # The file is replaced at every step and removed at the end, perhaps between glob and read.
         with contextlib.suppress(FileNotFoundError):
-            state = json.loads(path.read_text())
+            state = json.loads(path.read_bytes())
             if time.time() - state["updated"] > STALE_SECONDS:
                 continue
             return f"step {state['step']}/{state['total_steps']}, {state['seconds_left']} s left"

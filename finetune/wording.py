@@ -49,6 +49,11 @@ def percent_interval(low: float, high: float) -> str:
     return f"{percent(low)} to {percent(high)}"
 
 
+def percent_estimate(share: float, low: float, high: float) -> str:
+    """A share with its interval, in percent: `95.4 (94.9 to 95.9)`."""
+    return f"{percent(share)} ({percent_interval(low, high)})"
+
+
 def extent(texts: Sequence[str]) -> str:
     """The first and the last of several figures: `32 s to 36 s`; one where they look alike."""
     first, last = texts[0], texts[-1]

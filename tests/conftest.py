@@ -28,6 +28,26 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in ("test_runner.py", "test_training.py"))
 
 
+@pytest.fixture
+def memory_group():
+    """A real control group of 1 GB. Its path; a process joins by its number in `cgroup.procs`."""
+    base, limit = Path("/sys/fs/cgroup"), "memory.max"
+    if not (base / "cgroup.controllers").is_file():
+        base, limit = base / "memory", "memory.limit_in_bytes"
+    group = base / f"finetune-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        if not (group / limit).is_file():
+            pytest.skip(f"{base} hands no memory controller to its groups")
+        (group / limit).write_text("1000000000")
+        yield group
+    finally:
+        group.rmdir()
+
+
 @pytest.fixture(scope="session")
 def ag_news() -> Path:
     """The folder with real AG News rows."""

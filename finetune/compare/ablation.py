@@ -21,26 +21,6 @@ from finetune.wording import NAMES, format_p, interval_of, listed, one_decimal, 
 NO_DIFFERENCE = HARMLESS | {"test_rows", "seed", "variant"}
 # What else of the data a setting changes: the articles and their labels stay.
 RENDERED_BY = {"prompt": {"prompt", "fingerprint"}, "normalise": {"fingerprint"}}
-# What a setting's value means, where name and value say little.
-IN_WORDS = {
-    "article_loss": {0.0: "no auxiliary loss", 0.5: "an auxiliary loss of weight 0.5"},
-    "cuda_graphs": {True: "steps as CUDA graphs", False: "steps without CUDA graphs"},
-    "engine": {"transformers": "training with transformers", "unsloth": "training with Unsloth"},
-    "normalise": {True: "repaired texts", False: "texts as they came"},
-    "packing": {True: "packed rows", False: "padded batches"},
-    "prompt": {"lean": "the lean prompt", "verbose": "the verbose prompt"},
-    "completion_only_loss": {True: "loss on the answer alone", False: "loss on all tokens"},
-    "dtype": {"bfloat16": "weights held in bfloat16", "float32": "weights held in float32"},
-}
-
-
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-
-
-def _in_words(name: str, value: Any) -> str | None:
-    if name == "target_modules":
-        return "adapters on attention alone" if value == ATTENTION else "adapters on attention and MLP"
-    return IN_WORDS.get(name, {}).get(value)
 
 
 class NoAblation(UserError):
@@ -57,10 +37,7 @@ class Change:
 
     @property
     def title(self) -> str:
-        """`Loss on all tokens instead of loss on the answer alone`."""
-        words, others = (_in_words(self.name, value) for value in (self.value, self.other))
-        if words and others:
-            return sentence(f"{words} instead of {others}")
+        """`With r=8 instead of r=16`."""
         return f"With {self.name}={self.value} instead of {self.name}={self.other}"
 
 

@@ -63,21 +63,20 @@ class Calibration:
     Attributes:
         temperature: What divides the logarithms of the probabilities, fitted on validation rows, or why there is none.
         scaled: The scores after that division; None without it.
-        coverage, selective_accuracy: Accuracy of the surest rows, for every number of rows from one to all.
+        surest_right: Whether each row is right (0 or 1), the surest first.
     """
 
     scores: Scores
     reliability: Reliability
     temperature: float | str
     scaled: Scores | None
-    coverage: np.ndarray
-    selective_accuracy: np.ndarray
+    surest_right: np.ndarray
 
     def accuracy_at(self, coverage: float) -> Figure:
         """Accuracy on the surest rows, with Wilson's interval, if the model answers this share and abstains else."""
-        answered = max(1, round(coverage * len(self.coverage)))
-        accuracy = float(self.selective_accuracy[answered - 1])
-        return Figure(accuracy, *accuracy_interval(round(accuracy * answered), answered))
+        answered = max(1, round(coverage * len(self.surest_right)))
+        right = int(self.surest_right[:answered].sum())
+        return Figure(right / answered, *accuracy_interval(right, answered))
 
 
 def of(test: Sequence[Prediction], validation: Sequence[Prediction]) -> Calibration:
@@ -91,14 +90,12 @@ def of(test: Sequence[Prediction], validation: Sequence[Prediction]) -> Calibrat
         temperature = "none: all validation rows are right"
     else:
         temperature = fit_temperature(*arrays(validation))
-    coverage, selective = accuracy_against_coverage(confidence, right)
     return Calibration(
         scores=score(truth, probabilities),
         reliability=reliability(confidence, right),
         temperature=temperature,
         scaled=None if isinstance(temperature, str) else score(truth, with_temperature(probabilities, temperature)),
-        coverage=coverage,
-        selective_accuracy=selective,
+        surest_right=right[np.argsort(-confidence, kind="stable")],
     )
 
 
@@ -132,13 +129,6 @@ def reliability(confidence: np.ndarray, right: np.ndarray) -> Reliability:
     there = rows > 0
     means = [np.bincount(bins, weights=values, minlength=BINS)[there] / rows[there] for values in (confidence, right)]
     return Reliability(*means, rows[there])
-
-
-def accuracy_against_coverage(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share of rows that are answered, the surest first, and the accuracy on them."""
-    order = np.argsort(-confidence, kind="stable")
-    answered = np.arange(1, len(order) + 1)
-    return answered / len(order), np.cumsum(right[order]) / answered
 
 
 def fit_temperature(truth: np.ndarray, probabilities: np.ndarray) -> float:

@@ -27,6 +27,8 @@ from finetune.wording import NAMES
 
 # How a run is evaluated, but for its test rows: this may differ.
 HARMLESS = {"per_device_eval_batch_size", "generation_rows"}
+# What else of its data; of the rows that a model learnt from, their number is compared apart.
+NOT_COMPARED = {"source", "title", "validation_rows", "train_rows"}
 # What a run with another seed, or on fewer rows, may differ in from its run.
 VARIED = {"seed": {"seed", "variant"} | HARMLESS, "rows": {"train_rows", "variant"} | HARMLESS}
 
@@ -157,8 +159,7 @@ class Comparison:
         """Accuracy with its 95 % interval: of several seeds the mean over seeds and rows, else Wilson's."""
         if name in self.over_seeds:
             return self.over_seeds[name].mean, *self.over_seeds[name].interval()
-        scoring = self.scoring[name]
-        return scoring.accuracy, scoring.accuracy_low, scoring.accuracy_high
+        return self.scoring[name].estimate
 
     def seeds_of(self, run: str) -> tuple[int, ...]:
         """The seeds that a tuned run was trained with, that of its record first."""
@@ -228,23 +229,24 @@ def load(profile: str) -> Comparison:
 
 def load_folder(folder: Path, profile: str) -> Comparison:
     places = {run: folder / run for run in METHODS}
-    evaluated = _read_evaluated(places, folder)
-    predictions = {run: records.read_predictions(record, places[run]) for run, record in evaluated.items()}
+    evaluated, predictions = _read_evaluated(places, folder)
     beside, rows_beside = baseline_records.read_all(folder)
     svm_curve, rows_of_curve = baseline_records.read_svm_curve(folder)
     places |= {name: baseline_records.baselines_folder(folder) / name for name in (beside | svm_curve)}
 
     # Figures on other data, test rows or models are not comparable; who saw more training rows is not better for it.
-    everything, rows = evaluated | beside | svm_curve, predictions | rows_beside | rows_of_curve
-    known = {places[name]: facts(of, rows[name], evaluated["base"].model) for name, of in everything.items()}
-    check_comparable(known, may_differ={"source", "title", "validation_rows", "train_rows"})
+    others, rows = beside | svm_curve, predictions | rows_beside | rows_of_curve
+    known = {
+        places[name]: facts(of, rows[name], evaluated["base"].model)
+        for name, of in ({"base": evaluated["base"]} | others).items()
+    }
+    check_comparable(known, may_differ=NOT_COMPARED)
     trained = {run: record for run, record in evaluated.items() if record.training}
     trained_rows = trained | {name: of for name, of in beside.items() if BASELINES[name].learns}
     check_comparable({places[name]: {"train_rows": of.data.train_rows} for name, of in trained_rows.items()})
     # A learning curve is of one classifier.
-    svms = {name: of for name, of in (beside | svm_curve).items() if of.name == "svm"}
+    svms = {name: of for name, of in others.items() if of.name == "svm"}
     check_comparable({places[name]: {"classifier": of.description} for name, of in svms.items()})
-    _require_other_answers(evaluated, predictions, folder)
 
     return Comparison(
         profile,
@@ -270,11 +272,7 @@ def against_base(record: RunRecord) -> Pair | str:
     if not (folder / "base" / records.RECORD).is_file():
         return "The base model is not evaluated yet: run base_model_performance.ipynb, then this cell again."
     places = {"base": folder / "base", record.run: paths.run_folder(record.profile, record.run, record.variant)}
-    evaluated = _read_evaluated(places, folder)
-    predictions = {run: records.read_predictions(evaluated[run], place) for run, place in places.items()}
-    known = {places[run]: facts(evaluated[run], rows) for run, rows in predictions.items()}
-    check_comparable(known, may_differ={"source", "title", "validation_rows", "train_rows"})
-    _require_other_answers(evaluated, predictions, folder)
+    _, predictions = _read_evaluated(places, folder)
     labels = [row.label for row in predictions["base"]]
     answers = {run: [row.prediction for row in rows] for run, rows in predictions.items()}
     classes = tuple(record.evaluation.scoring.classes)
@@ -350,8 +348,9 @@ def _digest(rows: Sequence[Prediction]) -> str:
     return hashlib.sha256(repr([(row.id, row.label) for row in rows]).encode()).hexdigest()[:12]
 
 
-def _read_evaluated(places: dict[str, Path], folder: Path) -> dict[str, RunRecord]:
-    """The records in these folders, of those runs that were evaluated; the base must be among them."""
+def _read_evaluated(places: dict[str, Path], folder: Path) -> tuple[dict[str, RunRecord], dict[str, list[Prediction]]]:
+    """The records in these folders, of those runs that were evaluated, and their predictions of the test rows; all on
+    the same rows and weights, and the base among them."""
     read = {run: records.read(place) for run, place in places.items() if (place / records.RECORD).is_file()}
     for run, record in read.items():
         if record.run != run:
@@ -365,14 +364,12 @@ def _read_evaluated(places: dict[str, Path], folder: Path) -> dict[str, RunRecor
     }
     # Older records do not know them.
     check_comparable({places[run]: {"base weights": digest} for run, digest in weights.items() if digest})
-    return evaluated
-
-
-def _require_other_answers(
-    evaluated: dict[str, RunRecord], predictions: dict[str, list[Prediction]], folder: Path
-) -> None:
-    """An adapter that was not applied answers as the base does (vllm#10798)."""
+    predictions = {run: records.read_predictions(record, places[run]) for run, record in evaluated.items()}
+    known = {places[run]: facts(record, predictions[run]) for run, record in evaluated.items()}
+    check_comparable(known, may_differ=NOT_COMPARED)
+    # An adapter that was not applied answers as the base does (vllm#10798).
     of_base = [row.probabilities for row in predictions["base"]]
     for run, record in evaluated.items():
         if record.training and [row.probabilities for row in predictions[run]] == of_base:
             raise DataError(folder / run, "gives exactly the base model's probabilities: its artefact was not applied")
+    return evaluated, predictions

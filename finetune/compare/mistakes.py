@@ -15,9 +15,8 @@ from cleanlab.rank import get_self_confidence_for_each_label
 from data_prep import find_task, known_tasks, prepare, read_examples
 from data_prep.files import MANIFEST, load_manifest
 from data_prep.sources import sample
-from finetune import metrics, paths
+from finetune import paths
 from finetune.compare.calibration import arrays
-from finetune.metrics import Metrics
 from finetune.records import DataReference, RunRecord
 
 if TYPE_CHECKING:
@@ -94,22 +93,6 @@ def suspects(comparison: Comparison) -> list[int]:
     agreed = np.all(flagged, axis=0) & (answers == answers[0]).all(axis=0) & (answers[0] != codes)
     credibility = np.mean([get_self_confidence_for_each_label(codes, of) for of in probabilities], axis=0)
     return sorted(np.flatnonzero(agreed).tolist(), key=lambda row: credibility[row])
-
-
-def without_suspects(comparison: Comparison) -> dict[str, Metrics]:
-    """Each run's metrics on the rows that are not suspected.
-
-    The rows that we take out are rows that all tuned runs get wrong. So their accuracy can only rise: this shows what
-    label noise may hide, and is no result.
-    """
-    doubted = set(suspects(comparison))
-    kept = [row for row in range(len(comparison.labels)) if row not in doubted]
-    labels = [comparison.labels[row] for row in kept]
-    return {
-        run: metrics.compute(labels, [answers[row] for row in kept], comparison.classes)
-        for run in comparison.predictions
-        for answers in [comparison.answers(run)]
-    }
 
 
 def articles(record: RunRecord) -> dict[str, str]:

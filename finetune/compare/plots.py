@@ -15,7 +15,7 @@ from finetune.compare import tables
 from finetune.compare.comparison import Comparison
 from finetune.compare.verdict import Verdict, cost
 from finetune.config.methods import ALL
-from finetune.metrics import MOST_CLASSES, Metrics, shown_classes
+from finetune.metrics import MOST_CLASSES, Metrics
 from finetune.records import RunRecord, Training
 from finetune.wording import NAMES
 
@@ -105,20 +105,6 @@ def confusion_grid(comparison: Comparison) -> Figure:
     return figure
 
 
-def accuracy_bars(comparison: Comparison) -> Figure:
-    """Accuracy of every run and baseline with its 95 % interval."""
-    figure, axes = plt.subplots(figsize=(5.6, 0.4 * len(comparison.scoring) + 0.8), layout="constrained")
-    for position, (run, scoring) in enumerate(comparison.scoring.items()):
-        accuracy = 100 * scoring.accuracy
-        error = [[accuracy - 100 * scoring.accuracy_low], [100 * scoring.accuracy_high - accuracy]]
-        axes.barh(position, accuracy, color=COLOURS[run], xerr=error, capsize=4, height=0.6)
-        axes.text(116, position, f"{accuracy:.1f}", va="center", ha="right")
-    axes.set_yticks(range(len(comparison.scoring)), [NAMES[run] for run in comparison.scoring])
-    axes.invert_yaxis()
-    axes.set(xlabel="accuracy on the test rows (%), with its 95 % interval", xlim=(0, 116), xticks=range(0, 101, 20))
-    return figure
-
-
 def overview(comparison: Comparison, verdict: Verdict) -> Figure:
     """Accuracy with its interval against what the user wants to save. The band holds what is within the margin of the
     highest accuracy; what is far below has no place in the picture, and is named under it."""
@@ -149,26 +135,6 @@ def overview(comparison: Comparison, verdict: Verdict) -> Figure:
     )
     axes.grid(axis="y", linewidth=0.4)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    return figure
-
-
-def _of_test_rows(scoring: Metrics) -> Estimate:
-    return scoring.accuracy, scoring.accuracy_low, scoring.accuracy_high
-
-
-def f1_by_class(comparison: Comparison) -> Figure:
-    """F1 of each class with its 95 % interval, a group of points per class; the tuned models again, close up. Of many
-    classes the worst."""
-    shown = shown_classes(comparison.scoring.values())
-    figure, panels = _with_close_up(list(comparison.scoring), list(comparison.tuned()))
-    for axes, runs in panels:
-        _draw_f1(axes, {run: comparison.scoring[run] for run in runs}, shown)
-    if len(shown) < len(comparison.classes):
-        figure.set_size_inches(9, figure.get_figheight() + 1)
-        panels[-1][0].set_xticks(range(len(shown)), shown, rotation=35, ha="right")
-    whole = panels[0][0]
-    whole.set_ylim(0, 103)
-    figure.legend(*whole.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
@@ -223,7 +189,7 @@ def learning_curve(comparison: Comparison) -> Figure:
         return _nothing("No model was trained on fewer rows: python -m finetune curve")
     figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
     for run, points in curves.items():
-        _draw_points(axes, run, [(of.train_rows, _of_test_rows(of.scoring)) for of in points], LINES[run])
+        _draw_points(axes, run, [(of.train_rows, of.scoring.estimate) for of in points], LINES[run])
     axes.set(xlabel="training rows (logarithmic)", ylabel="accuracy on the test rows (%)", xscale="log")
     ticks = sorted({point.train_rows for points in curves.values() for point in points})
     axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
@@ -251,20 +217,6 @@ def reliability(comparison: Comparison) -> Figure:
     return figure
 
 
-def accuracy_against_coverage(comparison: Comparison) -> Figure:
-    """Accuracy if a model abstains where it is least sure, against the share of rows that it answers."""
-    figure, panels = _with_close_up(list(comparison.calibration), list(comparison.tuned()))
-    for axes, runs in panels:
-        for run in runs:
-            of, look = comparison.calibration[run], {"color": COLOURS[run], "linestyle": LINES[run], "linewidth": 1.8}
-            axes.plot(100 * of.coverage, 100 * of.selective_accuracy, label=NAMES[run], **look)
-        # With a handful of rows the curve says nothing yet.
-        axes.set(ylabel="accuracy on them (%)", xlim=(10, 100))
-    axes.set_xlabel("rows answered, the most confident first (%)")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    return figure
-
-
 def _grid(count: int, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels, `height` inches each, in rows of COLUMNS."""
     columns = min(COLUMNS, count)
@@ -275,32 +227,6 @@ def _grid(count: int, height: float, **shared: Any) -> tuple[Figure, list[Axes]]
     for unused in axes.flat[count:]:
         unused.remove()
     return figure, list(axes.flat[:count])
-
-
-def _with_close_up(runs: list[str], tuned: list[str]) -> tuple[Figure, list[tuple[Axes, list[str]]]]:
-    """A panel for all runs, and one below for the tuned ones, whose differences are small beside that to the others."""
-    shown = [runs, tuned] if tuned and tuned != runs else [runs]
-    figure, axes = plt.subplots(
-        len(shown), 1, figsize=(5.6, 0.6 + 2.6 * len(shown)), layout="constrained", squeeze=False, sharex=True
-    )
-    return figure, list(zip(axes.flat, shown, strict=True))
-
-
-def _draw_f1(axes: Axes, scorings: dict[str, Metrics], names: list[str]) -> None:
-    width = 0.8 / len(scorings)
-    centres = np.arange(len(names))
-    for position, (run, scoring) in enumerate(scorings.items()):
-        classes = [scoring.classes[label] for label in names]
-        heights = 100 * np.array([of.f1 for of in classes])
-        # A percentile interval may end short of what was observed where next to nothing was wrong.
-        below = np.maximum(0, heights - 100 * np.array([of.f1_low for of in classes]))
-        above = np.maximum(0, 100 * np.array([of.f1_high for of in classes]) - heights)
-        places = centres + (position + 0.5) * width - 0.4
-        look = {"color": COLOURS[run], "marker": MARKERS[run], "markeredgecolor": "black", "markersize": 5}
-        axes.errorbar(places, heights, yerr=[below, above], linestyle="none", capsize=2, label=NAMES[run], **look)
-    axes.set_xticks(centres, names)
-    axes.set_ylabel("F1 (%)")
-    axes.grid(axis="y", linewidth=0.4)
 
 
 def _nothing(text: str) -> Figure:

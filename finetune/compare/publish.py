@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -122,17 +123,16 @@ def regenerate() -> list[Path]:
     return changed
 
 
-def write_report(name: str, margin: float = verdict.MARGIN, save: str = "time") -> Path:
+def write_report(name: str, **asked: Any) -> Path:
     """Write the report of a folder of reference results, with the ablations beside it; returns its path.
 
-    Article texts are in it only where they may be published.
+    Article texts are in it only where they may be published. `asked` is what the verdict asks, as in `report.render`.
     """
     references = References()
-    compared = references[name]
+    compared, (ablations, refused) = references[name], references.beside(name)
     texts = mistakes.publishable_articles(compared.any_record.data)
-    return report.write_report(
-        compared, FOLDER / name / "report.html", texts, *references.beside(name), margin=margin, save=save
-    )
+    path = FOLDER / name / "report.html"
+    return report.write_report(compared, path, texts, ablations=ablations, refused=refused, **asked)
 
 
 def with_results(page: str, references: References | None = None) -> str:

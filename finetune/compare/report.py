@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -31,15 +32,7 @@ LISTED_ERRORS = 400
 DRIVERS = {"CUDA": "cuda", "GPU driver": "driver"}
 
 
-def write_report(
-    comparison: Comparison,
-    path: Path,
-    articles: Mapping[str, str],
-    ablations: Sequence[Ablation] = (),
-    refused: Mapping[str, str] | None = None,
-    margin: float = verdict.MARGIN,
-    save: str = "time",
-) -> Path:
+def write_report(comparison: Comparison, path: Path, articles: Mapping[str, str], **asked: Any) -> Path:
     """Write the report of a comparison; returns its path.
 
     Args:
@@ -47,14 +40,12 @@ def write_report(
         path: The file to write.
         articles: Texts of the test rows by id (`mistakes.articles`, or `mistakes.publishable_articles` where the report
             leaves this machine); may be empty.
-        ablations: Other folders of records that differ from this one in one setting.
-        refused: Those that might, by name, and why they do not.
-        margin, save: What the verdict asks, as in `verdict.decide`.
+        asked: Besides, as in `render`.
 
     Raises:
         UserError: As `verdict.decide`.
     """
-    html = render(comparison, articles, ablations, refused, margin, save)
+    html = render(comparison, articles, **asked)
     with replacing(path) as file:
         file.write(html)
     return path
@@ -68,19 +59,26 @@ def render(
     margin: float = verdict.MARGIN,
     save: str = "time",
 ) -> str:
-    """The report as HTML; the arguments are those of `write_report`."""
-    found = verdict.decide(comparison, margin, save)
+    """The report as HTML.
+
+    Args:
+        comparison: The runs.
+        articles: Texts of the test rows by id; may be empty.
+        ablations: Other folders of records that differ from this one in one setting.
+        refused: Those that might, by name, and why they do not.
+        margin, save: What the verdict asks, as in `verdict.decide`.
+    """
     environment = Environment(
         loader=PackageLoader("finetune.compare"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["code"] = _with_code
     environment.globals["pictured"] = data_address
     differing, shared = tables.recipes(comparison)
-    suspects = mistakes.suspects(comparison)
-    wrong = mistakes.mistakes(comparison, articles)
+    suspects, wrong = mistakes.suspects(comparison), mistakes.mistakes(comparison, articles)
+    data = comparison.any_record.data
     return environment.get_template("report.html").render(
         comparison=comparison,
-        verdict=found,
+        verdict=verdict.decide(comparison, margin, save),
         colours=plots.COLOURS,
         names=NAMES,
         labels=comparison.classes,
@@ -97,10 +95,10 @@ def render(
         listed=[mistake for mistake in wrong if mistake.text is not None][:LISTED_ERRORS],
         suspects=suspects,
         listed_suspects=_suspected(comparison, articles, suspects),
-        svm_agrees=_svm_agrees(comparison, suspects),
         differing=differing,
         shared=shared,
-        prompt=_prompt(comparison),
+        # Empty where the code has the prompt no more.
+        prompt=find_task(data.task).form(data.prompt) if data.task in known_tasks() else [],
         software=_software(comparison),
     )
 
@@ -164,26 +162,12 @@ def notes(comparison: Comparison) -> list[str]:
     return found
 
 
-def _svm_agrees(comparison: Comparison, suspects: Sequence[int]) -> int | None:
-    """In how many of the suspected rows the linear SVM, which did not choose them, gives the label."""
-    if "svm" not in comparison.predictions:
-        return None
-    answers = comparison.answers("svm")
-    return sum(answers[row] == comparison.labels[row] for row in suspects)
-
-
 def _suspected(comparison: Comparison, articles: Mapping[str, str], suspects: Sequence[int]) -> pd.DataFrame:
     """The rows whose label is in doubt and whose text is at hand: label, what all judged runs say instead, text."""
     answers = comparison.predictions[mistakes.judged(comparison)[0]]
     rows = [answers[row] for row in suspects if answers[row].id in articles][:LISTED_ERRORS]
     lines = {row.id: {"label": row.label, "all say": row.prediction, "article": articles[row.id]} for row in rows}
     return pd.DataFrame.from_dict(lines, orient="index")
-
-
-def _prompt(comparison: Comparison) -> list[dict[str, str]]:
-    """The messages of an article's prompt and answer with placeholders; empty where the code has it no more."""
-    data = comparison.any_record.data
-    return find_task(data.task).form(data.prompt) if data.task in known_tasks() else []
 
 
 def _software(comparison: Comparison) -> dict[str, str]:

@@ -70,7 +70,8 @@ def estimate(labels: Sequence[str], values: np.ndarray) -> Estimate:
             the difference of two methods' trainings with the same seed.
     """
     seeds, rows = values.shape
-    classes = [values[:, np.array(labels) == label].mean(axis=0) for label in sorted(set(labels))]
+    truth = np.asarray(labels)
+    classes = [values[:, truth == label].mean(axis=0) for label in sorted(set(truth.tolist()))]
     of_seeds = float(values.mean(axis=1).var(ddof=1)) / seeds
     # A class's single row shows no variance.
     of_rows = sum(len(of) * float(((of - of.mean()) ** 2).sum()) / max(len(of) - 1, 1) for of in classes) / rows**2

@@ -13,14 +13,23 @@ import pandas as pd
 
 from finetune import metrics, records
 from finetune.baseline_records import Baseline
-from finetune.compare import mistakes
 from finetune.compare.calibration import COVERAGES, Calibration, Scores
 from finetune.compare.comparison import Comparison, CurvePoint
 from finetune.compare.stats import Pair
 from finetune.config.recipes import ADAPTER_ONLY, Recipe
 from finetune.metrics import accuracy_interval
 from finetune.records import Environment, RunRecord, Training
-from finetune.wording import NAMES, duration, extent, format_p, interval_of, one_decimal, percent, percent_interval
+from finetune.wording import (
+    NAMES,
+    duration,
+    extent,
+    format_p,
+    interval_of,
+    one_decimal,
+    percent,
+    percent_estimate,
+    percent_interval,
+)
 
 TARGETS = (0.90, 0.92, 0.93, 0.94)
 
@@ -48,34 +57,27 @@ def summary(comparison: Comparison) -> pd.DataFrame:
 
 
 def quality(comparison: Comparison) -> pd.DataFrame:
-    """Accuracy and all METRICS of the first seed with their differences to the base, and accuracy on the rows whose
-    article is in no training or validation row."""
-    base, lines = comparison.scoring["base"], {}
+    """Accuracy and all METRICS of the first seed with their intervals, and accuracy on the rows whose article is in no
+    training or validation row."""
+    lines = {}
     for name, of in comparison.scoring.items():
-        alone = comparison.without_duplicates[name]
+        figures, alone = list(metrics.figures(of).items()), comparison.without_duplicates[name]
+        pairs = zip(figures[::2], figures[1::2], strict=True)
         lines[NAMES[name]] = {
-            "accuracy %": percent(of.accuracy),
-            "95 % interval": percent_interval(of.accuracy_low, of.accuracy_high),
-            "against base": one_decimal(100 * (of.accuracy - base.accuracy), "+"),
-            **metrics.figures(of, base),
+            "accuracy % (95 % interval)": percent_estimate(*of.estimate),
+            **{title: f"{value} ({interval})" for (title, value), (_, interval) in pairs},
             "rows without a duplicate": f"{alone.rows:,}" if alone else "0",
-            "accuracy on these %": percent(alone.accuracy) if alone else "-",
-            "95 % interval on these": percent_interval(alone.accuracy_low, alone.accuracy_high) if alone else "-",
+            "accuracy on these %": percent_estimate(*alone.estimate) if alone else "-",
         }
     return _lines(lines)
 
 
 def classes(comparison: Comparison) -> pd.DataFrame:
-    """F1 of each class in percent, with its interval; of many classes the worst, and a column a method."""
+    """F1 of each class in percent, with its interval; of many classes the worst: a column a method."""
     shown = metrics.shown_classes(comparison.scoring.values())
-    lines: dict[str, dict[str, str]] = {}
-    for name, scoring in comparison.scoring.items():
-        line = lines.setdefault(NAMES[name], {})
-        for label in shown:
-            of = scoring.classes[label]
-            line[f"{label} F1 %"] = percent(of.f1)
-            line[f"{label} interval"] = percent_interval(of.f1_low, of.f1_high)
-    return _lines(lines) if len(shown) == len(comparison.classes) else _lines(lines).T
+    figures = {NAMES[name]: [of.classes[label] for label in shown] for name, of in comparison.scoring.items()}
+    cells = {name: [percent_estimate(one.f1, one.f1_low, one.f1_high) for one in of] for name, of in figures.items()}
+    return pd.DataFrame(cells, index=shown)
 
 
 def seeds(comparison: Comparison) -> pd.DataFrame:
@@ -229,9 +231,7 @@ def learning_curve(comparison: Comparison) -> pd.DataFrame:
     """Accuracy in percent with its interval, and training time: a line a number of training rows, a column a method."""
 
     def cell(point: CurvePoint) -> str:
-        of = point.scoring
-        interval = percent_interval(of.accuracy_low, of.accuracy_high)
-        return f"{percent(of.accuracy)} ({interval}), {duration(point.seconds)}"
+        return f"{percent_estimate(*point.scoring.estimate)}, {duration(point.seconds)}"
 
     curves = comparison.learning_curve()
     columns = {NAMES[run]: {point.train_rows: cell(point) for point in points} for run, points in curves.items()}
@@ -245,7 +245,7 @@ def calibration(comparison: Comparison) -> pd.DataFrame:
     def scores(of: Scores, when: str) -> dict[str, str]:
         error = of.error
         return {
-            f"ECE %, {when}": f"{percent(error.value)} ({percent_interval(error.low, error.high)})",
+            f"ECE %, {when}": percent_estimate(error.value, error.low, error.high),
             **{
                 f"{name}, {when}": f"{figure.value:.3f} ({figure.low:.3f} to {figure.high:.3f})"
                 for name, figure in (("Brier", of.brier), ("log loss", of.log_loss))
@@ -259,66 +259,30 @@ def calibration(comparison: Comparison) -> pd.DataFrame:
             cells |= scores(of.scaled, "with the temperature")
         for share in COVERAGES:
             at = of.accuracy_at(share)
-            cells[f"accuracy % of the most confident {share:.0%}"] = (
-                f"{percent(at.value)} ({percent_interval(at.low, at.high)})"
-            )
+            cells[f"accuracy % of the most confident {share:.0%}"] = percent_estimate(at.value, at.low, at.high)
         return cells
 
     lines = {NAMES[run]: column(of) for run, of in comparison.calibration.items()}
     return pd.DataFrame(lines).fillna("")
 
 
-def confusions(comparison: Comparison) -> pd.DataFrame:
-    """How often each class was taken for each other one, the most confused first: a column a run. Of many classes the
-    first pairs."""
-    counts = {
-        NAMES[run]: {
-            f"{label} taken for {other}": comparison.scoring[run].confusion[row][column]
-            for row, label in enumerate(comparison.classes)
-            for column, other in enumerate(comparison.classes)
-            if row != column
-        }
-        for run in comparison.records
-    }
-    table = pd.DataFrame(counts)
-    judged = [NAMES[run] for run in mistakes.judged(comparison)]
-    table = table.loc[table[judged].sum(axis=1).sort_values(ascending=False, kind="stable").index].astype(str)
-    return table if len(comparison.classes) <= metrics.MOST_CLASSES else table.head(2 * metrics.MOST_CLASSES)
-
-
-def without_suspects(comparison: Comparison) -> pd.DataFrame:
-    """Accuracy with and without the rows whose label is in doubt."""
-    return _lines(
-        {
-            NAMES[name]: {
-                "all rows %": percent(comparison.scoring[name].accuracy),
-                "without doubted labels %": percent(kept.accuracy),
-                "95 % interval": percent_interval(kept.accuracy_low, kept.accuracy_high),
-            }
-            for name, kept in mistakes.without_suspects(comparison).items()
-        }
-    )
-
-
 def generation(comparison: Comparison) -> pd.DataFrame:
     """Answers that the models wrote freely, beside scoring; `-` where none were generated."""
 
-    def share(value: float, rows: int) -> dict[str, str]:
-        return {"%": percent(value), "interval": percent_interval(*accuracy_interval(round(value * rows), rows))}
-
     lines = {}
     for run, record in comparison.records.items():
-        of, line = record.evaluation.generation, {}
-        line["generated rows"] = f"{of.metrics.rows:,}" if of else "-"
+        of = record.evaluation.generation
         shares = {
-            "valid JSON": of and of.valid_share,
-            "accuracy": of and of.metrics.accuracy,
-            "agrees with scoring": of and of.agreement_with_scoring,
+            "valid JSON %": of and of.valid_share,
+            "accuracy %": of and of.metrics.accuracy,
+            "agrees with scoring %": of and of.agreement_with_scoring,
         }
+        lines[NAMES[run]] = {"generated rows": f"{of.metrics.rows:,}" if of else "-"}
         for name, value in shares.items():
-            cells = {"%": "-", "interval": "-"} if value is None else share(value, of.metrics.rows)
-            line |= {f"{name} {what}": cell for what, cell in cells.items()}
-        lines[NAMES[run]] = line | {"scored samples/s": f"{record.evaluation.articles_per_second:.1f}"}
+            rows = of.metrics.rows if of else 0
+            ends = accuracy_interval(round(value * rows), rows) if of else ()
+            lines[NAMES[run]][name] = percent_estimate(value, *ends) if of else "-"
+        lines[NAMES[run]]["scored samples/s"] = f"{record.evaluation.articles_per_second:.1f}"
     return _lines(lines)
 
 
@@ -330,7 +294,7 @@ def merged(comparison: Comparison) -> pd.DataFrame:
                 "merged into": of.base,
                 "adapter %": percent(of.adapter_accuracy),
                 "merged %": percent(of.scoring.accuracy),
-                "95 % interval": percent_interval(of.scoring.accuracy_low, of.scoring.accuracy_high),
+                "95 % interval": percent_interval(*of.scoring.estimate[1:]),
                 "same label %": percent(of.agreement),
                 "largest difference in probability": f"{of.largest_difference:.3f}",
                 "merged model MB": f"{of.artefact_bytes / 1e6:.1f}",

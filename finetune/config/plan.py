@@ -43,8 +43,10 @@ EVALUATION_ONLY = {
 }
 # What tells which training an evaluation is of.
 NAMING = {"task", "model", "variant"}
+# Files and folders, or names on the hub.
+PLACES = ("model", "data_path")
 # Settings of the process, not parameters of an experiment.
-NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND", "FINETUNE_FORCE"}
+NOT_PARAMETERS = {"FINETUNE_HOME", "FINETUNE_PROFILE", "FINETUNE_COMMAND", "FINETUNE_FORCE", "FINETUNE_MEMORY_FLOOR"}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -272,6 +274,11 @@ def parse_assignments(assignments: list[str]) -> dict[str, str]:
     return parsed
 
 
+def located(name: str, value: Any) -> Any:
+    """A parameter's value that means the same in any working folder: a notebook's is not the command line's."""
+    return paths.absolute(value) if name in PLACES and value and value != MODEL else value
+
+
 def fewer_rows(count: int) -> dict[str, Any]:
     """The overrides of a training on fewer rows, a point of a learning curve."""
     return {"train_rows": count, "variant": f"rows-{count}"}
@@ -282,7 +289,8 @@ def applicable(overrides: Mapping[str, Any], run: str) -> dict[str, Any]:
     unknown = set(overrides) - _names(Experiment) - _names(Recipe)
     if unknown:
         raise UserError(_unknown(unknown.pop(), "override"))
-    return {name: value for name, value in overrides.items() if METHODS[run].recipe or name in _names(Experiment)}
+    known = {name: value for name, value in overrides.items() if METHODS[run].recipe or name in _names(Experiment)}
+    return {name: located(name, value) for name, value in known.items()}
 
 
 def _unknown(name: str, origin: str) -> str:
@@ -307,7 +315,7 @@ def _merge(layers: list[tuple[str, Mapping[str, Any]]]) -> tuple[dict[str, Any],
         for name, value in layer.items():
             if name not in known:
                 raise UserError(_unknown(name, origin))
-            values[name] = None if value == "None" else value
+            values[name] = None if value == "None" else located(name, value)
             origins[name] = origin
     return values, origins
 

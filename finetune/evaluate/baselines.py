@@ -29,9 +29,9 @@ from data_prep import Example
 from data_prep.files import Message, replacing
 from finetune import baseline_records, machine, metrics, paths, predictions, records
 from finetune.baseline_records import Baseline, Name
+from finetune.config.recipes import MAX_LENGTH
 from finetune.data import HasExperiment, PreparedData, evenly
 from finetune.evaluate import score
-from finetune.evaluate.run import MAX_LENGTH
 from finetune.model import checks, encode
 from finetune.predictions import Prediction
 from finetune.wording import NAMES

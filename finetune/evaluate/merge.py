@@ -9,10 +9,11 @@ from peft import PeftModel
 from data_prep import UserError
 from data_prep.files import replacing
 from finetune import cards, metrics, paths, records
+from finetune.config.recipes import MAX_LENGTH
 from finetune.data import PreparedData
 from finetune.evaluate import score
 from finetune.evaluate.find import Found, check_loaded
-from finetune.evaluate.run import MAX_LENGTH, check_prompt
+from finetune.evaluate.run import check_prompt
 from finetune.files import folder_bytes, folder_digest, replacing_folder
 from finetune.model import encode, load
 

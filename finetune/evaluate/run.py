@@ -11,6 +11,7 @@ from data_prep.files import replacing
 from finetune import machine, metrics, paths, predictions, records
 from finetune.config.methods import METHODS
 from finetune.config.plan import Experiment, left_aligned
+from finetune.config.recipes import MAX_LENGTH
 from finetune.data import PreparedData
 from finetune.evaluate import score
 from finetune.evaluate.find import Found, check_loaded, values_of
@@ -22,8 +23,6 @@ from finetune.model.template import Template
 from finetune.predictions import Prediction
 from finetune.wording import percent_interval
 
-# A prompt must fit, whatever it was trained with; no article of AG News comes near this.
-MAX_LENGTH = 1024
 # The whole confusion matrix of the test rows, which pictures and tables show of few classes alone.
 CONFUSION = "confusion.csv"
 

@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from data_prep import Task, UserError
+from finetune import machine
 from finetune.model import checks, load
 from finetune.model.encode import answer_tokens, common_prefix, shared_length
 from finetune.model.head import class_logits, padded
@@ -76,21 +77,26 @@ class LabelScorer:
         shared = shared_length(prompts)
         scores, done = [], 0
         bar = tqdm(total=len(prompts), desc=progress, unit="article", disable=progress is None)
-        while done < len(prompts):
-            batch = prompts[done : done + self.batch_size]
-            try:
-                scores.append(self._score_batch(batch, shared))
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise UserError(
-                        "out of memory: one article does not fit beside the model; end other programs and kernels"
-                    ) from None
-                self.batch_size = (len(batch) + 1) // 2
-                now = f"from here on {self.batch_size}"
-                print(f"out of memory with {len(batch)} articles in a batch; {now}", flush=True)
-                continue
-            done += len(batch)
-            bar.update(len(batch))
+        with machine.MemoryWatch() as memory:
+            while done < len(prompts):
+                batch = prompts[done : done + self.batch_size]
+                try:
+                    scores.append(self._score_batch(batch, shared))
+                    done += len(batch)
+                    bar.update(len(batch))
+                    short = memory.shortage()
+                except torch.OutOfMemoryError:
+                    short = "out of memory"
+                if short and done < len(prompts):
+                    if len(batch) == 1:
+                        raise UserError(
+                            f"{short}: one article does not fit beside the model; end other programs and kernels"
+                        )
+                    self.batch_size = (len(batch) + 1) // 2
+                    now = f"from here on {self.batch_size}"
+                    print(f"{short} with {len(batch)} articles in a batch; {now}", flush=True)
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()
         bar.close()
         # Once, at the end: to wait for a batch would leave the GPU idle while the next one is laid out.
         return torch.cat(scores).double().softmax(dim=1).cpu().numpy()

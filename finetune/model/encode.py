@@ -124,7 +124,10 @@ def _cut(template: Template, example: Example, room: int) -> tuple[list[int], in
             return prompt, len(ends) - 1 - kept
         # Tokens at the cut may be others than in the whole article.
         kept -= len(prompt) - room
-    raise UserError(f"max_length leaves {room} tokens for the prompt, which needs {len(bare)} without an article")
+    raise UserError(
+        f"max_length leaves {room} tokens for the prompt, which needs {len(bare)} without an article: set max_length "
+        f"{len(bare) - room} tokens higher, and by as many more as an article needs"
+    )
 
 
 def _with_text(example: Example, text: str) -> Example:

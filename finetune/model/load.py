@@ -69,6 +69,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    machine.limit_gpu_memory()
     tokenizer = load_tokenizer(name)
     path = model_path(name)
     if engine == "unsloth":

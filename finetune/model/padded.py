@@ -13,7 +13,8 @@ class Padded:
     """A causal language model that computes each sequence of a row on its own, as plain transformers does.
 
     It takes the place of `packing.Backbone` for a model in which articles of one row would see each other.
-    Padding follows a sequence: nothing that a causal model computes at a token depends on what comes after it.
+    Padding follows a sequence, and needs no mask: nothing that a causal model computes at a token depends on what comes
+    after it. With a mask, Qwen2.5-Coder-0.5B in bf16 on an H100 had gradients of NaN in three of 77 batches.
 
     Args:
         model: A model of transformers, or one wrapped by peft, with an attention of its own.
@@ -31,15 +32,12 @@ class Padded:
         sequences, columns = _unfold(row, places.tolist())
         lengths = torch.tensor([len(sequence) for sequence in sequences])
         longest = int(lengths.max())
-        mask = (torch.arange(longest) < lengths[:, None]).long()
         # The padding's tokens are never read; 0 is in every vocabulary, which a pad token may not be.
-        ids = torch.zeros_like(mask)
-        ids[mask.bool()] = torch.from_numpy(np.concatenate(sequences))
+        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+        ids[torch.arange(longest) < lengths[:, None]] = torch.from_numpy(np.concatenate(sequences))
         flat = torch.tensor([number * longest + column for number, column in columns], device=self.device)
         with only_at(self.head, flat, in_fp32):
-            output = self.model(
-                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False, return_dict=True
-            )
+            output = self.model(input_ids=ids.to(self.device), use_cache=False, return_dict=True)
         return output.logits[0]
 
 

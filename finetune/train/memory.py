@@ -283,7 +283,8 @@ def fit(configuration, work: Work, rows: Rows, eval_batch: int, origin: str, for
             work = replace(work, checkpointing=thrifty)
             found = estimate(configuration, work, rows, eval_batch)
     shared = ", shared by CPU and GPU" if machine.is_unified() else ""
-    text = f"{found}; {available / 1e9:.1f} GB are there{shared}"
+    kept = f", beside {machine.memory_floor() / 1e9:.1f} GB that we keep free" if machine.memory_floor() else ""
+    text = f"{found}; {available / 1e9:.1f} GB are there{shared}{kept}"
     if fits(found) or force:
         return Fit(work, found, available, reason, text)
     ways: dict[str, str] = {}

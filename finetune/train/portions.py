@@ -67,24 +67,28 @@ class Portions:
             except torch.OutOfMemoryError:
                 pass
             # Not in the handler: the error holds the tensors of the pass that failed.
-            self._halve(step)
+            if not self.halve(step):
+                raise UserError(
+                    f"out of memory at step {step}, where one article does not fit: set gradient_checkpointing=plain "
+                    "or a smaller max_length, take QLoRA, or end other programs and kernels"
+                )
+            for parameter in self._trained:
+                parameter.grad = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             due = self._update
 
-    def _halve(self, step: int) -> None:
-        before = self.largest or max(map(len, self._update))
+    def halve(self, step: int) -> bool:
+        """Take half as many articles in a pass from here on; False if a pass has one already, or none came through
+        here."""
+        before = self.largest or max(map(len, self._update), default=1)
         if before == 1:
-            raise UserError(
-                f"out of memory at step {step}, where one article does not fit: set gradient_checkpointing=plain or a "
-                "smaller max_length, take QLoRA, or end other programs and kernels"
-            )
+            return False
         self.largest = (before + 1) // 2
         self.note = (
-            f"out of memory at step {step} with {before} articles in a pass; from there on {self.largest}, in the same "
-            "updates"
+            f"too little memory at step {step} with {before} articles in a pass; from there on {self.largest}, in the "
+            "same updates"
         )
         print(self.note, flush=True)
-        for parameter in self._trained:
-            parameter.grad = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        return True

@@ -218,7 +218,7 @@ def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer
         why = "the model cannot read packed rows" if trainer.packed else "packing=False"
         choices |= {name: f"off: {why}" for name in ("packing", "CUDA graphs") if choices[name].startswith("on")}
         choices["attention"] = f"{model.config._attn_implementation}: padded batches"
-    if trainer.packed and trainer.portions.note:
+    if trainer.portions.note:
         choices["memory"] += f"; {trainer.portions.note}"
     clock = trainer.clock
     training = records.Training(

@@ -22,7 +22,7 @@ from finetune.model.checks import choose_backbone
 from finetune.model.encode import IGNORED
 from finetune.train import checks
 from finetune.train.graphs import GraphedPasses
-from finetune.train.portions import Articles, Portions
+from finetune.train.portions import Articles
 from finetune.train.updates import update_in_backward
 from finetune.train.watched import Watched
 
@@ -197,7 +197,7 @@ class PackedSFTTrainer(Watched, SFTTrainer):
             processing_class=processing_class,
             train_dataset=Dataset.from_list([row.row(supervised) for row in encoded]),
             eval_dataset=Dataset.from_list([row.row() for row in watched]),
-            callbacks=self.watching(model, args, callbacks, early_stopping_patience),
+            callbacks=self.watching(model, args, callbacks, early_stopping_patience, named.get("data_collator")),
             **named,
         )
         if self.packed and asks_router is not None:
@@ -214,7 +214,6 @@ class PackedSFTTrainer(Watched, SFTTrainer):
         self._adds_rows &= self.packed and isinstance(self.backbone, packing.Backbone) and not update_in_backward
         if self.packed:
             self._passes = GraphedPasses(self._loss, self._trained) if cuda_graphs else None
-            self.portions = Portions(self.data_collator, self._trained)
             # The trainer calls it at each step; see floating_point_ops.
             model.zero_grad = self._forget_gradients
             # The loss divides by the whole update's supervised tokens itself.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from finetune import files, machine, metrics
 from finetune.evaluate import score
 from finetune.model import load
 from finetune.train.callbacks import Clock, EvaluateAtTheEnd, SaveOnSignal, ShowProgress, StopOnNonFiniteLoss
+from finetune.train.portions import Portions
 
 
 class Watched:
@@ -35,11 +36,14 @@ class Watched:
         args: TrainingArguments,
         callbacks: Sequence[TrainerCallback],
         early_stopping_patience: int | None,
+        collate: Callable | None = None,
     ) -> list[TrainerCallback]:
-        """All callbacks of a training, in their order; before the trainer is made."""
+        """All callbacks of a training, in their order, before the trainer is made; `collate` gives batches that can be
+        halved."""
         self.added_callbacks, self.early_stopping_patience = list(callbacks), early_stopping_patience
-        self.clock, self.signals, self._is_silent = Clock(), SaveOnSignal(), False
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.portions = Portions(collate, self._trained)
+        self.clock, self.signals, self._is_silent = Clock(self.portions), SaveOnSignal(self.portions), False
         # Where several GPUs are visible the trainer would split each batch (DataParallel), and no row can be split.
         args._n_gpu = min(1, args.n_gpu)
         stopping = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
@@ -68,7 +72,7 @@ class Watched:
 
         Raises:
             UserError: Another process trains there; one article does not fit into the memory, or the optimiser does
-                not; or SIGINT, SIGTERM or SIGHUP came, and the sentence says where the training goes on.
+                not; or a signal came or memory ran short, and the sentence says where the training goes on.
         """
         files.own(Path(self.args.output_dir))
         # Where the training goes on is no point of the uninterrupted one's history.
@@ -103,8 +107,16 @@ class Watched:
         prompts, labels = self._watched
         load.evaluating(self.model)
         # The same products as in training; the labels' probabilities are formed in fp32.
-        with self.autocast():
-            probabilities = self.scorer.score(prompts)
+        try:
+            with self.autocast():
+                probabilities = self.scorer.score(prompts)
+        except UserError:
+            if self.is_in_train and self.state.global_step:
+                self._save_checkpoint(self.model, trial=None)
+                self.callback_handler.on_save(self.args, self.state, self.control)
+            raise
+        # Scoring has taken smaller batches by now.
+        self.signals.memory.shortage()
         self.model.train()
         accuracy = float(np.mean(np.equal(score.predicted_labels(probabilities, self._labels), labels)))
         found = {

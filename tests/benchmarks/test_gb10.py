@@ -90,12 +90,6 @@ def test_a_method_that_was_not_measured_is_not_predicted():
     assert full == "not measured" and " to " in lora
 
 
-def test_without_an_article_s_length_nothing_is_predicted():
-    record = measurements.record([*measurements.without("lean"), measurements.failed("lean")])
-    with pytest.raises(UserError, match="`lean`: out of memory"):
-        gb10.prediction(record)
-
-
 class TestChecks:
     def test_a_row_as_the_roofline_has_it_agrees(self):
         """The graphs' row at the speed that the roofline gives it: the model reproduces it."""

@@ -22,29 +22,16 @@ def trained(home, monkeypatch) -> list:
     return plans
 
 
-def test_a_grid_is_every_combination():
-    assert search.combinations(["a=1,2", "b=3,4"]) == [
-        {"a": "1", "b": "3"},
-        {"a": "1", "b": "4"},
-        {"a": "2", "b": "3"},
-        {"a": "2", "b": "4"},
-    ]
-    assert search.combinations([]) == []
-    assert search.tries(["a=1,b=3"]) == [{"a": "1", "b": "3"}]
+def test_a_grid_is_every_combination_and_tries_come_behind_it():
+    found = search.combinations(["a=1,2", "b=3,4"], ["a=5,b=6"])
+    assert [" ".join(of.values()) for of in found] == ["1 3", "1 4", "2 3", "2 4", "5 6"]
+    assert search.combinations([], []) == []
 
 
 def test_each_combination_is_trained_and_written(trained, tmp_path):
     out = tmp_path / "search.json"
-    options = [
-        "lora",
-        "--profile",
-        "cpu",
-        "--grid",
-        "learning_rate=1e-4,1e-3",
-        "--try",
-        "learning_rate=1e-2,num_train_epochs=2",
-    ]
-    assert search.main([*options, "--out", str(out)]) == 0
+    grid = ["--grid", "learning_rate=1e-4,1e-3", "--try", "learning_rate=1e-2,num_train_epochs=2"]
+    assert search.main(["lora", "--profile", "cpu", *grid, "--out", str(out)]) == 0
     recipes = [settings.recipe for settings in trained]
     assert [recipe.learning_rate for recipe in recipes] == [1e-4, 1e-3, 1e-2]
     assert [recipe.num_train_epochs for recipe in recipes] == [1, 1, 2]

@@ -21,14 +21,11 @@ def row(key: str, **more) -> dict:
     return {"key": key, **more}
 
 
-class TestTables:
-    def test_each_training_has_its_place(self):
-        in_methods = [key for keys in ladder.settings_of_methods().values() for key in keys]
-        assert {*ladder.rungs(), *ladder.peers(), *in_methods} == MEASURED
-
-    def test_predictions_read_what_is_measured(self):
-        read = {key for of in gb10.METHODS.values() for key in (*of.kept, *of.recomputing, *of.checks)}
-        assert read | set(gb10.LENGTH_ROWS) <= MEASURED
+def test_each_training_has_its_place_and_predictions_read_what_is_measured():
+    in_methods = [key for keys in ladder.settings_of_methods().values() for key in keys]
+    assert {*ladder.rungs(), *ladder.peers(), *in_methods} == MEASURED
+    read = {key for of in gb10.METHODS.values() for key in (*of.kept, *of.recomputing, *of.checks)}
+    assert read | set(gb10.LENGTH_ROWS) <= MEASURED
 
 
 class TestProcesses:
@@ -37,22 +34,15 @@ class TestProcesses:
         assert found[0] == ("qlora", ladder.keys_of("qlora"))
         assert found[1:] == [("plain", [key]) for key in ladder.keys_of("plain")]
 
-    def test_all_parts_together_measure_everything(self):
-        parts = {part for part, _ in ladder.processes([], [], set())}
-        assert parts == {*ladder.PARTS, "evaluation", "start", "start_transformers"}
-
-    def test_what_is_measured_is_left_out(self):
+    def test_what_is_measured_or_not_asked_for_is_left_out(self):
         everything = {key for part in ladder.ALL_PARTS for key in ladder.keys_of(part)}
+        assert {part for part, _ in ladder.processes([], [], set())} == set(ladder.ALL_PARTS)
         assert not list(ladder.processes([], [], everything))
         assert list(ladder.processes([], [], everything - {"batch"})) == [("lora", ["batch"])]
         # It measures all of its own in one process.
         assert list(ladder.processes([], [], everything - {"generation_lean_128"})) == [("evaluation", [])]
-
-    def test_rungs_can_be_asked_for_by_key(self):
-        assert list(ladder.processes(["lora", "full"], ["batch", "full"], set())) == [
-            ("lora", ["batch"]),
-            ("full", ["full"]),
-        ]
+        asked = list(ladder.processes(["lora", "full"], ["batch", "full"], set()))
+        assert asked == [("lora", ["batch"]), ("full", ["full"])]
 
 
 class TestMeasurements:
@@ -75,7 +65,6 @@ class TestMeasurements:
         ("part", "name", "value"),
         [
             ("environment", "commit", "4567"),
-            ("environment", "dirty", True),
             ("environment", "packages", {"torch": "3"}),
             ("environment", "hardware", {"gpu": "H200"}),
             ("data", "fingerprint", "def"),
@@ -98,12 +87,12 @@ class TestMeasurements:
 class TestPart:
     @pytest.mark.parametrize("name", ["model", *ladder.ALL_PARTS])
     def test_its_process_understands_the_command(self, name, tmp_path, monkeypatch):
-        monkeypatch.setattr(sys, "argv", ["throughput", "/data/ag_news", "--profile", "batch", "qlora"])
+        monkeypatch.setattr(sys, "argv", ["throughput", "/data/ag_news"])
         command = throughput._command(name, throughput._options(), tmp_path)
         assert command[1:3] == ["-m", "benchmarks.part"]
-        options = part.parser().parse_args([*command[3:], "--rungs", "batch", "--profile", "batch"])
+        options = part.parser().parse_args([*command[3:], "--rungs", "batch"])
         assert (options.part, options.csv, options.model) == (name, "/data/ag_news", str(tmp_path))
-        assert options.rungs == options.profile == ["batch"]
+        assert options.rungs == ["batch"]
 
     def test_its_results_are_reported_while_it_runs(self, monkeypatch):
         script = "import time; print('noise'); print('RESULT {\"key\": \"batch\"}', flush=True); time.sleep(60)"

@@ -26,9 +26,9 @@ SUITE = """
 import json, sys, time
 from pathlib import Path
 
-run = Path("results/spark/lora-seed0")
+run = Path("checkpoints/.training/spark-lora")
 run.mkdir(parents=True, exist_ok=True)
-progress = {"run": "lora-seed0", "step": 120, "total_steps": 1965, "seconds_left": 8000.5, "updated": time.time()}
+progress = {"run": "spark-lora", "step": 120, "total_steps": 1965, "seconds_left": 8000.5, "updated": time.time()}
 (run / "progress.json").write_text(json.dumps(progress))
 print("suite:", *sys.argv[1:])
 """

@@ -134,7 +134,7 @@ def test_the_usage_is_the_truth(script):
         ("exec true", {}, 3, "pytorch-finetune is not running", "./start_docker.sh start finetune"),
         ("shell", {}, 3, "pytorch-finetune is not running", "./start_docker.sh start finetune"),
         ("logs serve", {}, 3, "serve has no container", "status"),
-        ("start", NOWHERE, 11, "daemon does not answer at unix:///nowhere.sock", "systemctl start docker"),
+        ("start", NOWHERE, 11, "daemon does not answer at /nowhere.sock", "systemctl start docker"),
         ("start", {"user": STRANGER}, 12, "You may not use Docker", "usermod -aG docker"),
         *[
             (command, {"user": 0}, 15, "running as root", "Run it as your own user")

@@ -143,15 +143,15 @@ def test_run_and_its_progress(script, checkout):
     ran = script("run", "--only", "lora")
     assert ran.returncode == 0, ran.stderr
     assert "suite: run --profile spark --only lora" in ran.stdout
-    assert "lora-seed0: step 120 of 1965, 2 h 13 min left" in script("status").stdout
+    assert "spark-lora: step 120 of 1965, 2 h 13 min left" in script("status").stdout
     activity = json.loads(script("status", "--json").stdout)["activity"]
-    assert activity[0]["run"] == "lora-seed0" and activity[0]["seconds_left"] == 8000
+    assert activity[0]["run"] == "spark-lora" and activity[0]["seconds_left"] == 8000
 
-    progress = checkout / "results/spark/lora-seed0/progress.json"
+    progress = checkout / "checkpoints/.training/spark-lora/progress.json"
     progress.write_text(json.dumps({**json.loads(progress.read_text()), "updated": time.time() - 7300}))
-    assert "lora-seed0: no sign of life for 2 h 1 min, at step 120 of 1965" in script("status").stdout
-    progress.with_name("record.json").write_text("{}")
-    assert "lora-seed0" not in script("status").stdout
+    assert "spark-lora: no sign of life for 2 h 1 min, at step 120 of 1965" in script("status").stdout
+    progress.unlink()
+    assert "spark-lora" not in script("status").stdout
 
 
 def test_a_busy_notebook_shows(script, checkout, port):

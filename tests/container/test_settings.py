@@ -12,6 +12,8 @@ DOCKER = """#!/bin/sh
 case "$*" in
 version*) echo 28.5.0 ;;
 "compose version"*) echo 2.30.0 ;;
+"context inspect"*) echo "$STAND_IN_ENDPOINT" ;;
+info*SecurityOptions*) echo "[name=seccomp,profile=builtin $STAND_IN_SECURITY]" ;;
 "image inspect"*) echo "$(id -u) 0" ;;
 inspect*) exit 1 ;;
 esac
@@ -36,15 +38,15 @@ def start(workdir):
         (root / "bin" / name).write_text(text)
         (root / "bin" / name).chmod(0o755)
 
-    def run(text: bytes | None = None):
+    def run(text: bytes | None = None, command="start", **stand_in):
         if text is not None:
             (root / ".env").write_bytes(text)
         user = {}
         if os.geteuid() == 0:
             subprocess.run(["chown", "-R", f"{USER}:{USER}", root], check=True)
             user = {"user": USER, "group": USER, "extra_groups": ()}
-        environment = {"PATH": f"{root}/bin:{os.environ['PATH']}", "HOME": str(root)}
-        return subprocess.run([root / "start_docker.sh", "start"], env=environment, capture_output=True, **user)
+        environment = {"PATH": f"{root}/bin:{os.environ['PATH']}", "HOME": str(root), **stand_in}
+        return subprocess.run([root / "start_docker.sh", command], env=environment, capture_output=True, **user)
 
     run.env = root / ".env"
     return run
@@ -95,3 +97,21 @@ def test_what_is_no_number_is_refused_with_its_name(start, setting):
     name, value = setting.split(b"=")
     refused = start(setting + b"\r\n")
     assert refused.returncode == 2 and name + b" is '" + value + b"', which is no valid number." in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("where", "sentence"),
+    [
+        ({"STAND_IN_ENDPOINT": "ssh://spark"}, b"daemon at ssh://spark is on another machine"),
+        ({"DOCKER_HOST": "tcp://10.0.0.7:2376"}, b"daemon at tcp://10.0.0.7:2376 is on another machine"),
+        (
+            {"STAND_IN_ENDPOINT": "unix:///run/user/1000/docker.sock", "STAND_IN_SECURITY": "name=rootless"},
+            b"Docker at /run/user/1000/docker.sock is rootless",
+        ),
+    ],
+)
+def test_a_daemon_whose_containers_could_not_write_here_is_refused(start, where, sentence):
+    refused = start(b"MIN_FREE_GIB=1\n", **where)
+    assert refused.returncode == 28 and sentence in refused.stderr and b"unset DOCKER_HOST" in refused.stderr
+    doctor = start(command="doctor", **where)
+    assert re.search(rb"^FAIL +daemon +.*" + sentence, doctor.stdout, re.M) and doctor.returncode == 28

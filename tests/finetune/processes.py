@@ -39,6 +39,30 @@ def train(run: str, overrides: dict[str, object]) -> None:
     run_cells(f"fine_tuning_{run}", "plots.training_curves", PROFILE="cpu", OVERRIDES=overrides)
 
 
+def train_beside_a_hungry_program(overrides: dict[str, object], group: Path) -> None:
+    """Train in a control group, where in the second step all but 100 MB are taken; print how it ends."""
+    from data_prep import UserError
+    from finetune import machine
+    from finetune.notebooks import run_cells
+    from finetune.train.save import newest_checkpoint
+
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    os.environ["FINETUNE_MEMORY_FLOOR"] = "0.2"
+    trainer = run_cells("fine_tuning_lora", "trainer.train(", PROFILE="cpu", OVERRIDES=overrides)["trainer"]
+    loss_of, taken = trainer._loss, []
+
+    def hungry(batch):
+        if trainer.state.global_step == 1 and not taken:
+            taken.append(b"x" * (machine.memory_left() - 100_000_000))
+        return loss_of(batch)
+
+    trainer._loss = hungry
+    try:
+        trainer.train(resume_from_checkpoint=newest_checkpoint(trainer))
+    except UserError as error:
+        print(error)
+
+
 def prepare(overrides: dict[str, object]) -> None:
     """Prepare the data of a LoRA run."""
     from finetune import load_data, plan

@@ -1,14 +1,14 @@
 """What `start_docker.sh status` says of trainings; test_lifecycle.py asks the same of a container."""
 
 import json
-import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from finetune import activity
+from finetune import activity, paths
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def progress(tmp_path):
     """A training's progress file, written `ago` seconds ago."""
 
     def write(ago, run="lora"):
-        path = tmp_path / "cpu" / run / "progress.json"
+        path = tmp_path / f"cpu-{run}" / "progress.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {"run": run, "step": 12, "total_steps": 36, "seconds_left": 8000.4, "updated": time.time() - ago}
         path.write_text(json.dumps(state))
@@ -38,13 +38,10 @@ def test_a_training_that_is_silent_for_too_long(progress, tmp_path):
     assert activity.line(item) == "training|lora: no sign of life for 11 min, at step 12 of 36"
 
 
-def test_a_record_newer_than_the_progress_ends_the_training(progress, tmp_path):
-    path = progress(ago=3)
-    path.with_name("record.json").write_text("{}")
-    assert activity.unfinished_trainings(tmp_path) == []
-    # A training that began anew, in the folder of an older record.
-    os.utime(path.with_name("record.json"), (1, 1))
-    assert len(activity.unfinished_trainings(tmp_path)) == 1
+def test_a_training_reports_where_it_is_looked_for(progress):
+    """The trainer writes into its own folder, and the container mounts the project."""
+    states = paths.state_folder("cpu", "lora").parent
+    assert f'"{states.parent.name}" / "{states.name}"' in Path(activity.__file__).read_text()
 
 
 def test_it_needs_nothing_but_python():

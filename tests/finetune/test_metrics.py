@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precisi
 from statsmodels.stats.proportion import proportion_confint
 
 from data_prep.task import AG_NEWS
-from finetune import metrics
+from finetune import metrics, resampling
 
 LABELS = AG_NEWS.labels
 
@@ -54,18 +54,12 @@ def test_a_table_worked_out_by_hand():
     assert result.macro_f1 == pytest.approx((2 / 3 + 4 / 5 + 1 / 2) / 4)
 
 
-def test_a_perfect_result():
-    result = metrics.compute(LABELS * 3, LABELS * 3, LABELS)
-    assert (result.accuracy, result.macro_f1, result.accuracy_high) == (1, 1, 1)
-    assert result.confusion == np.diag([3] * 4).tolist()
-
-
 def test_different_lengths_are_refused():
     with pytest.raises(ValueError):
         metrics.compute(["World", "Sports"], ["World"], LABELS)
 
 
-@pytest.mark.parametrize("rows", [*range(1, 60), 128, 7600])
+@pytest.mark.parametrize("rows", [1, 2, 7, 59, 128, 7600])
 def test_the_interval_is_wilson_s_and_holds_the_accuracy(rows):
     """The pictures draw the distances, and a negative one is an error there."""
     for correct in {0, 1, rows // 2, rows - 1, rows}:
@@ -87,12 +81,7 @@ def test_mcnemar_is_the_exact_binomial_test():
         count = first + second
         extreme = sum(comb(count, k) for k in range(count + 1) if abs(count - 2 * k) >= abs(first - second))
         assert metrics.mcnemar(*discordant(first, second)) == (first, second, pytest.approx(extreme / 2**count))
-    assert metrics.mcnemar(*discordant(10, 2))[2] == pytest.approx(158 / 4096)
-
-
-def test_mcnemar_ignores_rows_on_which_both_agree():
-    few, many = discordant(9, 2), discordant(9, 2, both=500, neither=300)
-    assert metrics.mcnemar(*few) == metrics.mcnemar(*many)
+    assert metrics.mcnemar(*discordant(10, 2, both=500, neither=300))[2] == pytest.approx(158 / 4096)
 
 
 def test_log_loss_takes_the_columns_in_the_order_of_the_labels():
@@ -114,6 +103,11 @@ def test_a_figure_that_predictions_do_not_give_is_named(what):
     assert metrics.first_difference(found.model_copy(update={"confusion": moved}), labels, answers) == "confusion"
 
 
+def estimate(name: str, scoring: metrics.Metrics) -> tuple[float, float, float]:
+    counts = scoring.counts
+    return metrics.METRICS[name].estimate(resampling.counted(counts), resampling.resampled(counts))
+
+
 @pytest.mark.parametrize("invalid", [0, 7])
 def test_every_metric_is_that_of_scikit_learn_and_its_interval_that_of_the_rows(invalid):
     generator = np.random.default_rng(3)
@@ -128,22 +122,22 @@ def test_every_metric_is_that_of_scikit_learn_and_its_interval_that_of_the_rows(
         "balanced_accuracy": recall_score(labels, answers, labels=AG_NEWS.labels, average="macro"),
     }
     assert expected.keys() == metrics.METRICS.keys()
-    for name, metric in metrics.METRICS.items():
-        value, low, high = metric.estimate(scoring)
+    for name in metrics.METRICS:
+        value, low, high = estimate(name, scoring)
         assert value == pytest.approx(expected[name]) and low < value < high
-    assert metrics.METRICS["macro_f1"].estimate(scoring)[1:] == (scoring.macro_f1_low, scoring.macro_f1_high)
+    assert estimate("macro_f1", scoring)[1:] == (scoring.macro_f1_low, scoring.macro_f1_high)
 
 
 def test_balanced_accuracy_is_shown_where_it_is_not_the_accuracy():
     even, uneven = (metrics.compute(labels, labels, LABELS[:2]) for labels in (LABELS[:2] * 5, LABELS[:1] + LABELS[:2]))
     assert "balanced accuracy %" in metrics.figures(uneven) and "balanced accuracy %" not in metrics.figures(even)
     # Of a class without rows it says nothing.
-    assert metrics.METRICS["balanced_accuracy"].estimate(metrics.compute(["World"], ["World"], LABELS))[0] == 1
+    assert estimate("balanced_accuracy", metrics.compute(["World"], ["World"], LABELS))[0] == 1
 
 
 def test_one_answer_for_all_rows_has_no_correlation():
     scoring = metrics.compute(["World", "Sports"] * 5, ["World"] * 10, AG_NEWS.labels)
-    assert metrics.METRICS["matthews"].estimate(scoring) == (0, 0, 0)
+    assert estimate("matthews", scoring) == (0, 0, 0)
 
 
 class TestDetectableDifference:
@@ -155,13 +149,6 @@ class TestDetectableDifference:
         drawn = np.random.default_rng(3).multinomial(rows, chances, size=4000)
         found = abs(drawn[:, 0] - drawn[:, 1]) / np.sqrt(np.maximum(drawn[:, 0] + drawn[:, 1], 1)) > 1.959964
         assert found.mean() == pytest.approx(0.8, abs=0.03)
-
-    def test_more_rows_show_less(self):
-        assert (
-            metrics.detectable_difference(7600)
-            < metrics.detectable_difference(1000)
-            < metrics.detectable_difference(100)
-        )
 
     def test_few_rows_can_show_no_more_than_all_that_differ(self):
         assert metrics.detectable_difference(20) == 3

@@ -107,39 +107,34 @@ class TestJoined:
         for run, written in rows.items():
             assert alike(predictions.read(folder / run, digests[run]), written)
 
-    def test_a_run_that_is_not_in_it(self, joined):
+    @pytest.mark.parametrize(
+        ("run", "digest", "said"),
+        [("full", "lora", "has no predictions of .*set/full; run the"),
+         ("lora", "lora/seed-43", r"not the predictions of .*set/lora/record\.json")],
+    )  # fmt: skip
+    def test_another_run_s(self, joined, run, digest, said):
         folder, _, digests = joined
-        with pytest.raises(DataError, match=r"set/predictions\.parquet: has no predictions of .*set/full; run the"):
-            predictions.read(folder / "full", digests["lora"])
-
-    def test_another_run_s(self, joined):
-        folder, _, digests = joined
-        with pytest.raises(
-            DataError, match=r"set/predictions\.parquet: not the predictions of .*set/lora/record\.json"
-        ):
-            predictions.read(folder / "lora", digests["lora/seed-43"])
+        with pytest.raises(DataError, match=rf"set/predictions\.parquet: {said}"):
+            predictions.read(folder / run, digests[digest])
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("keep", [0, 10, 1000, -10])
+    @pytest.mark.parametrize("keep", [0, 1000, -10])
     def test_a_file_that_was_cut_short(self, folder, evaluated, keep):
         path = folder / "predictions.parquet"
         path.write_bytes(path.read_bytes()[:keep])
-        with pytest.raises(
-            DataError, match=r"lora/predictions\.parquet: cannot be read \(.*\); is the file cut short\?"
-        ):
+        said = r"lora/predictions\.parquet: cannot be read \(.*\); is the file cut short\?"
+        with pytest.raises(DataError, match=said):
             records.read_predictions(evaluated, folder)
 
-    def test_damaged_bytes(self, folder, evaluated):
+    def test_damaged_bytes_and_another_table(self, folder, evaluated):
         path = folder / "predictions.parquet"
         content = bytearray(path.read_bytes())
         content[100:200] = bytes(100)
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"lora/predictions\.parquet: (cannot be read|not the predictions of)"):
             records.read_predictions(evaluated, folder)
-
-    def test_another_table(self, folder, evaluated):
-        pd.DataFrame({"a": [1]}).to_parquet(folder / "predictions.parquet")
+        pd.DataFrame({"a": [1]}).to_parquet(path)
         with pytest.raises(DataError, match=r"lora/predictions\.parquet: cannot be read"):
             records.read_predictions(evaluated, folder)
 
@@ -147,12 +142,11 @@ class TestRefusals:
         "change",
         [
             lambda rows: rows[:-1],
-            lambda rows: [*rows, rows[-1]],
             lambda rows: [replace(rows[0], label="Sports"), *rows[1:]],
             lambda rows: [replace(rows[0], probabilities=rows[1].probabilities), *rows[1:]],
             lambda rows: rows[::-1],
         ],
-        ids=["a row less", "a row more", "another label", "other probabilities", "another order"],
+        ids=["a row less", "another label", "other probabilities", "another order"],
     )
     def test_changed_predictions(self, folder, evaluated, change):
         predictions.write(folder, change(factories.predictions(factories.right_on(30, 40))))

@@ -12,7 +12,6 @@ from data_prep import DataError
 from finetune import paths, records
 from finetune.compare import comparison
 from finetune.compare.comparison import load, load_folder
-from finetune.config.plan import plan
 from finetune.predictions import write
 
 
@@ -33,26 +32,10 @@ def compare(results, **right) -> comparison.Comparison:
 
 
 class TestFigures:
-    def test_rows_without_a_duplicate_by_hand(self, results):
-        """LoRA is right on rows 0 to 29; rows 0 to 9 have duplicates: 20 of 30 are right on the others."""
-        rows = [replace(row, has_duplicate=number < 10) for number, row in enumerate(predictions(right_on(30, 40)))]
-        other = dict.fromkeys(("World", "Sports", "Business", "Sci/Tech"), 0.25)
-        write_run(results, "base", [], rows=[replace(row, probabilities=other) for row in rows])
-        write_run(results, "lora", [], rows=rows)
-        alone = load_folder(results, "cpu").without_duplicates["lora"]
-        assert (alone.rows, alone.accuracy) == (30, pytest.approx(20 / 30))
-
     def test_without_such_rows_there_is_no_figure(self, results):
         rows = [replace(row, has_duplicate=True) for row in predictions(right_on(30, 40))]
         write_run(results, "base", [], rows=rows)
         assert load_folder(results, "cpu").without_duplicates == {"base": None}
-
-    def test_a_pair_counts_rows_on_which_one_alone_is_right(self, results):
-        pair = compare(results, base=right_on(20, 40, start=5), lora=right_on(30, 40)).pair("lora", "base")
-        assert (pair.only_first, pair.only_second) == (10, 0)
-        assert pair.points == pytest.approx(25)
-        assert pair.p_value == pytest.approx(2 / 2**10)
-        assert pair.low < 25 < pair.high
 
     def test_pairs_are_each_against_the_base_and_then_each_other(self, results):
         rows = {run: right_on(5 * number, 40) for number, run in enumerate(("qlora", "lora", "full", "base"), 1)}
@@ -86,36 +69,7 @@ def write_seeds(results, run: str, accuracy: float, rows: int = 400, seeds: int 
     return outcomes
 
 
-class TestPlaces:
-    def test_the_default_stays_where_it_was(self, home):
-        settings = plan("lora", "cpu")
-        assert settings.run_folder == home / "results" / "cpu" / "lora"
-        assert settings.artefact_folder == home / "adapters" / "cpu-lora"
-
-    def test_a_variant_has_folders_of_its_own(self, home):
-        settings = plan("full", "cpu", {"seed": 43, "variant": "seed-43"})
-        assert settings.run_folder == home / "results" / "cpu" / "full" / "seed-43"
-        assert settings.artefact_folder == home / "checkpoints" / "cpu-full-seed-43"
-        assert settings.state_folder == home / "checkpoints" / ".training" / "cpu-full-seed-43"
-
-
 class TestSeeds:
-    def test_pairs_carry_the_difference_over_seeds(self, results):
-        write_run(results, "base", right_on(200, 400))
-        lora, qlora = (np.array(write_seeds(results, run, 0.9)) for run in ("lora", "qlora"))
-        base_pair, _, tuned = load("cpu").pairs
-        assert tuned.over_seeds.seeds == 3
-        assert tuned.over_seeds.points == pytest.approx(100 * (lora.mean() - qlora.mean()))
-        assert base_pair.over_seeds.points == pytest.approx(100 * (lora.mean() - 0.5))
-
-    def test_a_pair_of_which_one_has_a_single_seed_is_not_judged_over_seeds(self, results):
-        write_run(results, "base", right_on(200, 400))
-        write_seeds(results, "lora", 0.9)
-        write_run(results, "qlora", right_on(360, 400), settings=SETTINGS)
-        by_names = {(pair.first, pair.second): pair.over_seeds for pair in load("cpu").pairs}
-        assert by_names["lora", "qlora"] is None and by_names["qlora", "base"] is None
-        assert by_names["lora", "base"] is not None
-
     @pytest.mark.parametrize("variant", ["seed-43", "rows-250"])
     def test_a_figure_that_its_predictions_do_not_give_is_refused(self, results, variant):
         write_run(results, "base", right_on(20, 40))
@@ -126,14 +80,16 @@ class TestSeeds:
         with pytest.raises(DataError, match="the record of lora holds another accuracy than its predictions give"):
             load("cpu")
 
-    def test_other_seeds_are_no_pairs(self, results):
+    @pytest.mark.parametrize("others", [(), (43, 45)])
+    def test_of_other_seeds_the_first_is_compared(self, results, others):
         write_run(results, "base", right_on(200, 400))
         write_seeds(results, "lora", 0.9)
         write_run(results, "qlora", right_on(360, 400), settings=SETTINGS)
-        for seed in (43, 45):
+        for seed in others:
             write_variant(results, "qlora", f"seed-{seed}", right_on(350, 400))
         by_names = {(pair.first, pair.second): pair.over_seeds for pair in load("cpu").pairs}
-        assert by_names["lora", "qlora"] is None and by_names["qlora", "base"] is not None
+        assert by_names["lora", "qlora"] is None and by_names["lora", "base"] is not None
+        assert (by_names["qlora", "base"] is None) == (not others)
 
     def test_methods_are_compared_seed_by_seed(self, results):
         """Seeds that differ, but always by the same rows: the difference has no error between seeds."""
@@ -202,13 +158,10 @@ class TestAgainstBase:
 
 
 class TestRefusals:
-    def test_no_run_at_all(self, results):
+    @pytest.mark.parametrize("runs", [{}, {"lora": right_on(30, 40)}])
+    def test_no_base(self, results, runs):
         with pytest.raises(DataError, match="the base model was not evaluated; run base_model_performance"):
-            comparison.load("cpu")
-
-    def test_no_base(self, results):
-        with pytest.raises(DataError, match="the base model was not evaluated"):
-            compare(results, lora=right_on(30, 40))
+            compare(results, **runs)
 
     @pytest.mark.parametrize(
         ("changes", "said"),
@@ -287,6 +240,7 @@ class TestVariantRefusals:
             ("rows-250", {"seed": 43}, {}, "seed is 43, and 42"),
             ("seed-43", {}, {"data": {"fingerprint": "ffffffffffff"}}, "fingerprint is ffffffffffff, and 0123456789ab"),
             ("seed-43", {}, {"engine": "unsloth"}, "engine is unsloth, and transformers"),
+            ("seed-43", {}, {"rows": predictions([True] * 41)}, "test rows and labels is .*"),
         ],
     )
     def test_a_variant_that_differs_in_more_is_refused_with_the_difference(
@@ -296,13 +250,6 @@ class TestVariantRefusals:
         write_run(results, "lora", right_on(30, 40), settings=SETTINGS)
         write_variant(results, "lora", variant, right_on(31, 40), settings, **changes)
         with pytest.raises(DataError, match=f"lora/{variant}/record.json: {said} in .*cpu/lora: compare runs"):
-            load("cpu")
-
-    def test_on_other_rows_it_is_refused(self, results):
-        write_run(results, "base", right_on(20, 40))
-        write_run(results, "lora", right_on(30, 40), settings=SETTINGS)
-        write_variant(results, "lora", "seed-43", right_on(31, 41))
-        with pytest.raises(DataError, match=r"seed-43/record\.json: test rows and labels is "):
             load("cpu")
 
     def test_how_it_was_evaluated_may_differ(self, results):

@@ -3,7 +3,7 @@
 import factories
 import numpy as np
 import pytest
-from factories import predictions, right_on, write_run
+from factories import right_on, write_run
 
 from data_prep import prepare
 from data_prep.sources import sample
@@ -92,12 +92,9 @@ class TestSuspects:
         assert set(mistakes.suspects(compared)) == expected
         assert {m.id for m in mistakes.mistakes(compared, {}) if m.is_suspect} == {f"test-{row}" for row in expected}
 
-    def test_runs_that_disagree_on_the_class_suspect_nothing(self, results):
-        compared = compare(results, lora=run_of({0: ("Sports", 0.99)}), qlora=run_of({0: ("Business", 0.99)}))
-        assert mistakes.suspects(compared) == []
-
-    def test_a_run_that_is_right_acquits(self, results):
-        assert mistakes.suspects(compare(results, lora=run_of({0: ("Sports", 0.99)}), qlora=run_of({}))) == []
+    @pytest.mark.parametrize("other", [{0: ("Business", 0.99)}, {}], ids=["another class", "the label"])
+    def test_runs_that_disagree_suspect_nothing(self, results, other):
+        assert mistakes.suspects(compare(results, lora=run_of({0: ("Sports", 0.99)}), qlora=run_of(other))) == []
 
     def test_the_least_credible_comes_first(self, results):
         rows = run_of({0: ("Sports", 0.95), 1: ("World", 0.99), 2: ("World", 0.97)})
@@ -107,13 +104,6 @@ class TestSuspects:
         rows = [answer(row, "World", "Sports", 0.9) for row in range(8)]
         write_run(results, "base", [], rows=rows)
         assert mistakes.suspects(load_folder(results, "cpu")) == []
-
-    def test_accuracy_without_them_by_hand(self, results):
-        """40 rows, 3 wrong, all of them suspected: 37 of 37; the base, right on rows 0 to 19, loses three of these."""
-        rows = run_of({0: ("Sports", 0.95), 1: ("World", 0.99), 2: ("World", 0.97)})
-        found = mistakes.without_suspects(compare(results, lora=rows))
-        assert (found["lora"].rows, found["lora"].accuracy) == (37, 1)
-        assert found["base"].accuracy == pytest.approx(17 / 37)
 
 
 class TestArticles:
@@ -126,11 +116,9 @@ class TestArticles:
         assert len(texts) == 128
         assert texts["test-0"] == next(sample(AG_NEWS).rows("test")).text
 
-    def test_those_of_other_data_may_not(self, tmp_path):
-        assert mistakes.publishable_articles(self.reference(tmp_path, source="csv")) == {}
-
-    def test_another_sample_s_texts_are_not_shown(self, tmp_path):
-        assert mistakes.publishable_articles(self.reference(tmp_path, fingerprint="ffffffffffff")) == {}
+    @pytest.mark.parametrize("change", [{"source": "csv"}, {"fingerprint": "ffffffffffff"}])
+    def test_those_of_other_data_may_not(self, tmp_path, change):
+        assert mistakes.publishable_articles(self.reference(tmp_path, **change)) == {}
 
     def test_prepared_data_gives_its_texts_where_it_is_the_record_s(self, home):
         data = self.reference(paths.dataset_folder("csv", "cpu"), source="csv")
@@ -138,13 +126,5 @@ class TestArticles:
         assert len(mistakes.articles(mine)) == 128
         other = data.model_copy(update={"fingerprint": "ffffffffffff"})
         assert mistakes.articles(mine.model_copy(update={"data": other})) == {}
-        # Another task's rows are elsewhere.
+        # Another task's rows are elsewhere, and not prepared.
         assert mistakes.articles(mine.model_copy(update={"profile": "cpu+tickets"})) == {}
-
-    def test_without_prepared_data_there_are_none(self, home):
-        assert mistakes.articles(factories.record("lora")) == {}
-
-
-def test_the_first_row_of_the_base_alone_is_its_own(results):
-    assert mistakes.judged(compare(results)) == ["base"]
-    assert mistakes.judged(compare(results, lora=predictions([True] * 40, 0.6))) == ["lora"]

@@ -31,8 +31,8 @@ def draw(generator, accuracies, rows: int, seeds: int, between_seeds: float) -> 
 @pytest.mark.parametrize(
     ("methods", "rows", "seeds", "between_seeds", "margin", "worse"),
     # Over seeds with fewer methods: a test of a pair takes ten times as long there.
-    [(METHODS, 600, 1, 0.0, 3.0, METHODS - 1), (METHODS, 2000, 1, 0.0, 1.0, METHODS - 1),
-     (METHODS, 600, 1, 0.0, 3.0, 1), (4, 300, 3, 0.005, 4.0, 3)],
+    [(5, 600, 1, 0.0, 3.0, 4), (5, 2000, 1, 0.0, 1.0, 4),
+     (5, 600, 1, 0.0, 3.0, 1), (3, 300, 3, 0.005, 4.0, 2)],
 )  # fmt: skip
 def test_a_wrong_no_worse_is_rare(methods, rows, seeds, between_seeds, margin, worse):
     """All methods but one, or one alone, are worse than the best by exactly the margin: at most 5 % of 2,000 draws call
@@ -137,7 +137,9 @@ class TestVerdict:
         assert "It gets 87.3 %" in found.text and "trained once" not in found.method
 
     def test_the_best_itself_is_taken_where_no_cheaper_one_is_close(self, results):
-        assert decide(load("cpu"), margin=0.5).text == (
+        found = decide(load("cpu"), margin=0.5)
+        assert found.method.endswith("another seed may change the verdict.")
+        assert found.text == (
             "Take full fine-tuning. It gets 90.0 %, the highest accuracy. No cheaper method is shown to be within "
             "0.5 points."
         )
@@ -152,9 +154,6 @@ class TestVerdict:
         [rows] = re.findall(r"^No method is shown to be within 1 point of the best\. LoRA has the highest accuracy, "
                             r"90\.0 %\. About ([\d,]+) test rows would decide\.$", found.text)  # fmt: skip
         assert int(rows.replace(",", "")) > 40
-
-    def test_one_seed_is_said_to_be_one(self, results):
-        assert decide(load("cpu")).method.endswith("another seed may change the verdict.")
 
     def test_the_base_alone(self, home):
         write_run(paths.results_folder("cpu"), "base", right_on(20, 40))

@@ -366,5 +366,5 @@ class TestInTheComparison:
         write_baseline(results, "svm", right_on(20, 40))
         path = results / "baselines" / "svm" / "record.json"
         path.write_text(path.read_text().replace('"fit_seconds":1.5', '"fit_seconds":"one"'))
-        with pytest.raises(DataError, match=r"svm/record\.json: not a baseline of this version \(fit_seconds: "):
+        with pytest.raises(DataError, match=r"svm/record\.json: not a record of this version \(fit_seconds: "):
             load_folder(results, "cpu")

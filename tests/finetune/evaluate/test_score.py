@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_prep import UserError
 from data_prep.sources import sample
 from data_prep.task import AG_NEWS
+from finetune import machine
 from finetune.evaluate import score
 from finetune.evaluate.score import LabelScorer
 from finetune.model import checks, encode
@@ -81,6 +82,17 @@ def test_scores_are_the_same_where_memory_runs_out(model, tokenizer, prompts, mo
     most = 0
     with pytest.raises(UserError, match="out of memory: one article does not fit"):
         scorer.score(prompts)
+    # Where nothing raises the error, the watch halves the batch that left too little, and ends what never fits.
+    most, scorer.batch_size = 16, 16
+    sizes.clear()
+    monkeypatch.setattr(machine, "memory_left", lambda: 10**6 if sizes[-1] > 8 else 10**12)
+    np.testing.assert_allclose(scorer.score(prompts), reference, atol=1e-5)
+    assert sizes == [16, 5]
+    scorer.batch_size = 2
+    monkeypatch.setattr(machine, "memory_left", lambda: 10**6)
+    with pytest.raises(UserError, match=r"0.0 GB of memory were left, .*: one article does not fit"):
+        scorer.score(prompts)
+    assert sizes == [16, 5, 2, 1]
 
 
 def test_scores_do_not_depend_on_the_other_rows(model, tokenizer, prompts):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from data_prep import UserError
+from finetune import machine
 from finetune.notebooks import run_cells
 from finetune.train.save import newest_checkpoint
 
@@ -81,3 +82,35 @@ def test_an_optimiser_that_does_not_fit_ends_the_training_in_a_sentence(tiny, mo
     monkeypatch.setattr(torch.optim.AdamW, "step", run_out)
     with pytest.raises(UserError, match="out of memory after step 0: gradients and optimiser"):
         trainer.train()
+
+
+def test_where_memory_runs_short_a_checkpoint_is_saved_and_the_next_run_takes_smaller_passes(tiny, monkeypatch):
+    whole = trainer_of("lora", tiny | TWO_PASSES | {"num_train_epochs": 2})
+    whole.train()
+    cut = trainer_of("lora", tiny | TWO_PASSES | {"num_train_epochs": 2})
+    passes = fits(cut, articles=8)
+    # Less than the floor is left from the second step on; there are four.
+    sentence = r"0.0 GB of memory .* step 2 of 4. A checkpoint is saved: end other programs"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=sentence):
+        patch.setattr(machine, "memory_left", lambda: 10**12 if len(passes) < 4 else 10**6)
+        cut.train(resume_from_checkpoint=newest_checkpoint(cut))
+    again = trainer_of("lora", tiny | TWO_PASSES | {"num_train_epochs": 2})
+    passes = fits(again, articles=4)
+    again.train(resume_from_checkpoint=newest_checkpoint(again))
+    assert passes == [4] * 8 and "with 8 articles in a pass; from there on 4" in again.portions.note
+    for one, other in zip(again._trained, whole._trained, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_memory_that_is_too_short_to_score_one_article_costs_no_step(tiny, monkeypatch):
+    trainer = trainer_of("lora", tiny | {"per_device_train_batch_size": 8, "eval_on_start": False})
+    scored = trainer.scorer._score_batch
+
+    def starved(*given):
+        monkeypatch.setattr(machine, "memory_left", lambda: 10**6)
+        return scored(*given)
+
+    trainer.scorer._score_batch = starved
+    with pytest.raises(UserError, match="one article does not fit beside the model"):
+        trainer.train(resume_from_checkpoint=newest_checkpoint(trainer))
+    assert newest_checkpoint(trainer).endswith("checkpoint-2")

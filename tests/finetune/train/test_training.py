@@ -34,6 +34,7 @@ from finetune.notebooks import run_cells
 from finetune.runner import _training_progress
 from finetune.train.callbacks import Clock, SaveOnSignal
 from finetune.train.checks import check_supervision
+from finetune.train.portions import Portions
 from finetune.train.save import checkpoint_fault, newest_checkpoint, save_run
 
 RUNS = ["full", "lora", "qlora"]
@@ -313,7 +314,7 @@ def test_signals_that_are_ignored_stay_ignored():
     """Under nohup, a terminal that closes ends no training."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with SaveOnSignal() as signals:
+        with SaveOnSignal(Portions(None, [])) as signals:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
             assert signals.received == "SIGTERM"
@@ -526,7 +527,7 @@ def test_what_prompts_share_is_computed_once_only_where_it_changes_nothing(tiny,
 def test_variants_of_a_run_report_their_progress_apart(home):
     for variant in ("", "seed-43"):
         folder = paths.state_folder("cpu", "lora", variant)
-        clock = Clock()
+        clock = Clock(Portions(None, []))
         clock.go_on()
         clock.on_step_end(SimpleNamespace(output_dir=str(folder)), TrainerState(global_step=3, max_steps=10), None)
         progress = json.loads((folder / "progress.json").read_text())
@@ -557,3 +558,14 @@ def test_two_processes_that_start_together_prepare_the_data_once(tiny, place, tm
     assert other.exitcode == 0
     assert waiting == f"Waiting for {folder}: another process prepares it"
     assert capfd.readouterr().out.startswith(f"Prepared {folder}: ") and said.startswith(f"Reused {folder}: ")
+
+
+def test_in_a_control_group_the_training_ends_before_the_kernel_kills_it(tiny, memory_group, tmp_path):
+    given = tiny | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    log = tmp_path / "log"
+    process = processes.start(processes.train_beside_a_hungry_program, given, memory_group, home=tmp_path, log=log)
+    process.join()
+    assert process.exitcode == 0 and "0.2 GB free) ended the training after step 2 of 4" in log.read_text()
+    trainer = trainer_of("lora", given)
+    trainer.train(resume_from_checkpoint=newest_checkpoint(trainer))
+    assert trainer.portions.largest == 4 and trainer.state.global_step == 4

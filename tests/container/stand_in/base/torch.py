@@ -7,12 +7,21 @@ class version:
     cuda = "13.0"
 
 
+bfloat16 = int32 = None
+
+
 class Tensor:
-    def __init__(self, *shape):
+    def __init__(self, *shape, **_):
         self.shape = shape
 
 
-ones = Tensor
+ones = empty = Tensor
+
+
+class ops:
+    class aten:
+        def _flash_attention_forward(query, *_, scale):
+            return (query,)
 
 
 class nn:
