@@ -140,7 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     split = new.add_mutually_exclusive_group()
     split.add_argument("--group", metavar="COLUMN", help="rows with the same value here stay in one split")
     split.add_argument("--time", metavar="COLUMN", help="the latest rows become the test")
+    new.add_argument("--encoding", metavar="NAME", help="of a file that is not UTF-8: cp1252, say")
     new.add_argument("--merge-spellings", action="store_true", help="'sports ' and 'Sports' are one label")
+    new.add_argument("--skip-incomplete", action="store_true", help="leave out rows without a text or a label")
     new.set_defaults(command=_new)
 
     results = commands.add_parser("results", help="write the figures of README and docs from results/reference")
@@ -327,8 +329,7 @@ def _plan_memory(size: int) -> int:
 def _data(options: argparse.Namespace) -> int:
     from finetune.data import load_data
 
-    overrides = _overrides(options)
-    print(load_data(plan("base", options.profile, overrides)).table().to_string())
+    print(load_data(plan("base", options.profile, _overrides(options))).table().to_string())
     return 0
 
 
@@ -380,16 +381,15 @@ def _new(options: argparse.Namespace) -> int:
     from finetune.new import new
 
     by = "group" if options.group else "time" if options.time else None
-    column = options.group or options.time
-    new(options.file, options.name, options.text, options.label, by, column, options.merge_spellings)
+    said = (options.group or options.time, options.merge_spellings, options.skip_incomplete, options.encoding)
+    new(options.file, options.name, options.text, options.label, by, *said)
     return 0
 
 
 def _results(options: argparse.Namespace) -> int:
     from finetune.compare.publish import regenerate
 
-    changed = regenerate()
-    for path in changed:
+    for path in (changed := regenerate()):
         print(f"written anew: {path}")
     if not changed:
         print("The figures in README and docs are those of the records.")

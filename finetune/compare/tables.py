@@ -76,7 +76,10 @@ def classes(comparison: Comparison) -> pd.DataFrame:
     """F1 of each class in percent, with its interval; of many classes the worst: a column a method."""
     shown = metrics.shown_classes(comparison.scoring.values())
     figures = {NAMES[name]: [of.classes[label] for label in shown] for name, of in comparison.scoring.items()}
-    cells = {name: [percent_estimate(one.f1, one.f1_low, one.f1_high) for one in of] for name, of in figures.items()}
+    cells = {
+        name: [percent_estimate(one.f1, one.f1_low, one.f1_high) if one.rows else "no test row" for one in of]
+        for name, of in figures.items()
+    }
     return pd.DataFrame(cells, index=shown)
 
 

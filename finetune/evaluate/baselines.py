@@ -80,7 +80,14 @@ def fit_majority(settings: HasExperiment, data: PreparedData) -> Baseline:
 
 def fit_svm(settings: HasExperiment, data: PreparedData) -> Baseline:
     """The linear SVM on these training rows, fitted, judged and recorded; a variant's record lies in its own folder."""
-    return _classifier("svm", SVM_DESCRIPTION, _svm(), settings, data)
+    try:
+        return _classifier("svm", SVM_DESCRIPTION, _svm(), settings, data)
+    except ValueError as error:
+        if "vocabulary" not in str(error) and "no terms remain" not in str(error):
+            raise
+        # No word is in two rows: emoji, or texts without blanks between words.
+        characters = make_pipeline(TfidfVectorizer(sublinear_tf=True, analyzer="char"), LinearSVC(C=C))
+        return _classifier("svm", f"TF-IDF of characters, linear SVM, C = {C}", characters, settings, data)
 
 
 def svm_is_fitted(settings: HasExperiment, data: PreparedData) -> bool:

@@ -157,6 +157,8 @@ def class_table(record: records.RunRecord) -> pd.DataFrame:
             "95 % interval": percent_interval(value.f1_low, value.f1_high),
             "rows": value.rows,
         }
+        if value.rows
+        else {"precision": "-", "recall": "-", "F1": "-", "95 % interval": "-", "rows": 0}
         for label in metrics.shown_classes([scoring])
         for value in [scoring.classes[label]]
     }
