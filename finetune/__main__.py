@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     data.set_defaults(command=_data)
 
     merge = commands.add_parser("merge", parents=[common], help="merge an adapter into its base and evaluate it again")
-    merge.add_argument("run", metavar="RUN", help="lora, qlora or dora")
+    merge.add_argument("run", metavar="RUN", help="lora, qlora, dora or head")
     merge.set_defaults(command=_merge)
 
     report = commands.add_parser("report", help="write FOLDER/report.html from the records in FOLDER")

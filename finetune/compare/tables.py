@@ -333,7 +333,7 @@ def sources(comparison: Comparison) -> pd.DataFrame:
         training = of.training if isinstance(of, RunRecord) else None
         where = of.evaluation.environment if isinstance(of, RunRecord) else of.environment
         # What is no language model runs on the processor, whatever else is there.
-        on_gpu = isinstance(of, RunRecord) or of.model
+        on_gpu = isinstance(of, RunRecord) or of.model or of.name == "encoder"
         lines[place] = {
             "seed": str(of.seed) if training else "-",
             "trained": f"{training.environment.short_commit}; {_machine(training.environment)}" if training else "-",

@@ -14,7 +14,7 @@ from finetune.evaluate import score
 from finetune.evaluate.find import Found, check_loaded
 from finetune.evaluate.run import check_prompt
 from finetune.files import folder_bytes, folder_digest, locked, replacing_folder
-from finetune.model import checks, encode, load
+from finetune.model import encode, load
 
 BF16 = "the base model's bf16 weights"
 DEQUANTISED = "the base model's weights in 4-bit NormalFloat, dequantised to bf16: what the adapter was trained on"
@@ -43,7 +43,11 @@ def _merge(found: Found, data: PreparedData) -> records.Merged:
     print(f"articles: {encode.cuts(encoded, MAX_LENGTH)}")
     dtype = load.choose_precision(found.experiment, found.trained["dtype"]).name
     model, _ = load.load_model(
-        found.experiment.model, dtype=dtype, compute_dtype=dtype, load_in_4bit=found.load_in_4bit
+        found.experiment.model,
+        dtype=dtype,
+        compute_dtype=dtype,
+        load_in_4bit=found.load_in_4bit,
+        labels=found.trained.get("labels"),
     )
     model = PeftModel.from_pretrained(model.dequantize() if found.load_in_4bit else model, found.artefact)
     check_loaded(found, model, encoded[0].prompt)
@@ -57,10 +61,9 @@ def _merge(found: Found, data: PreparedData) -> records.Merged:
         tokenizer.save_pretrained(beside)
         (beside / "README.md").write_text(cards.model_card(record, data, merged_into=base), encoding="utf-8")
     model.to(products)
-    backbone, reason = checks.choose_backbone(model, [row.prompt + row.answer for row in encoded])
+    sequences, batch = [row.prompt + row.answer for row in encoded], found.experiment.per_device_eval_batch_size
+    scorer, reason = score.choose_scorer(model, tokenizer, data.task, sequences, batch)
     print(f"rows: {reason}")
-    batch = found.experiment.per_device_eval_batch_size
-    scorer = score.LabelScorer(backbone, tokenizer, data.task, batch)
     probabilities = scorer.score([row.prompt for row in encoded], progress="scoring")
     predicted = score.predicted_labels(probabilities, data.task.labels)
     known = np.array([[row.probabilities[label] for label in data.task.labels] for row in before])

@@ -69,11 +69,12 @@ def _evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.Run
             f"the {found.run} model was trained with load_in_4bit={found.load_in_4bit}, and on other weights it is "
             "another model: load it so"
         )
-    backbone, reason = checks.choose_backbone(model, sequences)
+    batch_size = found.experiment.per_device_eval_batch_size
+    scorer, reason = score.choose_scorer(model, tokenizer, data.task, sequences, batch_size)
     print(f"rows: {reason}")
     machine.reset_peak_memory()
     prompts = [row.prompt for row in encoded]
-    result = _evaluate_model(backbone, prompts, precision, tokenizer, found, data)
+    result = _evaluate_model(scorer, model, prompts, precision, tokenizer, found, data)
     values = values_of(found)
     record = records.RunRecord(
         run=found.run,
@@ -195,7 +196,8 @@ def _read_predictions(record: records.RunRecord) -> list[Prediction]:
 
 
 def _evaluate_model(
-    backbone: packing.Backbone | padded.Padded,
+    scorer: score.LabelScorer,
+    model,
     prompts: list[list[int]],
     precision: Precision,
     tokenizer,
@@ -205,11 +207,10 @@ def _evaluate_model(
     """Score the test and the validation rows, whose prompts follow one another, and generate for the first ones."""
     experiment, examples, folder, task = found.experiment, data.test, found.folder, data.task
     prompts, validation_prompts = prompts[: len(examples)], prompts[len(examples) :]
-    scorer = score.LabelScorer(backbone, tokenizer, task, experiment.per_device_eval_batch_size)
     probabilities, seconds = score.timed(scorer.score, prompts, progress="scoring")
     labels = [example.label for example in examples]
     predicted = score.predicted_labels(probabilities, task.labels)
-    generation, answers = _generate(backbone, tokenizer, experiment, task, prompts, labels, predicted)
+    generation, answers = _generate(scorer.backbone, tokenizer, experiment, task, prompts, labels, predicted)
     validation = scorer.score(validation_prompts, progress="scoring validation rows")
     digest = predictions.write(
         folder,
@@ -222,7 +223,7 @@ def _evaluate_model(
     repeated = [example.is_repeated for example in examples]
     return records.Evaluation(
         environment=records.environment(),
-        artefact_digest=found.training.artefact_digest if found.training else base_digest(backbone.model.config),
+        artefact_digest=found.training.artefact_digest if found.training else base_digest(model.config),
         seconds=seconds,
         articles_per_second=len(examples) / seconds,
         peak_memory_bytes=machine.peak_memory()[0],
@@ -238,7 +239,7 @@ def _evaluate_model(
 
 
 def _generate(
-    backbone: packing.Backbone | padded.Padded,
+    backbone: packing.Backbone | padded.Padded | None,
     tokenizer,
     experiment: Experiment,
     task: Task,
@@ -246,7 +247,10 @@ def _generate(
     labels: list[str],
     scored: list[str],
 ) -> tuple[records.Generation | None, list[str]]:
-    """Answers of the first `generation_rows` test rows, and what they are worth."""
+    """Answers of the first `generation_rows` test rows, and what they are worth; None of a model that cannot write."""
+    if backbone is None:
+        print("Generation skipped: a classification head writes no text")
+        return None, []
     rows = min(experiment.generation_rows, len(prompts))
     if rows == 0:
         print("Generation skipped: generation_rows=0")

@@ -25,7 +25,7 @@ from finetune.model.template import Template
 from finetune.records import RunRecord
 from finetune.train.callbacks import WHOLE
 from finetune.train.resolve import Resolved
-from finetune.train.trainer import PackedSFTTrainer
+from finetune.train.watched import Watched
 
 # Arguments that are not the method's: where things go, how often they are said, and what the trainer sets itself.
 HOUSEKEEPING = {
@@ -66,7 +66,7 @@ HOUSEKEEPING = {
 }
 
 
-def observed(trainer: PackedSFTTrainer) -> dict[str, Any]:
+def observed(trainer: Watched) -> dict[str, Any]:
     """How a model is trained, read from the trainer, its arguments and the adapter; not from the plan.
 
     Returns:
@@ -110,7 +110,11 @@ def observed(trainer: PackedSFTTrainer) -> dict[str, Any]:
         # PEFT replaces `all-linear` by the path of every layer.
         found["target_modules"] = "all-linear" if names == linear else sorted(names)
         usual = {name: _plain(value) for name, value in type(config)().to_dict().items()}
-        ours = ADAPTER_ONLY | {"task_type", "inference_mode", "base_model_name_or_path", "auto_mapping"}
+        ours = ADAPTER_ONLY | {"inference_mode", "base_model_name_or_path", "auto_mapping"}
+        if config.task_type == "SEQ_CLS":
+            # The order of a head's labels is in no file of its adapter. PEFT adds both names of heads itself.
+            found["labels"] = [label for _, label in sorted(model.config.id2label.items())]
+            ours |= {"modules_to_save"} if set(config.modules_to_save) <= {"score", "classifier"} else set()
         different = {f"LoraConfig.{name}": value for name, value in values.items() if value != usual[name]}
         found["other_arguments"] |= {
             name: value for name, value in different.items() if name.partition(".")[2] not in ours
@@ -121,7 +125,7 @@ def observed(trainer: PackedSFTTrainer) -> dict[str, Any]:
     return found
 
 
-def newest_checkpoint(trainer: PackedSFTTrainer) -> str | None:
+def newest_checkpoint(trainer: Watched) -> str | None:
     """The checkpoint to resume from: the newest whole one of the same training. All that are newer, or of another
     training, are removed.
 
@@ -134,7 +138,7 @@ def newest_checkpoint(trainer: PackedSFTTrainer) -> str | None:
     folder = Path(trainer.args.output_dir)
     own(folder)
     rows = hashlib.sha256(json.dumps(trainer.train_dataset.to_list()).encode()).hexdigest()
-    configuration = trainer.backbone.model.config
+    configuration = trainer.model.config
     # What is trained, and on which base: an adapter's checkpoint is nothing on other weights.
     asked, base = short_digest([configuration.to_dict(), observed(trainer)]), base_digest(configuration, MODEL)
     trainer.clock.training = f"{asked} {short_digest(rows)} {base}"
@@ -174,7 +178,7 @@ def checkpoint_fault(checkpoint: Path, training: str) -> str | None:
     return f"{', '.join(damaged)} {'is' if len(damaged) == 1 else 'are'} damaged or missing" if damaged else None
 
 
-def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer: PackedSFTTrainer) -> RunRecord:
+def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer: Watched) -> RunRecord:
     """Save weights (or adapter), tokenizer and model card, and write the run's record.
 
     The artefact's folder appears whole or not at all; then the trainer's checkpoints go.

@@ -309,7 +309,7 @@ def test_an_unknown_run_is_refused_before_anything_is_executed(tiny):
             ["plan", "lora", "--set", "num_train_epochs=-1"],
             "num_train_epochs='-1' is not possible: Input should be greater than 0",
         ),
-        (["plan", "svm"], "unknown run 'svm'; the runs are: base, full, full_unsloth, lora, qlora, dora"),
+        (["plan", "svm"], "unknown run 'svm'; the runs are: base, full, full_unsloth, lora, qlora, dora, head"),
     ],
 )
 def test_the_command_line_refuses_in_one_sentence(arguments, message, capsys):
