@@ -14,7 +14,7 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lab data evidence results lock clean
+.PHONY: help setup demo test lint lab data evidence faults results lock clean
 
 help: ## print this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
@@ -46,6 +46,9 @@ data: $(READY) ## prepare the data
 
 evidence: $(READY) ## the whole experiment: seeds, learning curve, prompts, losses, engines (options in ARGS)
 	@$(PY) -m benchmarks.evidence --profile $(PROFILE) $(ARGS)
+
+faults: $(READY) ## kill, damage and fill tiny runs, and judge what becomes of them
+	@$(PY) -m benchmarks.faults $(ARGS)
 
 results: $(READY) ## make reports, README tables and docs/speed.md anew from results/reference, and check the records
 	@$(PY) -m finetune results

@@ -316,6 +316,8 @@ adapter_arguments() {
 ./start_docker.sh exec python -m finetune merge ${record:+$(json "$record" run) --profile $(json "$record" profile)}"
   [[ -z $record ]] || ! grep -q '"load_in_4bit": true' "$record" ||
     fail 26 "$1 was trained on the base in 4 bits, and vLLM would put it on the 16-bit one, which is another model." "$merging"
+  [[ $(json "$config" task_type) != SEQ_CLS ]] ||
+    fail 26 "$1 has a classification head, which writes no text." "Load it by the lines of $1/README.md."
   [[ $(json "$config" use_dora) != true ]] || fail 26 "$1 is a DoRA adapter, which vLLM cannot serve." "$merging"
   base=$(json "$config" base_model_name_or_path)
   # In the container, the checkout is /workspace.

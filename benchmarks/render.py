@@ -1,4 +1,4 @@
-"""docs/speed.md with its picture, docs/families.md, docs/memory.md, and scores in docs/method.md, from records.
+"""docs/speed.md with its picture, the pages of families, faults and memory, and scores in docs/method.md, from records.
 
     python -m benchmarks.render                 # write the pages and the picture
     python -m benchmarks.render FILE [OTHER]    # print the page of one's own measurements; OTHER is a second host's
@@ -36,9 +36,11 @@ from finetune.wording import NAMES, markdown
 
 FOLDER = PROJECT / "results" / "reference" / "throughput"
 PUBLISHED = (FOLDER / "h100.json", FOLDER / "h100-other-host.json")
-PAGE = PROJECT / "docs" / "speed.md"
+DOCS = PROJECT / "docs"
+PAGE = DOCS / "speed.md"
+FAULTS = PROJECT / "results" / "reference" / "faults.json"
 FAMILIES = PROJECT / "results" / "reference" / "families.json"
-METHOD = PROJECT / "docs" / "method.md"
+METHOD = DOCS / "method.md"
 SECOND = "second host"
 # A way to save memory may cost this much of its method's best speed.
 KEPT_SPEED = 0.7
@@ -51,10 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("other", type=Path, nargs="?", help="the same measurements on another host")
     options = parser.parse_args(arguments)
     try:
-        if options.file:
-            print(page(options.file, options.other))
-        else:
-            print("\n".join(map(str, publish())) or "nothing changed")
+        text = page(options.file, options.other) if options.file else "\n".join(map(str, publish()))
+        print(text or "nothing changed")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -74,19 +74,21 @@ def publish() -> list[Path]:
         if not read(path).is_repeatable:
             raise DataError(path, "was measured on a tree with uncommitted changes: commit, then measure again")
     picture = PAGE.with_suffix(".svg")
-    text = page(*PUBLISHED, picture=picture.name) + "\n"
     drawn = BytesIO()
     with plt.rc_context({"svg.hashsalt": "speed", "font.size": 10}):
         figure = draw_ladder(read(PUBLISHED[0]))
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     plt.close(figure)
     changed = []
-    families = PROJECT / "docs" / "families.md", families_page(FAMILIES).encode()
-    method = METHOD, with_scores(METHOD.read_text(encoding="utf-8"), scores.FILE).encode()
-    needs = PROJECT / "docs" / "memory.md", memory_page(memory.FOLDER / "gpu.json").encode()
-    for target, content in ((PAGE, text.encode()), (picture, drawn.getvalue()), families, method, needs):
+    pages = {
+        PAGE: page(*PUBLISHED, picture=picture.name) + "\n",
+        DOCS / "families.md": families_page(FAMILIES),
+        DOCS / "faults.md": faults_page(FAULTS),
+        DOCS / "memory.md": memory_page(memory.FOLDER / "gpu.json"),
+        METHOD: with_scores(METHOD.read_text(encoding="utf-8"), scores.FILE),
+    }
+    for target, content in (*((name, text.encode()) for name, text in pages.items()), (picture, drawn.getvalue())):
         if not target.is_file() or target.read_bytes() != content:
-            target.parent.mkdir(exist_ok=True)
             with replacing(target, "wb") as file:
                 file.write(content)
             changed.append(target)
@@ -150,6 +152,18 @@ def families_page(path: Path) -> str:
         padded=families[families["rows"] == "padded"].to_dict("records"),
         environment=content["environment"],
     )
+
+
+def faults_page(path: Path) -> str:
+    """The page of what `python -m benchmarks.faults` wrote, in Markdown.
+
+    Raises:
+        DataError: It was measured on a tree with uncommitted changes.
+    """
+    content = repeatable(path)
+    faults = pd.DataFrame(content.pop("faults")).replace({"sentence": {r"^$": "-", r"\|": r"\\|"}}, regex=True)
+    table = markdown(faults.rename(columns={"sentence": "the user reads"}))
+    return template("faults.md.jinja").render(**content, table=table, total=faults.times.sum())
 
 
 def memory_page(path: Path) -> str:

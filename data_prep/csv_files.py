@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.errors import DataError
+from data_prep.rows import some
+from data_prep.text_files import decoded_lines
 
 # Python's own limit is 131,072 characters, and an article may be longer.
 csv.field_size_limit(2**31 - 1)
@@ -23,15 +24,6 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 SAMPLE_ROWS = 100
 
 _SEP_LINE = re.compile(r'"?sep=(.)"?')
-_NO_TEXT = {
-    b"version https://git-lfs": "this is a Git LFS pointer, not the data; fetch the data: git lfs pull",
-    b"\x1f\x8b": "this is gzip, not text; unpack it: gunzip",
-    b"PK\x03\x04": "this is a ZIP archive or an Excel workbook, not text; unpack it, or save it as CSV",
-    b"PAR1": "this is Parquet, not text; give the file the ending .parquet",
-    b"<!DOCTYPE": "this is a web page, not data; download the file itself",
-}
-# What charset_normalizer may guess: on short texts it takes rare encodings for common ones.
-_ENCODINGS = ("cp1252", "mac_roman", "cp1250", "cp1251", "cp1253", "cp932", "euc_jp", "gb18030", "big5", "euc_kr")
 
 
 class TextRow(NamedTuple):
@@ -72,6 +64,7 @@ class CsvForm:
         places: Where these are in a row.
         width: How many columns each row has.
         fit: How many rows of a sample have this form.
+        encoding: The file's, if it is neither UTF-8 nor marked.
     """
 
     delimiter: str
@@ -81,6 +74,7 @@ class CsvForm:
     places: tuple[int, ...]
     width: int
     fit: int
+    encoding: str | None = None
 
     def __str__(self) -> str:
         """What is remarkable of it; empty where it is the task's own form."""
@@ -99,7 +93,13 @@ class CsvForm:
         return ", ".join(said)
 
 
-def recognise(path: Path, wanted: Sequence[Wanted], names: Sequence[str], labels: Collection[str]) -> CsvForm:
+def recognise(
+    path: Path,
+    wanted: Sequence[Wanted],
+    names: Sequence[str],
+    labels: Collection[str],
+    encoding: str | None = None,
+) -> CsvForm:
     """How a file is written: its delimiter, and which columns are the label and the texts.
 
     Args:
@@ -107,39 +107,42 @@ def recognise(path: Path, wanted: Sequence[Wanted], names: Sequence[str], labels
         wanted: The columns to look for; where a header lacks one of the first, the next ones are tried.
         names: The columns of a file without a header, in their order; empty where there must be one.
         labels: How labels may be written, in lower case.
+        encoding: The file's, if it is neither UTF-8 nor marked.
 
     Raises:
         DataError: No line holds the columns' names, and without a header nobody knows which they are.
     """
     forms = []
-    for delimiter, is_marked, rows in sampled(path):
+    for delimiter, is_marked, rows in sampled(path, encoding):
         found = _named_columns(rows[0], wanted) if rows else None
         columns, places = found or (wanted[0], tuple(map(names.index, wanted[0].names)) if names else ())
         header = tuple(rows[0]) if found else ()
         width = len(header) or len(names)
         right = [row for row in rows[bool(found) :] if len(row) == width]
         fit = len(right) + sum(row[places[0]].strip().lower() in labels for row in right if places) + bool(found)
-        forms.append(CsvForm(delimiter, is_marked, header, columns, places, width, fit))
+        forms.append(CsvForm(delimiter, is_marked, header, columns, places, width, fit, encoding))
     best = max(forms, key=lambda form: form.fit)
     if not best.places:
-        _, _, rows = max(sampled(path), key=lambda sample: len(sample[2][0]) if sample[2] else 0)
+        _, _, rows = max(sampled(path, encoding), key=lambda sample: len(sample[2][0]) if sample[2] else 0)
         if not rows:
             # Its fault is in its first row.
             next(read_rows(path, best, labels))
-        there = ", ".join(name.strip() for name in rows[0])
+        there = some([name.strip() for name in rows[0]])
         lacking = [name for name in wanted[0].names if name not in rows[0]]
         raise DataError(path, f"no column {' and no column '.join(lacking)} in the first line, which has: {there}", 1)
     return best
 
 
-def sampled(path: Path) -> Iterator[tuple[str, bool, list[list[str]]]]:
+def sampled(path: Path, encoding: str | None = None) -> Iterator[tuple[str, bool, list[list[str]]]]:
     """The first rows of a file by each delimiter that it may have, and whether its first line is Excel's mark."""
-    marked = _SEP_LINE.fullmatch(next(decoded_lines(path)).rstrip("\r\n"))
+    marked = _SEP_LINE.fullmatch(next(decoded_lines(path, encoding)).rstrip("\r\n"))
     for delimiter in marked[1] if marked else DELIMITERS:
         rows: list[list[str]] = []
         # The file's first fault shows when it is read.
         with suppress(csv.Error):
-            rows.extend(islice(csv.reader(decoded_lines(path), delimiter=delimiter, strict=True), SAMPLE_ROWS))
+            rows.extend(
+                islice(csv.reader(decoded_lines(path, encoding), delimiter=delimiter, strict=True), SAMPLE_ROWS)
+            )
         yield delimiter, bool(marked), rows[1:] if marked else rows
 
 
@@ -149,7 +152,7 @@ def read_rows(path: Path, form: CsvForm, labels: Collection[str]) -> Iterator[Te
     Raises:
         DataError: It is not CSV, not UTF-8, or a row has other columns; with the line that the row begins on.
     """
-    reader = csv.reader(decoded_lines(path), delimiter=form.delimiter, strict=True)
+    reader = csv.reader(decoded_lines(path, form.encoding), delimiter=form.delimiter, strict=True)
     # A row may span lines: it is reported by the one that it begins on.
     begin = 1
     try:
@@ -163,31 +166,6 @@ def read_rows(path: Path, form: CsvForm, labels: Collection[str]) -> Iterator[Te
             begin = reader.line_num + 1
     except csv.Error as error:
         raise DataError(path, _not_csv(path, str(error)), begin) from error
-
-
-def decoded_lines(path: Path) -> Iterator[str]:
-    """The file's lines, decoded one by one so that an undecodable byte is reported with its line."""
-    try:
-        with path.open("rb") as file:
-            number = 0
-            for number, line in enumerate(file, start=1):
-                if number == 1:
-                    for magic, reason in _NO_TEXT.items():
-                        if line.startswith(magic):
-                            raise DataError(path, reason, 1)
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise DataError(path, _not_utf8(path, error), number) from error
-                if "\0" in text:
-                    raise DataError(path, _with_nul(path, line), number)
-                yield text
-            if not number:
-                raise DataError(path, "the file is empty")
-    except FileNotFoundError as error:
-        packed = path.with_name(path.name + ".gz")
-        remedy = f"; unpack {packed.name} first: gunzip {packed}" if packed.is_file() else ""
-        raise DataError(path, f"no such file{remedy}") from error
 
 
 def _named_columns(row: Sequence[str], wanted: Sequence[Wanted]) -> tuple[Wanted, tuple[int, ...]] | None:
@@ -209,7 +187,7 @@ def _other_width(row: list[str], form: CsvForm, line: int) -> str:
     if not row:
         return "an empty line; delete it"
     names = form.header or form.wanted.names
-    what = f"{len(row)} columns instead of {form.width} ({', '.join(names)})"
+    what = f"{len(row)} columns instead of {form.width} ({some(names)})"
     what += f", separated by {DELIMITERS.get(form.delimiter, form.delimiter)}"
     if not form.header and len(row) == form.width + 1 and row[0].strip() in ("", "0", str(line), str(line - 1)):
         what += "; is the first a pandas index? Write the file with index=False, or with a header"
@@ -239,52 +217,3 @@ def _not_csv(path: Path, error: str) -> str:
     if error.startswith("unexpected end"):
         return "not valid CSV: a quote of this row is never closed; is a quote missing, or the file cut short?"
     return f"not valid CSV ({error}); within a quoted field, a quote must be doubled"
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
-    what = f"not UTF-8 ({error.reason}, byte {error.start + 1})"
-    # UTF-32's mark begins as UTF-16's does.
-    for mark, encoding in (
-        (codecs.BOM_UTF32_LE, "UTF-32"),
-        (codecs.BOM_UTF16_LE, "UTF-16"),
-        (codecs.BOM_UTF16_BE, "UTF-16"),
-    ):
-        if path.read_bytes()[:4].startswith(mark):
-            return f"not UTF-8, but {encoding}; {_conversion(path, encoding)}"
-    if error.reason == "unexpected end of data":
-        return f"{what}; is the file cut short?"
-    foreign, is_mixed = [], False
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                is_mixed |= not line.isascii() and bool(line.decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                foreign.append(line)
-    # Imported here: few files need it.
-    from charset_normalizer import from_bytes
-
-    guesses = from_bytes(b"".join(foreign)[:100_000], cp_isolation=list(_ENCODINGS))
-    best = guesses.best()
-    if best is None:
-        return f"{what}; save the file as UTF-8"
-    alike = [one for one in guesses if (one.chaos, one.coherence) == (best.chaos, best.coherence)]
-    is_western = any("cp1252" in one.could_be_from_charset for one in alike)
-    encoding = "cp1252" if is_western else best.encoding
-    shown = error.object.decode(encoding, errors="replace").strip()
-    start = max(0, error.start - 20)
-    looks = f"it looks like {encoding}{' (Latin-1)' if is_western else ''}: {shown[start : start + 40]!r}"
-    if is_mixed:
-        return f"{what}; {looks}, but other lines are UTF-8; write this line in UTF-8 too"
-    return f"{what}; {looks}; {_conversion(path, encoding)}"
-
-
-def _with_nul(path: Path, line: bytes) -> str:
-    for parity, encoding in ((1, "UTF-16LE"), (0, "UTF-16BE")):
-        if line[parity::2].count(0) > len(line) / 4:
-            return f"not UTF-8, but {encoding}; {_conversion(path, encoding)}"
-    return "a NUL character; the file is damaged, or is no text"
-
-
-def _conversion(path: Path, encoding: str) -> str:
-    name = {"mac_roman": "MACINTOSH"}.get(encoding, encoding.upper().replace("_", "-"))
-    return f"convert it: iconv -f {name} -t UTF-8 {path.name} > converted.csv"

@@ -118,9 +118,15 @@ class Manifest(BaseModel):
 
     @property
     def rare(self) -> list[str]:
-        """The classes with fewer than FEW rows in a split."""
+        """The classes with fewer than FEW rows in a split, but some."""
         rows = ((split, label, count) for split, of in self.rows.items() for label, count in of.items())
-        return [f"{label} ({count} in {split})" for split, label, count in rows if count < FEW]
+        return [f"{label} ({count} in {split})" for split, label, count in rows if 0 < count < FEW]
+
+    @property
+    def missing(self) -> dict[Split, list[str]]:
+        """The classes without rows of each split that lacks some."""
+        found = {split: [label for label, count in of.items() if not count] for split, of in self.rows.items()}
+        return {split: labels for split, labels in found.items() if labels}
 
 
 def file_digest(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -10,11 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, mode
 
+import yaml
+
 from data_prep import csv_files, tables
 from data_prep.csv_files import Wanted
 from data_prep.errors import DataError, UserError
+from data_prep.files import SPLITS
 from data_prep.hub import load_set
+from data_prep.rows import some, spelling
 from data_prep.sources import LABEL_NAMES
+from data_prep.text_files import cell, ending
 
 # A label column's usual names, and how many values it may have.
 _LABELS = (*LABEL_NAMES, "target", "topic", "intent", "queue", "sentiment")
@@ -23,6 +27,7 @@ MOST_LABELS = 500
 _WORDS, _DISTINCT = 2.5, 0.5
 # A header's cell is short.
 _HEADER = 60
+_NEEDS = "a task needs a text and a label"
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,11 @@ class Look:
     Attributes:
         at: The file, the folder, or the name on the hub.
         kind: `files` or `hub`.
-        parts: The splits that are there; `all` for a single table.
+        parts: The splits that are there; `all` where there are training rows alone.
         columns: Their names; those that are there twice are left out.
         has_header: Whether a line of the file names the columns.
         rows: All rows as text, by column.
+        encoding: Of files that are neither UTF-8 nor marked.
     """
 
     at: str
@@ -44,6 +50,7 @@ class Look:
     columns: tuple[str, ...]
     has_header: bool
     rows: list[dict[str, str]]
+    encoding: str | None = None
 
     def values(self, column: str) -> list[str]:
         return [row[column] for row in self.rows]
@@ -69,7 +76,7 @@ class Look:
         ]
 
 
-def look(at: str) -> Look:
+def look(at: str, encoding: str | None = None) -> Look:
     """Look at a file, a folder with train and test files, or a data set of the hub.
 
     Raises:
@@ -78,24 +85,24 @@ def look(at: str) -> Look:
     path = Path(os.path.expanduser(at))
     if not path.exists() and not path.suffix and at.count("/") <= 1:
         return _look_at_hub(at)
-    parts = tables.find_files(path)
+    parts = tables.find_files(path, is_given=False)
     columns: tuple[str, ...] = ()
     has_header, rows = True, []
     for file in parts.values():
-        there, has_header, found = _csv(file) if file.suffix.lower() in tables.CSV else _records(file)
+        there, has_header, found = (_csv if ending(file) in tables.CSV else _records)(file, encoding)
         columns = tuple(name for name in columns if name in there) if columns else there
         rows += found
     if not rows:
         raise DataError(path, "the file holds no row")
     if len(columns) < 2:
-        raise DataError(path, f"one column, {', '.join(columns)}; a task needs a text and a label")
-    return Look(at, "files", tuple(parts), columns, has_header, rows)
+        raise DataError(path, f"these columns in all files: {', '.join(columns) or 'none'}; {_NEEDS}")
+    return Look(at, "files", tuple(parts), columns, has_header, rows, encoding)
 
 
-def _csv(path: Path) -> tuple[tuple[str, ...], bool, list[dict[str, str]]]:
+def _csv(path: Path, encoding: str | None) -> tuple[tuple[str, ...], bool, list[dict[str, str]]]:
     """The columns that all rows have, whether a line names them, and the rows."""
     best: tuple[int, int, list[list[str]]] = (0, 0, [])
-    for _, _, rows in csv_files.sampled(path):
+    for _, _, rows in csv_files.sampled(path, encoding):
         width = mode(map(len, rows)) if rows else 0
         fit = sum(len(row) == width for row in rows)
         if width > 1 and fit > best[0]:
@@ -103,15 +110,17 @@ def _csv(path: Path) -> tuple[tuple[str, ...], bool, list[dict[str, str]]]:
     _, width, rows = best
     if not rows:
         # Its first fault, if it has one.
-        csv_files.recognise(path, [Wanted("text", ("label",))], (), ())
+        if not any(found for _, _, found in csv_files.sampled(path, encoding)):
+            csv_files.recognise(path, [Wanted("text", ("label",))], (), (), encoding)
+        raise DataError(path, f"one column; {_NEEDS}", 1)
     has_header = len(rows[0]) == width and _is_header(rows)
     numbered = tuple(f"column {number}" for number in range(1, width + 1))
     names = tuple(name.strip() for name in rows[0]) if has_header else numbered
     once = tuple(name for name in names if names.count(name) == 1 and name)
     if len(once) < 2:
-        raise DataError(path, f"the columns {', '.join(names)} need a name each", 1)
+        raise DataError(path, f"the columns {some(names)} need a name each", 1)
     wanted = Wanted(once[0], once[1:])
-    form = csv_files.recognise(path, [wanted], () if has_header else names, ())
+    form = csv_files.recognise(path, [wanted], () if has_header else names, (), encoding)
     read = csv_files.read_rows(path, form, ())
     return once, has_header, [dict(zip(once, (row.label, *row.texts), strict=True)) for row in read]
 
@@ -134,23 +143,24 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _records(path: Path) -> tuple[tuple[str, ...], bool, list[dict[str, str]]]:
+def _records(path: Path, encoding: str | None) -> tuple[tuple[str, ...], bool, list[dict[str, str]]]:
     columns: dict[str, None] = {}
     found, lists = [], set()
-    for _, record in tables.records(path):
+    for _, record in tables.records(path, encoding):
         columns |= dict.fromkeys(record)
         # Lists are no texts; whether they are needed is not known yet.
         lists |= {name for name, value in record.items() if isinstance(value, list | dict | bytes)}
         found.append(record)
     kept = tuple(name for name in columns if name not in lists)
-    rows = [{name: tables.cell(path, 0, name, record.get(name)) for name in kept} for record in found]
+    rows = [{name: cell(path, 0, name, record.get(name)) for name in kept} for record in found]
     return kept, True, rows
 
 
 def _look_at_hub(name: str) -> Look:
     loaded = load_set(name)
     rows: list[dict[str, str]] = []
-    for split in loaded.values():
+    parts = tuple(split for split in SPLITS if split in loaded)
+    for split in map(loaded.__getitem__, parts):
         # A class is shown by its name.
         classes = {key: kind.names for key, kind in split.features.items() if hasattr(kind, "names")}
         for record in split:
@@ -158,9 +168,9 @@ def _look_at_hub(name: str) -> Look:
                 key: classes[key][of] if key in classes and of not in (None, -1) else of for key, of in record.items()
             }
             texts = {key: of for key, of in named.items() if not isinstance(of, list | dict | bytes)}
-            rows.append({key: tables.cell(name, 0, key, of) for key, of in texts.items()})
+            rows.append({key: cell(name, 0, key, of) for key, of in texts.items()})
     columns = tuple(rows[0]) if rows else ()
-    return Look(name, "hub", tuple(loaded), columns, True, rows)
+    return Look(name, "hub", ("all",) if parts == ("train",) else parts, columns, True, rows)
 
 
 def choose(seen: Look, text: Sequence[str] = (), label: str | None = None) -> tuple[tuple[str, ...], str]:
@@ -171,17 +181,17 @@ def choose(seen: Look, text: Sequence[str] = (), label: str | None = None) -> tu
     """
     for name in (*text, *([label] if label else [])):
         if name not in seen.columns:
-            raise UserError(f"{seen.at} has no column '{name}'; its columns are: {', '.join(seen.columns)}")
+            raise UserError(f"{seen.at} has no column '{name}'; its columns are: {some(seen.columns)}")
     if label is None:
         candidates = [name for name in seen.label_candidates() if name not in text]
         if len(candidates) != 1:
-            what = f"one of {', '.join(candidates)}" if candidates else f"a column of {', '.join(seen.columns)}"
+            what = f"one of {some(candidates)}" if candidates else f"a column of {some(seen.columns)}"
             raise UserError(f"which column is the label? Name {what}: --label '{(candidates or seen.columns)[0]}'")
         [label] = candidates
     found = tuple(text) or tuple(seen.text_candidates(label))
     if not found:
         others = [name for name in seen.columns if name != label]
-        raise UserError(f"which column is the text? Name one or more of {', '.join(others)}: --text '{others[0]}'")
+        raise UserError(f"which column is the text? Name one or more of {some(others)}: --text '{others[0]}'")
     return found, label
 
 
@@ -192,18 +202,21 @@ def describe(
     label: str,
     at: str,
     merge_spellings: bool = False,
+    skip_incomplete: bool = False,
     by: str | None = None,
     column: str | None = None,
 ) -> str:
     """The task's file, with comments: what `new` writes, and people edit."""
     counts = Counter(seen.values(label))
     if not 2 <= len([value for value in counts if value.strip()]) <= MOST_LABELS:
-        raise UserError(f"the column '{label}' has {len(counts)} different values; a label has 2 to {MOST_LABELS}")
+        raise DataError(
+            seen.at, f"the column '{label}' has {len(counts)} different values; a label has 2 to {MOST_LABELS}"
+        )
     by = by or ("stratified" if seen.parts == ("all",) else "given")
     spelled: dict[str, str] = {}
     for value, _ in counts.most_common():
         # The most frequent spelling is the label's.
-        spelled.setdefault(value.strip().lower() if merge_spellings else value, value)
+        spelled.setdefault(spelling(value) if merge_spellings else value, value)
     labels = sorted((value for value in spelled.values() if value.strip()), key=_in_order)
     lines = [
         f"# A task: python -m finetune run --task {name}",
@@ -226,9 +239,13 @@ def describe(
     ]
     if not seen.has_header:
         lines += ["    # The file has no line with names.", f"    names: [{', '.join(map(_quoted, seen.columns))}]"]
+    if seen.encoding:
+        lines += [f"    encoding: {_quoted(seen.encoding)}"]
     lines += [
         "    # Whether `sports ` and `Sports` are one label.",
         f"    merge_spellings: {str(merge_spellings).lower()}",
+        "    # Whether rows without a text or a label are left out.",
+        f"    skip_incomplete: {str(skip_incomplete).lower()}",
         "",
         "# given: by files; stratified: at random, the same share of each class; group: rows with the same value of",
         "# a column stay together; time: the latest rows are the test. The last two need `column`.",
@@ -249,8 +266,8 @@ def describe(
 
 
 def _quoted(text: str) -> str:
-    """Text as YAML, whatever it is: JSON's quotes are YAML's."""
-    return json.dumps(text, ensure_ascii=False)
+    """Text as YAML on one line, whatever it is."""
+    return yaml.dump(text, default_style='"', allow_unicode=True, width=float("inf")).strip()
 
 
 def _in_order(label: str) -> tuple[bool, float, str]:

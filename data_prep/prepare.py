@@ -121,12 +121,11 @@ def prepare(
         in_train, only_in_validation = duplicates.in_train, duplicates.in_validation
         for number, row in enumerate(_cleaned(source, "test", clean)):
             write("test", f"test-{number}", row, number in in_train, number in only_in_validation)
-        for split, label in ((split, label) for split in SPLITS for label in task.labels):
-            if not counts[split][label]:
-                there = ", ".join(f"{name} {count}" for name, count in counts[split].items())
-                raise DataError(
-                    source.place(split), f"no row of the class {label} ({there}); every split needs every class"
-                )
+        for split in SPLITS:
+            # Of the others, a figure is empty; to learn, there must be something to tell apart.
+            if len(counts[split]) < (2 if split == "train" else 1):
+                there = f"rows of the class {', '.join(counts[split])} alone" if counts[split] else "no row"
+                raise DataError(source.place(split), f"{there} for {split}; split otherwise, or add rows")
 
     digests = {split: identities[split].hexdigest() for split in SPLITS}
     source_rows = sum(counts["train"].values()) if in_validation is None else len(in_validation)
@@ -193,8 +192,9 @@ def _validation_mask(source: Source, validation_rows: int | None, seed: int) -> 
     counts = np.bincount(labels, minlength=len(indices))
     if validation_rows is None:
         validation_rows = round(source.task.splits.validation * len(labels))
-        # At least one row of a rare class.
-        cut = np.clip(shares(counts, validation_rows), np.minimum(counts, 1), counts)
+        # At least one row of a rare class, but the only one is for training.
+        most = np.maximum(counts - 1, 0)
+        cut = np.clip(shares(counts, validation_rows), np.minimum(most, 1), most)
     elif len(indices) <= validation_rows <= len(labels) // 2:
         cut = shares(counts, validation_rows)
     else:
@@ -202,7 +202,8 @@ def _validation_mask(source: Source, validation_rows: int | None, seed: int) -> 
             f"validation_rows={validation_rows} cannot be cut from {len(labels)} training rows; "
             f"choose between {len(indices)} and {len(labels) // 2}"
         )
-    if rare := [index for index in indices.values() if counts[index] and not 0 < cut[index] < counts[index]]:
+    rare = [index for index in indices.values() if counts[index] and not 0 < cut[index] < counts[index]]
+    if rare and not source.task.splits:
         label, there = source.task.labels[rare[0]], counts[rare[0]]
         enough = [
             rows
@@ -211,7 +212,7 @@ def _validation_mask(source: Source, validation_rows: int | None, seed: int) -> 
         ]
         remedy = (
             f"choose validation_rows={min(enough, key=lambda rows: abs(rows - validation_rows))}"
-            if enough and not source.task.splits
+            if enough
             else "add rows of this class"
         )
         raise UserError(

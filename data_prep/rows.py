@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any, Protocol
 
 from data_prep.files import Split
 from data_prep.task import Task
+
+_WHOLE = re.compile(r"^(-?\d+)\.0+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +53,18 @@ class Source(Protocol):
 
 
 def spelling(label: str) -> str:
-    """A label without what people vary: case, and blanks around it."""
-    return label.strip().lower()
+    """A label without what people and programs vary: case, blanks around it, and `.0` behind a whole number."""
+    return _WHOLE.sub(r"\1", label.strip().lower())
 
 
 def spelled(labels: Mapping[str, str]) -> dict[str, str]:
     """What labels stand for, by their spelling; one whose spelling is another's too is left out."""
     counts = Counter(map(spelling, labels))
     return {spelling(label): of for label, of in labels.items() if counts[spelling(label)] == 1}
+
+
+# What to do about a row without its text or label.
+LEAVE_OUT = "complete the row, or leave all such rows out: --skip-incomplete of `new`, or skip_incomplete: true"
 
 
 def some(parts: Sequence[str]) -> str:

@@ -20,8 +20,9 @@ from data_prep.csv_files import CsvForm, TextRow, Wanted
 from data_prep.errors import DataError, UserError
 from data_prep.files import SPLITS, Split, file_digest
 from data_prep.hub import Hub
-from data_prep.rows import Row, Source, some, spelled, spelling
+from data_prep.rows import LEAVE_OUT, Row, Source, some, spelled, spelling
 from data_prep.task import Columns, Task
+from data_prep.text_files import ending, how_read
 
 LABEL_NAMES = ("label", "class", "category")
 
@@ -49,10 +50,11 @@ class Files:
     def splits(self) -> tuple[Split, ...]:
         if "all" in self._paths:
             return SPLITS
-        for path in self._paths.values():
-            if not path.exists():
-                # A packed file is named.
-                next(csv_files.decoded_lines(path))
+        if not self.task.is_split:
+            raise DataError(
+                next(iter(self._paths.values())),
+                f"the files are split already: set splits.by to given in task {self.task.name}, or name one file",
+            )
         return tuple(split for split in SPLITS if split in self._paths)
 
     def rows(self, split: Split) -> Iterator[Row]:
@@ -62,7 +64,7 @@ class Files:
             if part == "all" and self._assigned[number] != SPLITS.index(split):
                 continue
             if not any(text.strip() for text in texts):
-                raise DataError(path, f"empty text: nothing in {' and '.join(columns.texts)}", line)
+                raise DataError(path, f"empty text: nothing in {' and '.join(columns.texts)}; {LEAVE_OUT}", line)
             yield Row(tuple(text.strip() for text in texts), labels[label])
 
     def provenance(self) -> dict[str, Any]:
@@ -75,14 +77,20 @@ class Files:
 
     def recognised(self) -> list[str]:
         names: dict[str, list[str]] = {}
-        for part, form in self._forms.items():
-            names.setdefault(str(form), []).append(self._paths[part].name)
+        for part, path in self._paths.items():
+            form = (how_read(path, self._table.encoding), str(self._forms.get(part, "")))
+            names.setdefault(", ".join(filter(None, form)), []).append(path.name)
         said = [f"in {' and '.join(files)} {form}" for form, files in names.items() if form]
+        if self._table.skip_incomplete:
+            left_out = sum(
+                sum(1 for _ in self._read_all(part)) - sum(1 for _ in self._read(part)) for part in self._paths
+            )
+            said.append(f"rows without text or label, left out: {left_out:,}")
         if self._counted_from_0 and "0" in map(spelling, self._labels) and "0" not in self._table.values:
             said.append(f"the labels {', '.join(self._counted_from_0)} stand for {', '.join(self.task.labels)}")
         if self._table.values:
-            numbers = self._counted_from_0 | self._table.values
-            if named := [label.strip() for label in self._labels if label.strip() not in numbers]:
+            numbers = set(map(spelling, self._counted_from_0 | self._table.values))
+            if named := [label.strip() for label in self._labels if spelling(label) not in numbers]:
                 said.append(f"labels by name: {some(named)}")
         return said
 
@@ -93,7 +101,7 @@ class Files:
     @cached_property
     def _paths(self) -> dict[str, Path]:
         """The file of each split, or one for `all`."""
-        return dict(self.at) if isinstance(self.at, Mapping) else tables.find_files(self.at)
+        return tables.find_files(self.at, self.task.is_split)
 
     def _part(self, split: Split) -> str:
         return "all" if "all" in self._paths else split
@@ -118,24 +126,30 @@ class Files:
     def _forms(self) -> dict[str, CsvForm]:
         """How the CSV files are written."""
         return {
-            part: csv_files.recognise(path, self._wanted, self._table.names, self._spellings)
+            part: csv_files.recognise(path, self._wanted, self._table.names, self._spellings, self._table.encoding)
             for part, path in self._paths.items()
-            if path.suffix.lower() in tables.CSV
+            if ending(path) in tables.CSV
         }
 
     def _columns(self, part: str) -> Wanted:
         return self._forms[part].wanted if part in self._forms else self._wanted[0]
 
     def _read(self, part: str) -> Iterator[TextRow]:
+        """The rows of a file, without those that the task leaves out."""
+        for row in self._read_all(part):
+            if not self._table.skip_incomplete or (row.label.strip() and any(text.strip() for text in row.texts)):
+                yield row
+
+    def _read_all(self, part: str) -> Iterator[TextRow]:
         if part in self._forms:
             return csv_files.read_rows(self._paths[part], self._forms[part], self._spellings)
-        return tables.read(self._paths[part], self._wanted[0])
+        return tables.read(self._paths[part], self._wanted[0], self._table.encoding)
 
     @cached_property
     def _assigned(self) -> np.ndarray:
         """The split of each row of a single file."""
         path = self._paths["all"]
-        if self.task.splits is None or self.task.splits.by == "given":
+        if self.task.is_split:
             raise DataError(path, f"one file: set splits.by in the description of task {self.task.name}")
         labels, keys = zip(*((self._labels[row.label], row.key) for row in self._read("all")), strict=True)
         try:
@@ -203,7 +217,7 @@ class Files:
     def _unknown(self, label: str, found: Counter[str], line: int) -> str:
         columns, wanted = self._table, self._wanted[0]
         if not label.strip() and not columns.values:
-            return f"no label: nothing in {columns.label}; give the row a label, or leave it out"
+            return f"no label: nothing in {columns.label}; {LEAVE_OUT}"
         known = [name if key == name else f"{key} ({name})" for key, name in columns.values.items()]
         what = f"unknown {columns.label} '{label}'; known are: {some(known or self.task.labels)}"
         if len(found) > 1:

@@ -63,7 +63,7 @@ def _stratified(how: Splits, labels: Sequence[str]) -> np.ndarray:
         rows_of[label].append(row)
     if few := [label for label, rows in rows_of.items() if len(rows) < len(SPLITS)]:
         raise ValueError(
-            f"the class {few[0]} has {len(rows_of[few[0]])} rows, and three splits need three; add rows, or take the "
+            f"the class {few[0]!r} has too few rows for three splits, {len(rows_of[few[0]])}; add rows, or take the "
             "class out of the file and the labels"
         )
     generator = np.random.default_rng(how.seed)

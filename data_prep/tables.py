@@ -3,84 +3,80 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.csv_files import TextRow, Wanted, decoded_lines
+from data_prep.csv_files import TextRow, Wanted
 from data_prep.errors import DataError
 from data_prep.files import SPLITS
+from data_prep.rows import some
+from data_prep.text_files import WORKBOOK, cell, decoded_lines, ending
 
-CSV = (".csv", ".tsv", ".txt")
+# A workbook is read as CSV.
+CSV = (".csv", ".tsv", ".txt", WORKBOOK)
 # In a folder, the first of these is taken.
 READ = (*CSV, ".jsonl", ".ndjson", ".json", ".parquet")
+# A number of thousands of digits, or brackets in brackets.
+_TOO_MUCH = "JSON that Python does not read"
 _NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-_AS_CSV = {
-    ".xlsx": "a workbook; save it as CSV (in Excel: Save as, CSV UTF-8)",
-    ".xls": "a workbook; save it as CSV (in Excel: Save as, CSV UTF-8)",
+_OTHERS = {
+    ".xls": "an old workbook; save it as .xlsx",
     ".ods": "a workbook; save it as CSV",
-    ".gz": "a packed file; unpack it: gunzip",
     ".zip": "a packed file; unpack it: unzip",
 }
 
 
-def find_files(at: Path) -> dict[str, Path]:
+def find_files(at: Path | Mapping[str, Path], is_given: bool = True) -> dict[str, Path]:
     """The files of a table: `all` for a single file; for a folder those of its splits.
+
+    Args:
+        at: The file or the folder, or a file for each split.
+        is_given: Whether there must be test rows. If not, training rows alone are `all`.
 
     Raises:
         DataError: There is no such file, or its form is none that we read.
     """
-    if at.is_dir():
-        found = {}
-        for split in SPLITS:
-            files = [at / f"{name}{ending}" for name in _NAMES[split] for ending in READ]
-            there = [path for path in files if path.is_file()]
-            if there or split != "validation":
-                # What is missing is named as CSV.
-                found[split] = (there or files)[0]
-        return found
-    if not at.exists():
-        raise DataError(at, "no such file")
-    if at.suffix.lower() not in READ:
-        what = _AS_CSV.get(at.suffix.lower(), "a form that we do not read")
-        raise DataError(at, f"this is {what}; we read {', '.join(READ)}")
-    return {"all": at}
+    if isinstance(at, Path) and not at.is_dir():
+        if not at.exists():
+            raise DataError(at, "no such file")
+        if ending(at) not in READ:
+            what = _OTHERS.get(ending(at), "a form that we do not read")
+            raise DataError(at, f"this is {what}; we read {', '.join(READ)}, also packed as .gz")
+        return {"all": at}
+    if isinstance(at, Path):
+        names = {split: [f"{name}{form}" for name in _NAMES[split] for form in READ] for split in SPLITS}
+        files = {split: [at / f"{name}{gz}" for name in of for gz in ("", ".gz")] for split, of in names.items()}
+        found = {split: there[0] for split, of in files.items() if (there := [path for path in of if path.is_file()])}
+    else:
+        found = dict(at)
+    if set(found) == {"train"} and not is_given:
+        return {"all": found["train"]}
+    for split in ("train", "test"):
+        path = found.get(split, at / f"{split}.csv" if isinstance(at, Path) else Path(f"at.{split}"))
+        if not path.is_file():
+            raise DataError(path, "no such file; there must be training and test rows, or training rows alone to split")
+    return found
 
 
-def read(path: Path, wanted: Wanted) -> Iterator[TextRow]:
+def read(path: Path, wanted: Wanted, encoding: str | None = None) -> Iterator[TextRow]:
     """The rows of a file that is not CSV.
 
     Raises:
         DataError: It is not what its ending says, or a row lacks a column; with its line or row.
     """
-    for number, record in records(path):
+    for number, record in records(path, encoding):
         if lacking := [name for name in wanted.names if name not in record]:
-            there = ", ".join(map(str, record))
+            there = some(list(map(str, record)))
             raise DataError(path, f"no column {' and no column '.join(lacking)}; there are: {there}", number)
         yield wanted.row(number, [cell(path, number, name, record[name]) for name in wanted.names])
 
 
-def records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def records(path: Path, encoding: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each row with its line, or where a file has no lines its number from 1."""
-    ending = path.suffix.lower()
-    if ending == ".parquet":
+    if ending(path) == ".parquet":
         return _parquet(path)
-    return _json(path) if ending == ".json" else _json_lines(path)
-
-
-def cell(path: Path | str, number: int, name: str, value: Any) -> str:
-    """A cell as text: `true`, `1` for 1.0, and nothing for a missing value."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        # A column of whole numbers with a gap is one of floats.
-        return str(int(value))
-    if isinstance(value, list | dict | bytes):
-        raise DataError(path, f"{name} holds a {type(value).__name__}, and a text or a label is needed", number)
-    return str(value)
+    return _json(path, encoding) if ending(path) == ".json" else _json_lines(path, encoding)
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -94,27 +90,29 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from enumerate(rows, start=1)
     except FileNotFoundError as error:
         raise DataError(path, "no such file") from error
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(path, f"not Parquet ({str(error).splitlines()[0]}); is the file cut short?") from error
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(path, f"not Parquet ({' '.join(str(error).split())}); is the file cut short?") from error
 
 
-def _json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    text = "".join(decoded_lines(path))
+def _json(path: Path, encoding: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    text = "".join(decoded_lines(path, encoding))
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            yield from _json_lines(path)
+            yield from _json_lines(path, encoding)
             return
         raise DataError(path, f"not valid JSON ({error.msg}); is the file cut short?", error.lineno) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(path, f"{_TOO_MUCH} ({error})") from error
     if not isinstance(content, list):
         raise DataError(path, "not a list of objects; write one object a row: [{...}, {...}]")
     for number, record in enumerate(content, start=1):
         yield number, _checked(path, number, record)
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(decoded_lines(path), start=1):
+def _json_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(decoded_lines(path, encoding), start=1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
@@ -122,6 +120,8 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 f"not valid JSON ({error.msg}); is the file cut short?" if line.strip() else "an empty line; delete it"
             )
             raise DataError(path, reason, number) from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(path, f"{_TOO_MUCH} ({error})", number) from error
         yield number, _checked(path, number, record)
 
 

@@ -69,6 +69,10 @@ class Columns:
     """The label column's value to the label: `{"1": "World"}`. Values that are not here are labels themselves."""
     merge_spellings: bool = False
     """Whether `sports ` and `Sports` are one label."""
+    skip_incomplete: bool = False
+    """Whether rows without a text or a label are left out. Without it they are refused."""
+    encoding: Text | None = None
+    """Of files that are not UTF-8, by Python's name: `cp1252`. A file's own mark, as of UTF-16, counts more."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -136,11 +140,23 @@ class Task:
     def __post_init__(self) -> None:
         if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
             raise ValueError(f"labels: {list(self.labels)} must be two or more, each once")
+        key = self.splits.column if self.splits else None
         for kind, columns in self.sources.items():
+            if columns.label in columns.texts:
+                raise ValueError(f"sources.{kind}.label: '{columns.label}' is one of the texts; name another column")
+            needed = (columns.label, *columns.texts, *([key] if key else []))
+            if columns.names and not set(needed) <= set(columns.names):
+                lacking = ", ".join(name for name in needed if name not in columns.names)
+                raise ValueError(f"sources.{kind}.names: lacks {lacking}; it has {', '.join(columns.names)}")
             if columns.values and set(columns.values.values()) != set(self.labels):
                 raise ValueError(f"sources.{kind}.values: must stand for the labels, for each of them")
             if kind == "files" and columns.at is None:
                 raise ValueError("sources.files.at: is missing; name a file or a folder")
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the source splits its rows; else we split one table."""
+        return self.splits is None or self.splits.by == "given"
 
     @property
     def kinds(self) -> list[str]:

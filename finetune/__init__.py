@@ -24,6 +24,7 @@ _LAZY = {
     "add_lora": "finetune.model.load",
     "trainable_parameters": "finetune.model.load",
     "PackedSFTTrainer": "finetune.train.trainer",
+    "HeadTrainer": "finetune.train.classifier",
     "newest_checkpoint": "finetune.train.save",
     "save_run": "finetune.train.save",
 }

@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     data.set_defaults(command=_data)
 
     merge = commands.add_parser("merge", parents=[common], help="merge an adapter into its base and evaluate it again")
-    merge.add_argument("run", metavar="RUN", help="lora, qlora or dora")
+    merge.add_argument("run", metavar="RUN", help="lora, qlora, dora or head")
     merge.set_defaults(command=_merge)
 
     report = commands.add_parser("report", help="write FOLDER/report.html from the records in FOLDER")
@@ -143,7 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     split = new.add_mutually_exclusive_group()
     split.add_argument("--group", metavar="COLUMN", help="rows with the same value here stay in one split")
     split.add_argument("--time", metavar="COLUMN", help="the latest rows become the test")
+    new.add_argument("--encoding", metavar="NAME", help="of a file that is not UTF-8: cp1252, say")
     new.add_argument("--merge-spellings", action="store_true", help="'sports ' and 'Sports' are one label")
+    new.add_argument("--skip-incomplete", action="store_true", help="leave out rows without a text or a label")
     new.set_defaults(command=_new)
 
     results = commands.add_parser("results", help="write the figures of README and docs from results/reference")
@@ -381,16 +383,15 @@ def _new(options: argparse.Namespace) -> int:
     from finetune.new import new
 
     by = "group" if options.group else "time" if options.time else None
-    column = options.group or options.time
-    new(options.file, options.name, options.text, options.label, by, column, options.merge_spellings)
+    said = (options.group or options.time, options.merge_spellings, options.skip_incomplete, options.encoding)
+    new(options.file, options.name, options.text, options.label, by, *said)
     return 0
 
 
 def _results(options: argparse.Namespace) -> int:
     from finetune.compare.publish import regenerate
 
-    changed = regenerate()
-    for path in changed:
+    for path in (changed := regenerate()):
         print(f"written anew: {path}")
     if not changed:
         print("The figures in README and docs are those of the records.")

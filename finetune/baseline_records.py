@@ -14,7 +14,7 @@ from finetune.metrics import Metrics
 from finetune.predictions import Prediction
 from finetune.records import RECORD, DataReference, Environment, Part, parsed, read_scored
 
-Name = Literal["majority", "svm", "logistic", "few_shot"]
+Name = Literal["majority", "svm", "encoder", "logistic", "few_shot"]
 
 
 class Baseline(Part):

@@ -35,22 +35,35 @@ model = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=four_
 model = PeftModel.from_pretrained(model, "{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 
-LOADING_WEIGHTS = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+# Without the pad token, a padded row's last token would be padding.
+LOADING_HEAD = """\
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForSequenceClassification.from_pretrained(
+    "{base}",
+    id2label=dict(enumerate({labels})),
+    pad_token_id=tokenizer.pad_token_id,
+)
+model = PeftModel.from_pretrained(model, "{folder}")"""
+
+LOADING_WEIGHTS = """\
+from transformers import {loads}, AutoTokenizer
+
+model = {loads}.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 
 CARD = """\
 ---
 base_model: {model}
 library_name: {library}
-pipeline_tag: text-generation
+pipeline_tag: {pipeline}
 ---
 
 # {model}, {method} on {data}
 
-Classifies a text as {labels}, and answers in JSON: `{answer}`.
+Classifies a text as {labels}{answer}
 
 | | |
 |---|---|
@@ -84,7 +97,8 @@ def model_card(record: RunRecord, data: PreparedData, merged_into: str = "") -> 
         merged_into: The weights that its adapter was merged into, if it was.
     """
     ran = record.settings
-    loading = LOADING_4BIT_ADAPTER if ran["load_in_4bit"] else LOADING_ADAPTER
+    is_head = ran.get("task_type") == "SEQ_CLS"
+    loading = LOADING_HEAD if is_head else LOADING_4BIT_ADAPTER if ran["load_in_4bit"] else LOADING_ADAPTER
     whole = bool(merged_into) or not ran["adapter"]
     base, note = ran["model"], f"\nThe adapter is merged into {merged_into}.\n" if merged_into else ""
     if not whole and (base == "embedded" or Path(base).is_dir()):
@@ -99,7 +113,10 @@ def model_card(record: RunRecord, data: PreparedData, merged_into: str = "") -> 
         library="transformers" if whole else "peft",
         method=METHODS[record.run].spoken,
         labels=", ".join(data.task.labels[:-1]) + f" or {data.task.labels[-1]}",
-        answer=data.task.answer_for(data.task.labels[0]),
+        pipeline="text-classification" if is_head else "text-generation",
+        answer=": a head reads the last token of the chat template with `add_generation_prompt=True`."
+        if is_head
+        else f", and answers in JSON: `{data.task.answer_for(data.task.labels[0])}`.",
         licence=f"{textwrap.fill(data.task.licence, 120)}\n\n"
         if data.task.licence and data.title == data.task.title
         else "",
@@ -109,7 +126,12 @@ def model_card(record: RunRecord, data: PreparedData, merged_into: str = "") -> 
         prompt=record.data.prompt,
         recipe=", ".join(f"{key} {value}" for key, value in ran.items() if key in _TOLD),
         note=note,
-        loading=(LOADING_WEIGHTS if whole else loading).format(base=base, folder="PATH/TO/THIS/FOLDER"),
+        loading=(LOADING_WEIGHTS if whole else loading).format(
+            base=base,
+            folder="PATH/TO/THIS/FOLDER",
+            labels=ran.get("labels"),
+            loads="AutoModelForSequenceClassification" if is_head else "AutoModelForCausalLM",
+        ),
         messages=json.dumps(data.task.form(record.data.prompt)[:-1], indent=2, ensure_ascii=False),
     )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ import pandas as pd
 from data_prep import Example, Manifest, Task, UserError, find_task, prepare, read_examples
 from data_prep.duplicates import MANY
 from data_prep.files import FEW, SPLITS, Message, Split
-from data_prep.rows import some
+from data_prep.rows import some, spelling
 from data_prep.sources import open_source
 from finetune import metrics, paths
 from finetune.config.plan import Experiment
@@ -106,25 +107,29 @@ def load_data(settings: HasExperiment) -> PreparedData:
             count_tokens=count_tokens,
         )
     select = partial(_select, folder, seed=experiment.data_seed)
-    print(f"{'Reused' if reused else 'Prepared'} {folder}: fingerprint {manifest.fingerprint}, {_sizes(manifest)}")
-    if manifest.recognised:
-        print(f"Recognised: {'; '.join(manifest.recognised)}")
-    test = select("test", experiment.test_rows)
-    for sentence in findings(manifest, len(test)):
-        print(sentence)
-    return PreparedData(
+    data = PreparedData(
         folder,
         task,
         manifest,
         train=select("train", experiment.train_rows),
         validation=select("validation", None),
-        test=test,
+        test=select("test", experiment.test_rows),
     )
+    print(f"{'Reused' if reused else 'Prepared'} {folder}: fingerprint {manifest.fingerprint}, {_sizes(manifest)}")
+    if manifest.recognised:
+        print(f"Recognised: {'; '.join(manifest.recognised)}")
+    for sentence in findings(manifest, [*data.train, *data.validation, *data.test], len(data.test)):
+        print(sentence)
+    return data
 
 
-def findings(manifest: Manifest, test_rows: int) -> Iterator[str]:
-    """What to know of prepared rows, in sentences: duplicates, rare classes, and what so many test rows can show."""
+def findings(manifest: Manifest, examples: Sequence[Example], test_rows: int) -> Iterator[str]:
+    """What to know of prepared rows, in sentences: duplicates, rare classes, odd texts, and what so many test rows can
+    show."""
     yield f"Duplicates: {manifest.duplicates}"
+    for split, labels in manifest.missing.items():
+        after = "; macro-F1 is the mean of the other classes" if split == "test" else ""
+        yield f"No {split} row has the class {some(labels)}{after}"
     if manifest.rare:
         yield f"Classes with fewer than {FEW} rows: {some(manifest.rare)}"
     found, rows = manifest.duplicates, manifest.total("test")
@@ -135,11 +140,30 @@ def findings(manifest: Manifest, test_rows: int) -> Iterator[str]:
             f"{found.test_in_validation:,} more validation rows. Accuracy on them shows memory: read the accuracy "
             "without them, or mend the test rows."
         )
-    points = metrics.detectable_difference(test_rows, DISCORDANT)
+    if without_letters := sum(not any(map(str.isalpha, row.text)) for row in examples):
+        yield f"Texts without a letter: {without_letters:,} of {len(examples):,}"
+    if told := sum(spelling(row.text) == spelling(row.label) for row in examples):
+        yield f"WARNING: {told:,} of {len(examples):,} texts are their label and nothing else; is it the right column?"
+    if manifest.tokens:
+        of = manifest.tokens[manifest.prompt]
+        middle, most = f"half have up to {of['median']:.0f}", f"99 % up to {of['p99']:.0f}, the longest {of['max']:,}"
+        yield f"Tokens of a training row, prompt and answer: {middle}, {most} (of {of['rows']:,} rows)"
+    points, needed = metrics.detectable_difference(test_rows, DISCORDANT), metrics.rows_to_show(1, DISCORDANT)
+    shown = f"can show a difference of {points:.1f} points" if points < 100 * DISCORDANT else "can show no difference"
     yield (
-        f"{test_rows:,} test rows can show a difference of {points:.1f} points between two methods (80 % power, if "
-        f"{DISCORDANT:.0%} of the rows tell them apart)"
+        f"{test_rows:,} test rows {shown} between two methods (80 % power, if {DISCORDANT:.0%} of the rows tell them "
+        f"apart); one point needs {needed:,}"
     )
+
+
+def lengths(examples: Sequence[Example]) -> Iterator[str]:
+    """How many words the texts have, as a picture in lines of text: each line is twice as long as the one above."""
+    words = [len(row.text.split()) for row in examples]
+    rows = Counter(count.bit_length() for count in words)
+    yield f"Words of a text: median {median(words):.0f}, at most {max(words):,}"
+    for bits in range(min(rows), max(rows) + 1):
+        bar = "#" * -(-40 * rows[bits] // max(rows.values()))
+        yield f"{2 ** (bits - 1):>9,} to {2**bits - 1:<9,}{bar} {rows[bits]:,}"
 
 
 def evenly(examples: list[Example], rows: int | None, seed: int) -> list[Example]:

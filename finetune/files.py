@@ -132,6 +132,10 @@ ARTEFACT = re.compile(r"(?!README\.md$)(?!(.*/)?\.).+")
 BASE = re.compile(r"config\.json|[^/.][^/]*\.(safetensors|bin)")
 
 
+# With what its prompts and tokens come from.
+MODEL = re.compile(rf"{BASE.pattern}|[^/]*token[^/]*\.json|(vocab|merges)\.\w+|chat_template\.jinja")
+
+
 def file_digests(folder: Path, names: re.Pattern = re.compile(".+")) -> dict[str, str]:
     """The SHA-256 of every file in a folder whose path within is one of `names`, by this path."""
     found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}

@@ -15,7 +15,19 @@ from finetune.model import smollm2
 # (profiles, recipes) are in the settings. Not here: what records, shows or explains. A folder stands for all its
 # modules. A test holds these lists against what the modules import.
 _MODEL = ("data", "model")
-_TRAIN = ("callbacks", "checks", "graphs", "portions", "processes", "resolve", "save", "trainer", "updates")
+_TRAIN = (
+    "callbacks",
+    "checks",
+    "classifier",
+    "graphs",
+    "portions",
+    "processes",
+    "resolve",
+    "save",
+    "trainer",
+    "updates",
+    "watched",
+)
 COMPUTES: dict[str, tuple[str, ...]] = {
     "train": (*_MODEL, *(f"train/{name}" for name in _TRAIN), "evaluate/score"),
     "evaluate": (

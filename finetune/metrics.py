@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class Metrics(BaseModel):
 
     Records that are older than the intervals of F1 hold None there.
     `confusion` has a row per true label and a column per predicted one, in the order of `classes`; invalid answers are
-    in no column, so a row may add up to less than its class has rows.
+    in no column, so a row may add up to less than its class has rows. `macro_f1` is over the classes that have rows.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -109,7 +110,7 @@ def balanced_accuracy(counts: Counts) -> np.ndarray:
 
 
 METRICS = {
-    "macro_f1": Metric("macro-F1", lambda counts: resampling.f1(counts).mean(axis=-1)),
+    "macro_f1": Metric("macro-F1", resampling.macro_f1),
     "matthews": Metric("Matthews", matthews, percent=False),
     # It is the accuracy where all classes have as many rows.
     "balanced_accuracy": Metric("balanced accuracy", balanced_accuracy, if_balanced=False),
@@ -143,8 +144,9 @@ def compute(labels: Sequence[str], predictions: Sequence[str | None], classes: S
     )
     correct = sum(label == prediction for label, prediction in zip(labels, predicted, strict=True))
     low, high = accuracy_interval(correct, len(labels))
-    resampled = resampling.f1(resampling.resamples(labels, predicted, classes=classes)[0])
-    macro_low, macro_high = resampling.interval(resampled.mean(axis=1))
+    drawn = resampling.resamples(labels, predicted, classes=classes)[0]
+    resampled = resampling.f1(drawn)
+    macro_low, macro_high = resampling.interval(resampling.macro_f1(drawn))
     by_class = {}
     for i, label in enumerate(classes):
         f1_low, f1_high = resampling.interval(resampled[:, i])
@@ -155,7 +157,7 @@ def compute(labels: Sequence[str], predictions: Sequence[str | None], classes: S
         accuracy=correct / len(labels),
         accuracy_low=low,
         accuracy_high=high,
-        macro_f1=float(f1.mean()),
+        macro_f1=float(f1[support > 0].mean()),
         macro_f1_low=macro_low,
         macro_f1_high=macro_high,
         classes=by_class,
@@ -194,7 +196,7 @@ def first_difference(recorded: Metrics, labels: Sequence[str], predictions: Sequ
         "accuracy": correct / len(labels),
         "accuracy_low": low,
         "accuracy_high": high,
-        "macro_f1": resampling.f1(resampling.counted(counted)).mean(),
+        "macro_f1": resampling.macro_f1(resampling.counted(counted)),
         "confusion": counted[:, :-1],
     }
     # Sums in another order may differ in the last digit.
@@ -230,6 +232,13 @@ def log_loss(labels: Sequence, probabilities: np.ndarray, classes: Sequence) -> 
     # scikit-learn wants the columns in the order in which it sorts the labels.
     order = np.argsort(classes)
     return float(sklearn_log_loss(labels, probabilities[:, order], labels=[classes[i] for i in order]))
+
+
+def rows_to_show(points: float, discordant: float = 0.03) -> int:
+    """The test rows that show a difference of so many points: Connor's formula, see `detectable_difference`."""
+    difference = points / 100
+    z, power = ndtri(1 - SIGNIFICANT / 2), ndtri(POWER)
+    return math.ceil(((z * np.sqrt(discordant) + power * np.sqrt(discordant - difference**2)) / difference) ** 2)
 
 
 def detectable_difference(rows: int, discordant: float = 0.03) -> float:

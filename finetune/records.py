@@ -7,6 +7,7 @@ record's, are refused.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import subprocess
@@ -17,13 +18,15 @@ from typing import Any, Literal, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_prep import DataError
-from data_prep.files import replacing
+from data_prep.files import write_json
 from finetune import machine, paths, predictions
+from finetune.files import short_digest
 from finetune.metrics import Metrics, first_difference
 from finetune.predictions import Prediction
 
 RECORD = "record.json"
 MERGED = "merged.json"
+DIGEST = "digest"
 Kind = TypeVar("Kind", bound="Part")
 
 
@@ -233,8 +236,13 @@ def write(record: RunRecord, folder: Path) -> None:
     """Write a record in one step. Predictions that belonged to an earlier one go first."""
     if record.evaluation is None:
         (folder / predictions.FILE).unlink(missing_ok=True)
-    with replacing(folder / RECORD) as file:
-        file.write(record.model_dump_json(indent=2) + "\n")
+    write_part(record, folder / RECORD)
+
+
+def write_part(part: Part, path: Path) -> None:
+    """Write a record with the digest of its content: a figure that is damaged later is not read as another one."""
+    content = json.loads(part.model_dump_json())
+    write_json(path, content | {DIGEST: short_digest(content)})
 
 
 def read(folder: Path) -> RunRecord:
@@ -247,15 +255,27 @@ def read(folder: Path) -> RunRecord:
 
 
 def parsed(kind: type[Kind], path: Path, remedy: str = "run its notebook again") -> Kind:
-    """A record of this kind from its file; a DataError with the field and the remedy where it is none."""
+    """What `write_part` wrote.
+
+    Raises:
+        DataError: It is missing, was changed since, or does not match the schema.
+    """
     try:
-        return kind.model_validate_json(path.read_bytes())
+        content = json.loads(path.read_bytes())
+        # Older records have none.
+        digest = content.pop(DIGEST, None) if isinstance(content, dict) else None
+        part = kind.model_validate(content)
     except FileNotFoundError as error:
         raise DataError(path, "no such file; run the notebook that makes it first") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
         raise DataError(path, f"not a record of this version ({where}: {first['msg']}); {remedy}") from error
+    except ValueError as error:
+        raise DataError(path, f"not a record of this version (file: {error}); is it cut short? {remedy}") from error
+    if digest not in (None, short_digest(content)):
+        raise DataError(path, f"was changed after it was written, or is damaged; {remedy}")
+    return part
 
 
 def read_merged(record: RunRecord, folder: Path) -> Merged | None:

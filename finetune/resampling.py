@@ -82,6 +82,13 @@ def f1(counts: Counts) -> np.ndarray:
     return 2 * counts.right / np.maximum(counts.rows + counts.predicted, 1)
 
 
+def macro_f1(counts: Counts) -> np.ndarray:
+    """The mean F1 of the classes that have rows."""
+    there, of_classes = np.asarray(counts.rows) > 0, f1(counts)
+    # Sums in another order differ in the last digit: where all have rows, we add as we always did.
+    return (of_classes if there.all() else of_classes[..., there]).mean(axis=-1)
+
+
 def interval(draws: np.ndarray) -> tuple[float, float]:
     """The 95 % percentile interval of resampled figures (Efron and Tibshirani 1993, chapter 13)."""
     tail = 50 * (1 - CONFIDENCE)

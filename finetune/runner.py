@@ -25,9 +25,10 @@ from papermill.parameterize import parameterize_notebook
 
 from data_prep import UserError
 from data_prep.files import MANIFEST, replacing, write_json
-from finetune import keys, paths, predictions, records
+from finetune import keys, paths, records
 from finetune.config.methods import METHODS
 from finetune.config.plan import EVALUATION_ONLY, NAMING, Settings, UnavailableHere, applicable, fewer_rows, plan
+from finetune.files import folder_digest
 from finetune.kernels import Kernels
 from finetune.launch import driver
 from finetune.progress import Progress
@@ -236,21 +237,30 @@ class Suite:
 
     def _made(self, step: Step) -> str | None:
         """The commit that made the step's result, if that is still what would come out; None otherwise."""
-        stamp = self._stamp(step)
-        if not stamp.is_file() or not self._result(step).exists():
+        try:
+            made = json.loads(self._stamp(step).read_bytes())
+            if made["key"] != self._key(step):
+                return None
+            self._check_result(step)
+        except (FileNotFoundError, ValueError, KeyError, TypeError, UserError):
+            # Not there, or damaged: made again.
             return None
-        made = json.loads(stamp.read_text())
-        return made.get("commit", "unknown") if made["key"] == self._key(step) else None
+        return made.get("commit", "unknown")
 
     def _stamp(self, step: Step) -> Path:
         return self.folder / f".{step.name}.json"
 
-    def _result(self, step: Step) -> Path:
-        """What a step leaves behind, and is nothing without."""
+    def _check_result(self, step: Step) -> None:
+        """Raise an error if what a step leaves behind is not there, or damaged."""
         if step.kind == "compare":
-            return paths.results_folder(self.place) / "report.html"
-        plan = self._plans[step.name]
-        return plan.artefact_folder if step.kind == "train" else plan.run_folder / predictions.FILE
+            (paths.results_folder(self.place) / "report.html").stat()
+            return
+        folder = self._plans[step.name].run_folder
+        record = records.read(folder)
+        if step.kind == "evaluate":
+            records.read_predictions(record, folder)
+        elif folder_digest(paths.home() / record.training.artefact) != record.training.artefact_digest:
+            raise UserError(f"{record.training.artefact} is damaged")
 
     def _given(self, step: Step) -> dict[str, Any]:
         """The overrides of a notebook: the comparison takes those that name the runs, the evaluation of a trained model
@@ -286,9 +296,9 @@ class Suite:
         if step.kind == "compare":
             yield from (path.read_bytes() for path in sorted(paths.results_folder(self.place).rglob(RECORD)))
         elif step.needs:
-            path = self._plans[step.name].run_folder / RECORD
-            if path.is_file():
-                yield json.loads(path.read_text())["training"]["artefact_digest"].encode()
+            # One that is damaged is said by the step that reads it.
+            with contextlib.suppress(UserError):
+                yield records.read(self._plans[step.name].run_folder).training.artefact_digest.encode()
 
 
 def _selected(only: tuple[str, ...]) -> tuple[Step, ...]:

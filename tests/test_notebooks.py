@@ -24,10 +24,12 @@ NAMES = {
     "fine_tuning_lora",
     "fine_tuning_qlora",
     "fine_tuning_dora",
+    "fine_tuning_head",
     "full_finetuning_performance",
     "lora_finetuning_performance",
     "qlora_finetuning_performance",
     "dora_finetuning_performance",
+    "head_finetuning_performance",
     "compare_methods",
 }
 
@@ -60,13 +62,18 @@ def test_a_notebook_is_clean_small_and_has_one_parameters_cell(path):
 
 @pytest.mark.parametrize("part", ["fine_tuning", "finetuning_performance"])
 def test_notebooks_of_a_kind_differ_in_the_cells_of_their_method_alone(part):
-    alike = [
-        [cell.source for cell in code_cells(path) if "method" not in cell.metadata.get("tags", [])]
+    alike = {
+        path.stem: [cell.source for cell in code_cells(path) if "method" not in cell.metadata.get("tags", [])]
         for path in NOTEBOOKS
         if part in path.stem
-    ]
+    }
+    # A head's trainer is another one: its cell is its method's.
+    trains = [cell for cell in alike.get("fine_tuning_lora", []) if "PackedSFTTrainer" in cell]
+    for cells in (cells for name, cells in alike.items() if name != "fine_tuning_head"):
+        assert [cell for cell in trains if cell not in cells] == []
+        cells[:] = [cell for cell in cells if cell not in trains]
     # The full notebook's parameters name the checkpoint too.
-    assert all(cells[1:] == alike[0][1:] for cells in alike) and len(alike) >= 4
+    assert len({tuple(cells[1:]) for cells in alike.values()}) == 1 and len(alike) >= 4
 
 
 @pytest.mark.parametrize("run", [run for run, method in METHODS.items() if method.recipe])
@@ -76,9 +83,12 @@ def test_a_training_notebook_shows_its_method(run):
     assert f'plan_training("{run}"' in code and f"load_in_4bit={recipe.load_in_4bit}," in code
     assert ("LoraConfig(" in code) == recipe.adapter
     assert not recipe.adapter or f"use_dora={recipe.use_dora}," in code
+    assert not recipe.adapter or f'task_type="{recipe.task_type}",' in code
     shown = set(re.findall(r"(?:recipe|resolved)\.(\w+)", code))
     hidden = {"adapter", "engine", "load_in_4bit", "use_dora", "use_liger_kernel", "offload_embedding"}
-    hidden |= {"cudnn_benchmark", "save_steps", "loading", "compute_dtype"}
+    hidden |= {"cudnn_benchmark", "save_steps", "loading", "compute_dtype", "task_type"}
+    # What a head's trainer does not know.
+    hidden |= {"article_loss", "cuda_graphs", "update_in_backward"} if recipe.task_type == "SEQ_CLS" else set()
     assert shown | hidden | (set() if recipe.adapter else ADAPTER_ONLY) >= {field.name for field in fields(Recipe)}
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from data_prep import find_task, known_tasks
 from data_prep.files import FEW, replacing
+from data_prep.rows import some
 from finetune import metrics
 from finetune.baseline_records import Baseline
 from finetune.compare import mistakes, plots, tables, verdict
@@ -124,12 +125,13 @@ def notes(comparison: Comparison) -> list[str]:
             )
         else:
             found.append(f"Training and validation used {train_rows:,} rows, the test {data.test_rows:,}.")
-    counts = {label: of.rows for label, of in record.evaluation.scoring.classes.items() if of.rows < FEW}
+    rows_of = {label: of.rows for label, of in record.evaluation.scoring.classes.items()}
+    if absent := [label for label, rows in rows_of.items() if not rows]:
+        found.append(f"No test row has the class {some(absent)}: macro-F1 is the mean of the other classes.")
+    counts = {label: rows for label, rows in rows_of.items() if 0 < rows < FEW}
     if counts:
-        fewest = sorted(counts, key=counts.__getitem__)
-        named = ", ".join(f"{label} ({counts[label]})" for label in fewest[: metrics.MOST_CLASSES])
-        rest = f" and {more} more" if (more := len(fewest) - metrics.MOST_CLASSES) > 0 else ""
-        found.append(f"Fewer than {FEW} test rows, too few to judge a class by: {named}{rest}.")
+        named = some([f"{label} ({counts[label]})" for label in sorted(counts, key=counts.__getitem__)])
+        found.append(f"Fewer than {FEW} test rows, too few to judge a class by: {named}.")
     if repeated := sum(comparison.repeated):
         best = max(comparison.answering(), key=lambda name: comparison.scoring[name].accuracy)
         alone = comparison.without_duplicates[best]

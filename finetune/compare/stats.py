@@ -165,9 +165,9 @@ def compare(
     only_first, only_second, p_value = mcnemar(*right)
     counts = resampling.resamples(labels, answers, others, classes=classes)
     shares = [resampling.accuracy(of) for of in counts]
-    macro = [resampling.f1(of).mean(axis=-1) for of in counts]
+    macro = [resampling.macro_f1(of) for of in counts]
     matrices = [resampling.confusion(labels, of, classes) for of in (answers, others)]
-    observed = [resampling.f1(resampling.counted(matrix)).mean() for matrix in matrices]
+    observed = [resampling.macro_f1(resampling.counted(matrix)) for matrix in matrices]
     low, high = resampling.interval(100 * (shares[0] - shares[1]))
     f1_low, f1_high = resampling.interval(100 * (macro[0] - macro[1]))
     return Pair(

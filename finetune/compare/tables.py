@@ -76,7 +76,10 @@ def classes(comparison: Comparison) -> pd.DataFrame:
     """F1 of each class in percent, with its interval; of many classes the worst: a column a method."""
     shown = metrics.shown_classes(comparison.scoring.values())
     figures = {NAMES[name]: [of.classes[label] for label in shown] for name, of in comparison.scoring.items()}
-    cells = {name: [percent_estimate(one.f1, one.f1_low, one.f1_high) for one in of] for name, of in figures.items()}
+    cells = {
+        name: [percent_estimate(one.f1, one.f1_low, one.f1_high) if one.rows else "no test row" for one in of]
+        for name, of in figures.items()
+    }
     return pd.DataFrame(cells, index=shown)
 
 
@@ -332,7 +335,7 @@ def sources(comparison: Comparison) -> pd.DataFrame:
         training = of.training if isinstance(of, RunRecord) else None
         where = of.evaluation.environment if isinstance(of, RunRecord) else of.environment
         # What is no language model runs on the processor, whatever else is there.
-        on_gpu = isinstance(of, RunRecord) or of.model
+        on_gpu = isinstance(of, RunRecord) or of.model or of.name == "encoder"
         lines[place] = {
             "seed": str(of.seed) if training else "-",
             "trained": f"{training.environment.short_commit}; {_machine(training.environment)}" if training else "-",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.config.recipes import DORA, FULL, FULL_UNSLOTH, LORA, QLORA, Recipe
+from finetune.config.recipes import DORA, FULL, FULL_UNSLOTH, HEAD, LORA, QLORA, Recipe
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,25 @@ METHODS = {
         like="lora",
         by_default=False,
     ),
+    "head": Method(
+        "LoRA + head",
+        "LoRA with a classification head",
+        color="#000000",
+        marker="X",
+        line=(0, (5, 1)),
+        recipe=HEAD,
+        notebook="fine_tuning_head",
+        evaluation="head_finetuning_performance",
+        by_default=False,
+    ),
 }
 
 BASELINES = {
     "majority": Baseline("majority class", "the majority class", "#D9D9D9", "x"),
     "svm": Baseline("TF-IDF + linear SVM", "the linear SVM", "#CC79A7", "P", line=(0, (1, 1)), learns=True),
+    "encoder": Baseline(
+        "sentence encoder + logistic", "logistic regression on a sentence encoder", "#882255", "d", learns=True
+    ),
     "logistic": Baseline(
         "base, logistic regression", "logistic regression on the base model", "#F0E442", "h", learns=True
     ),
@@ -123,6 +137,7 @@ BASELINES = {
 ALL: dict[str, Method | Baseline] = {
     "majority": BASELINES["majority"],
     "svm": BASELINES["svm"],
+    "encoder": BASELINES["encoder"],
     "base": METHODS["base"],
     "logistic": BASELINES["logistic"],
     "few_shot": BASELINES["few_shot"],

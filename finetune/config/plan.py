@@ -37,6 +37,7 @@ EVALUATION_ONLY = {
     "generation_rows",
     "few_shot_examples",
     "logistic_rows",
+    "encoder_rows",
     "per_device_eval_batch_size",
     "evaluation_kernels",
 }
@@ -82,6 +83,8 @@ class Experiment:
     """Test rows that the model also answers by generation; 0: none."""
     logistic_rows: Annotated[int, Field(ge=0)] = 20_000
     """Training rows that the logistic regression on the untuned model's states reads, at most; 0: there is none."""
+    encoder_rows: Annotated[int, Field(ge=0)] = 20_000
+    """Training rows that the sentence encoder's logistic regression reads, at most; 0: there is none."""
     few_shot_examples: Annotated[int, Field(ge=1)] = 8
     """Training rows in the prompt of the few-shot baseline, drawn evenly from the classes."""
     per_device_eval_batch_size: Count = 64
@@ -225,10 +228,10 @@ def plan(run: str, profile: str = "auto", overrides: Mapping[str, Any] | None = 
             raise UserError("compute_dtype=float32 contradicts dtype=bfloat16: bfloat16 weights multiply in bfloat16")
         if recipe.cuda_graphs and experiment.compute_dtype == "float32":
             raise UserError("compute_dtype=float32 needs cuda_graphs=False: attention in float32 cannot be recorded")
+    is_head = recipe is not None and recipe.task_type == "SEQ_CLS"
+    its_own = "the recipe: Unsloth's layers here read packed rows, and a head padded ones" if is_head else "the recipe"
     engine, engine_reason = (
-        _choose_engine(recipe.engine, origins.get("engine", "the recipe"))
-        if recipe
-        else ("transformers", "evaluation only")
+        _choose_engine(recipe.engine, origins.get("engine", its_own)) if recipe else ("transformers", "evaluation only")
     )
     if engine == "unsloth" and experiment.compute_dtype == "float32":
         raise UserError("compute_dtype=float32 needs engine=transformers: Unsloth multiplies in bfloat16")

@@ -64,6 +64,8 @@ PROFILES = {
             "full": {"learning_rate": 0.0001},
             "lora": {"learning_rate": 0.002},
             "qlora": {"learning_rate": 0.002},
+            # LoRA's, not searched. A head has no loss on the article, and its padded rows are no graph's.
+            "head": {"learning_rate": 0.002, "article_loss": 0.0, "cuda_graphs": False},
         },
     ),
     "cpu": Profile(
@@ -89,6 +91,7 @@ PROFILES = {
             "full": {"learning_rate": 0.0001},
             "lora": {"learning_rate": 0.002},
             "qlora": {"learning_rate": 0.002},
+            "head": {"learning_rate": 0.002},
         },
         # Of 288: twenty steps are enough at these learning rates (results/LOG.md).
         sample={"train_rows": 160},

@@ -21,9 +21,9 @@ Count = Annotated[int, Field(ge=1)]
 # Of training and evaluation alike. No article of AG News comes near it; a prompt with 77 classes takes 564 tokens.
 MAX_LENGTH = 1024
 # Parameters that mean nothing where all weights are trained.
-ADAPTER_ONLY = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_dora"}
+ADAPTER_ONLY = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_dora", "task_type"}
 # What makes a recipe one of its method, and no other: an override cannot change it.
-DEFINING = ("adapter", "load_in_4bit", "use_dora")
+DEFINING = ("adapter", "load_in_4bit", "use_dora", "task_type")
 Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_torch_8bit", "adamw_torch_4bit"]
 
 
@@ -106,6 +106,8 @@ class Recipe:
     """Which projections get an adapter: their names, or `all-linear` for all but the output layer."""
     use_dora: bool = False
     """Train a magnitude for each output too (DoRA, Liu et al. 2024)."""
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
+    """PEFT's name for what the model is: a language model that writes the label, or one with a classification head."""
     eval_steps: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Share of the steps between two measurements of validation accuracy; we also measure at the end."""
     eval_on_start: bool = True
@@ -128,6 +130,8 @@ LORA = Recipe(adapter=True)
 QLORA = replace(LORA, load_in_4bit=True)
 # Unsloth has no kernels for the magnitudes.
 DORA = replace(LORA, use_dora=True, engine="transformers")
+# A head reads padded batches; Unsloth's layers here read packed rows.
+HEAD = replace(LORA, task_type="SEQ_CLS", engine="transformers", packing=False)
 
 
 def check(recipe: Recipe, run: str, its_own: Recipe) -> None:
@@ -146,6 +150,12 @@ def check(recipe: Recipe, run: str, its_own: Recipe) -> None:
             raise UserError(f"{name}={getattr(recipe, name)} is another method than {run}; choose another run instead")
     if recipe.load_in_4bit and recipe.dtype == "float32":
         raise UserError("load_in_4bit=True contradicts dtype=float32: set dtype=auto")
+    if recipe.task_type == "SEQ_CLS":
+        asked = {name: getattr(recipe, name) for name in ("packing", "article_loss", "cuda_graphs")}
+        if wrong := [f"{name}={value}" for name, value in asked.items() if value]:
+            raise UserError(f"{wrong[0]} is for models that write: leave it out for a classification head")
+        if recipe.engine == "unsloth":
+            raise UserError("a classification head needs engine=transformers: Unsloth's layers here read packed rows")
     if not recipe.packing and (recipe.article_loss or recipe.label_smoothing_factor):
         raise UserError("article_loss and label_smoothing_factor need packing=True: padded batches have TRL's own loss")
     if recipe.early_stopping_patience and not recipe.load_best_model_at_end:

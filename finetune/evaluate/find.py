@@ -161,7 +161,7 @@ def check_loaded(found: Found, model, ids: Sequence[int]) -> None:
         )
     saved = load_file(found.artefact / "adapter_model.safetensors")
     own = get_peft_model_state_dict(model, save_embedding_layers=False) if isinstance(model, PeftModel) else {}
-    adapter = {name: tensor.float() for name, tensor in saved.items() if ".lora_" in name}
+    adapter = {name: tensor.float() for name, tensor in saved.items() if ".lora_" in name or ".score." in name}
     lacking = [
         name
         for name, tensor in adapter.items()

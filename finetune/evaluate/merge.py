@@ -7,15 +7,14 @@ import torch
 from peft import PeftModel
 
 from data_prep import UserError
-from data_prep.files import replacing
 from finetune import cards, metrics, paths, records
 from finetune.config.recipes import MAX_LENGTH
 from finetune.data import PreparedData
 from finetune.evaluate import score
 from finetune.evaluate.find import Found, check_loaded
 from finetune.evaluate.run import check_prompt
-from finetune.files import folder_bytes, folder_digest, replacing_folder
-from finetune.model import checks, encode, load
+from finetune.files import folder_bytes, folder_digest, locked, replacing_folder
+from finetune.model import encode, load
 
 BF16 = "the base model's bf16 weights"
 DEQUANTISED = "the base model's weights in 4-bit NormalFloat, dequantised to bf16: what the adapter was trained on"
@@ -29,6 +28,11 @@ def merge(found: Found, data: PreparedData) -> records.Merged:
     Raises:
         UserError: The run trains no adapter, was not evaluated yet, or its adapter is not the one found.
     """
+    with locked(found.folder, f"Waiting for {found.folder}: another process works with it"):
+        return _merge(found, data)
+
+
+def _merge(found: Found, data: PreparedData) -> records.Merged:
     if not found.trained.get("adapter"):
         raise UserError(f"{found.run} trains no adapter: there is nothing to merge; choose lora or qlora")
     record, base = found.record, DEQUANTISED if found.load_in_4bit else BF16
@@ -39,7 +43,11 @@ def merge(found: Found, data: PreparedData) -> records.Merged:
     print(f"articles: {encode.cuts(encoded, MAX_LENGTH)}")
     dtype = load.choose_precision(found.experiment, found.trained["dtype"]).name
     model, _ = load.load_model(
-        found.experiment.model, dtype=dtype, compute_dtype=dtype, load_in_4bit=found.load_in_4bit
+        found.experiment.model,
+        dtype=dtype,
+        compute_dtype=dtype,
+        load_in_4bit=found.load_in_4bit,
+        labels=found.trained.get("labels"),
     )
     model = PeftModel.from_pretrained(model.dequantize() if found.load_in_4bit else model, found.artefact)
     check_loaded(found, model, encoded[0].prompt)
@@ -53,10 +61,9 @@ def merge(found: Found, data: PreparedData) -> records.Merged:
         tokenizer.save_pretrained(beside)
         (beside / "README.md").write_text(cards.model_card(record, data, merged_into=base), encoding="utf-8")
     model.to(products)
-    backbone, reason = checks.choose_backbone(model, [row.prompt + row.answer for row in encoded])
+    sequences, batch = [row.prompt + row.answer for row in encoded], found.experiment.per_device_eval_batch_size
+    scorer, reason = score.choose_scorer(model, tokenizer, data.task, sequences, batch)
     print(f"rows: {reason}")
-    batch = found.experiment.per_device_eval_batch_size
-    scorer = score.LabelScorer(backbone, tokenizer, data.task, batch)
     probabilities = scorer.score([row.prompt for row in encoded], progress="scoring")
     predicted = score.predicted_labels(probabilities, data.task.labels)
     known = np.array([[row.probabilities[label] for label in data.task.labels] for row in before])
@@ -73,6 +80,5 @@ def merge(found: Found, data: PreparedData) -> records.Merged:
         agreement=float(np.mean([row.prediction == label for row, label in zip(before, predicted, strict=True)])),
         largest_difference=float(np.abs(probabilities - known).max()),
     )
-    with replacing(found.folder / records.MERGED) as file:
-        file.write(result.model_dump_json(indent=2) + "\n")
+    records.write_part(result, found.folder / records.MERGED)
     return result

@@ -15,7 +15,7 @@ from finetune.config.recipes import MAX_LENGTH
 from finetune.data import PreparedData
 from finetune.evaluate import score
 from finetune.evaluate.find import Found, check_loaded, values_of
-from finetune.files import short_digest
+from finetune.files import locked, short_digest
 from finetune.model import checks, encode, load, packing, padded
 from finetune.model.hub import base_digest
 from finetune.model.precision import Precision
@@ -41,6 +41,11 @@ def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunR
         UserError: The model was trained on other data, cannot read it, is not the one found, or gives other logits
             than its own.
     """
+    with locked(found.folder, f"Waiting for {found.folder}: another process evaluates it"):
+        return _evaluate(found, model, tokenizer, data)
+
+
+def _evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunRecord:
     if found.record and found.record.data.fingerprint != data.reference.fingerprint:
         raise UserError(
             f"the {found.run} model was trained on other data (fingerprint {found.record.data.fingerprint}, now "
@@ -50,6 +55,11 @@ def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunR
     print(f"precision: {precision}")
     load.evaluating(model)
     check_prompt(found, tokenizer, data)
+    if found.artefact and load.load_tokenizer(found.artefact).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has another vocabulary than the {found.run} model was trained "
+            f"with: load that of {found.artefact}, or run {METHODS[found.run].notebook}.ipynb again"
+        )
     encoded = encode.encode(tokenizer, [*data.test, *data.validation], MAX_LENGTH)
     print(f"articles: {encode.cuts(encoded, MAX_LENGTH)}")
     sequences = [row.prompt + row.answer for row in encoded]
@@ -60,11 +70,12 @@ def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunR
             f"the {found.run} model was trained with load_in_4bit={found.load_in_4bit}, and on other weights it is "
             "another model: load it so"
         )
-    backbone, reason = checks.choose_backbone(model, sequences)
+    batch_size = found.experiment.per_device_eval_batch_size
+    scorer, reason = score.choose_scorer(model, tokenizer, data.task, sequences, batch_size)
     print(f"rows: {reason}")
     machine.reset_peak_memory()
     prompts = [row.prompt for row in encoded]
-    result = _evaluate_model(backbone, prompts, precision, tokenizer, found, data)
+    result = _evaluate_model(scorer, model, prompts, precision, tokenizer, found, data)
     values = values_of(found)
     record = records.RunRecord(
         run=found.run,
@@ -157,6 +168,8 @@ def class_table(record: records.RunRecord) -> pd.DataFrame:
             "95 % interval": percent_interval(value.f1_low, value.f1_high),
             "rows": value.rows,
         }
+        if value.rows
+        else {"precision": "-", "recall": "-", "F1": "-", "95 % interval": "-", "rows": 0}
         for label in metrics.shown_classes([scoring])
         for value in [scoring.classes[label]]
     }
@@ -184,7 +197,8 @@ def _read_predictions(record: records.RunRecord) -> list[Prediction]:
 
 
 def _evaluate_model(
-    backbone: packing.Backbone | padded.Padded,
+    scorer: score.LabelScorer,
+    model,
     prompts: list[list[int]],
     precision: Precision,
     tokenizer,
@@ -194,12 +208,11 @@ def _evaluate_model(
     """Score the test and the validation rows, whose prompts follow one another, and generate for the first ones."""
     experiment, examples, folder, task = found.experiment, data.test, found.folder, data.task
     prompts, validation_prompts = prompts[: len(examples)], prompts[len(examples) :]
-    scorer = score.LabelScorer(backbone, tokenizer, task, experiment.per_device_eval_batch_size)
     scores, seconds = score.timed(score.divided, scorer.score, prompts, progress="scoring")
     probabilities = np.array(scores)
     labels = [example.label for example in examples]
     predicted = score.predicted_labels(probabilities, task.labels)
-    generation, answers = _generate(backbone, tokenizer, experiment, task, prompts, labels, predicted)
+    generation, answers = _generate(scorer.backbone, tokenizer, experiment, task, prompts, labels, predicted)
     validation = np.array(score.divided(scorer.score, validation_prompts, progress="scoring validation rows"))
     if machine.rank():
         raise SystemExit
@@ -214,7 +227,7 @@ def _evaluate_model(
     repeated = [example.is_repeated for example in examples]
     return records.Evaluation(
         environment=records.environment(),
-        artefact_digest=found.training.artefact_digest if found.training else base_digest(backbone.model.config),
+        artefact_digest=found.training.artefact_digest if found.training else base_digest(model.config),
         seconds=seconds,
         articles_per_second=len(examples) / seconds,
         peak_memory_bytes=machine.peak_memory()[0],
@@ -230,7 +243,7 @@ def _evaluate_model(
 
 
 def _generate(
-    backbone: packing.Backbone | padded.Padded,
+    backbone: packing.Backbone | padded.Padded | None,
     tokenizer,
     experiment: Experiment,
     task: Task,
@@ -238,7 +251,10 @@ def _generate(
     labels: list[str],
     scored: list[str],
 ) -> tuple[records.Generation | None, list[str]]:
-    """Answers of the first `generation_rows` test rows, and what they are worth."""
+    """Answers of the first `generation_rows` test rows, and what they are worth; None of a model that cannot write."""
+    if backbone is None:
+        print("Generation skipped: a classification head writes no text")
+        return None, []
     rows = min(experiment.generation_rows, len(prompts))
     if rows == 0:
         print("Generation skipped: generation_rows=0")

@@ -20,7 +20,9 @@ from tqdm.auto import tqdm
 
 from data_prep import Task, UserError
 from finetune import machine
+from finetune.model import checks, load
 from finetune.model.encode import answer_tokens, common_prefix, shared_length
+from finetune.model.head import class_logits, padded
 from finetune.model.packing import Backbone, Forest, Row
 from finetune.model.padded import Padded
 
@@ -143,6 +145,59 @@ class LabelScorer:
             for parent, tokens in self._segments:
                 forest.add(tokens, stem + parent)
         return forest.row(), places, [token for ending in self._endings for token in ending] * len(prompts)
+
+
+class HeadScorer(LabelScorer):
+    """Scores a task's labels by the classification head of a model that was loaded with them, in padded batches.
+
+    Raises:
+        UserError: The head is for other labels, or for the same in another order.
+    """
+
+    # It writes nothing.
+    backbone = None
+
+    def __init__(self, model, tokenizer, task: Task, batch_size: int):
+        own = tuple(model.config.id2label.values())
+        if own != task.labels:
+            raise UserError(f"the head is for {', '.join(own)}, and the task has {', '.join(task.labels)}: train again")
+        self._model, self._tokenizer, self.batch_size = model, tokenizer, batch_size
+
+    def score(self, prompts: Sequence[list[int]], progress: str | None = None) -> np.ndarray:
+        # Rows of similar length need little padding; the longest come first.
+        order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+        return super().score([prompts[row] for row in order], progress)[np.argsort(order)]
+
+    def _score_batch(self, prompts: Sequence[list[int]], shared: int) -> torch.Tensor:
+        return class_logits(self._model, padded(self._tokenizer, prompts).to(self._model.device))
+
+    @torch.inference_mode()
+    def padding_error(self, prompts: Sequence[list[int]]) -> float:
+        """How far the logits of the shortest prompt are from its own, relatively, where a longer one is beside it."""
+        shortest, longest = min(prompts, key=len), max(prompts, key=len)
+        alone, together = self._score_batch([shortest], 0)[0], self._score_batch([longest, shortest], 0)[1]
+        return ((together - alone).norm() / alone.norm()).item()
+
+
+def choose_scorer(
+    model, tokenizer, task: Task, sequences: Sequence[list[int]], batch_size: int
+) -> tuple[LabelScorer, str]:
+    """What scores with a language model, or with a classification head; and a sentence that says how it reads its rows,
+    which are `sequences`.
+
+    Raises:
+        UserError: As `checks.choose_backbone`; or padding changes what a classification head reads.
+    """
+    if model.get_output_embeddings() is not None:
+        backbone, reason = checks.choose_backbone(model, sequences)
+        return LabelScorer(backbone, tokenizer, task, batch_size), reason
+    scorer, was_training = HeadScorer(model, tokenizer, task, batch_size), model.training
+    load.evaluating(model)
+    error = scorer.padding_error(sequences)
+    model.train(was_training)
+    if not error < checks.LARGEST_BF16_ERROR:
+        raise UserError(f"{model.config.name_or_path}: padding changes the head's logits by {error:.0%}; choose LoRA")
+    return scorer, f"padded batches: the head reads each row's last token; padding changes its logits by {error:.2g}"
 
 
 def label_tree(endings: Sequence[list[int]]) -> tuple[list[tuple[int, list[int]]], list[int]]:

@@ -46,8 +46,11 @@ def check_model(
 
     Raises:
         UserError: The tokenizer cannot write a label, or uses tokens that the model has no embedding for; sequences
-            are longer than the model has positions; or the weights are quantised, and the method needs plain ones.
+            are longer than the model has positions; the weights are quantised, and the method needs plain ones; or
+            the method needs a classification head, and transformers has none for this model.
     """
+    if recipe:
+        load.model_class(config, recipe.task_type)
     name, text_config = config.name_or_path or config.model_type, config.get_text_config()
     quantisation = getattr(config, "quantization_config", None)
     if quantisation and recipe and not recipe.load_in_4bit:

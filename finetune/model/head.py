@@ -8,7 +8,7 @@ runs as it is, and only the layer's input is narrowed to the places that we need
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -34,21 +34,42 @@ def only_at(head: nn.Module, places: torch.Tensor, in_fp32: bool = False) -> Ite
         return (arguments[0].flatten(0, 1).index_select(0, places)[None],)
 
     handle = head.register_forward_pre_hook(select)
+    try:
+        with fp32_logits(head) if in_fp32 else contextlib.nullcontext():
+            yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def fp32_logits(head: nn.Module) -> Iterator[None]:
+    """Have an output layer give logits in fp32, and not rounded to the model's type."""
     # An adapter on the head, or a trained copy of it (peft's modules_to_save), has more than one.
     linears = [part for part in head.modules() if isinstance(part, nn.Linear) and part.weight.is_floating_point()]
     # accelerate keeps a forward of its own there.
     before = [part.__dict__.get("forward") for part in linears]
-    if in_fp32:
-        for part in linears:
-            part.forward = lambda hidden, part=part: _fp32_linear(part, hidden)
+    for part in linears:
+        part.forward = lambda hidden, part=part: _fp32_linear(part, hidden)
     try:
         yield
     finally:
-        handle.remove()
         for part, forward in zip(linears, before, strict=True):
             part.__dict__.pop("forward", None)
             if forward is not None:
                 part.forward = forward
+
+
+def padded(tokenizer, prompts: Sequence[Sequence[int]]) -> Mapping[str, torch.Tensor]:
+    """A batch, shape (prompts, tokens). Padding follows a prompt: nothing that a causal model computes at a token
+    depends on what comes after it."""
+    return tokenizer.pad({"input_ids": prompts}, padding_side="right", return_tensors="pt")
+
+
+def class_logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of a model with a classification head, in fp32, shape (prompts, labels). Its own forward pass takes each
+    row's last token that is no padding."""
+    with fp32_logits(model.score):
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
 def _fp32_linear(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from data_prep import UserError
 from finetune.files import BASE, folder_digest
@@ -16,7 +19,7 @@ def model_path(name: str) -> str:
     return str(smollm2.ensure()) if name == "embedded" else str(name)
 
 
-def base_digest(config) -> str:
+def base_digest(config, names: re.Pattern = BASE) -> str:
     """12 hexadecimal digits of the weights and the configuration that a model was loaded from.
 
     They are those of the files' content, which takes about 10 s for 15 GB. A hub model has the same digits after a
@@ -24,6 +27,7 @@ def base_digest(config) -> str:
 
     Args:
         config: The loaded model's.
+        names: Which files count.
     """
     from transformers.utils import cached_file
 
@@ -32,7 +36,7 @@ def base_digest(config) -> str:
         file = cached_file(config.name_or_path, "config.json", revision=config._commit_hash)
     except (OSError, ValueError):
         return ""
-    return folder_digest(Path(file).parent, BASE)
+    return folder_digest(Path(file).parent, names)
 
 
 @contextlib.contextmanager
@@ -40,8 +44,9 @@ def loading(path: str) -> Iterator[None]:
     """Turn the libraries' long messages about a model that is not there into one sentence."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"the model {path} could not be loaded ({first}); check its name or folder, and that the hub can be reached"
+            f"the model {path} could not be loaded ({first}); check its name or folder, that its files are whole, and "
+            "that the hub can be reached"
         ) from error

@@ -10,6 +10,7 @@ import logging
 import re
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,7 @@ import torch
 from data_prep import UserError
 from finetune import machine
 from finetune.config.plan import Experiment
-from finetune.model import packing, precision, unsloth
+from finetune.model import packing, precision, smollm2, unsloth
 from finetune.model.hub import loading, model_path
 from finetune.model.precision import DTYPES, Precision
 
@@ -44,6 +45,7 @@ def load_model(
     load_in_4bit: bool = False,
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16",
     use_liger_kernel: bool = False,
+    labels: Sequence[str] | None = None,
     **unsloth_only: Any,
 ):
     """A causal language model with its tokenizer, on the GPU if there is one.
@@ -55,19 +57,23 @@ def load_model(
         load_in_4bit: Hold them in 4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023).
         compute_dtype: The type that 4-bit weights are multiplied in.
         use_liger_kernel: Replace norms, rotary embeddings and the MLP's activation by Liger's kernels (CUDA alone).
+        labels: With labels, a new classification head for them takes the output layer's place
+            (AutoModelForSequenceClassification); its weights are random.
         unsloth_only: What `unsloth.from_pretrained` takes besides; plain transformers needs none of it.
 
     Returns:
         The model and the tokenizer.
 
     Raises:
-        UserError: The model cannot be found, or lacks what chat training needs.
+        UserError: The model cannot be found, or lacks what chat training needs; or there is no such head for it.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     machine.limit_gpu_memory()
-    tokenizer = load_tokenizer(name)
     path = model_path(name)
+    if name == "embedded":
+        smollm2.check()
+    tokenizer = load_tokenizer(name)
     if engine == "unsloth":
         return unsloth.from_pretrained(path, dtype, load_in_4bit, **unsloth_only), tokenizer
     four_bit = BitsAndBytesConfig(
@@ -78,13 +84,21 @@ def load_model(
         # FSDP2 cuts tensors of numbers alone, and of one type.
         bnb_4bit_quant_storage=DTYPES[compute_dtype] if machine.strategy() == "FSDP2" else torch.uint8,
     )
+    loads, head = AutoModelForCausalLM, {}
+    if labels:
+        loads = model_class(configuration(name), "SEQ_CLS")
+        head = {"id2label": dict(enumerate(labels)), "label2id": {label: row for row, label in enumerate(labels)}}
     with loading(path):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = loads.from_pretrained(
             path,
             dtype=DTYPES[dtype],
             quantization_config=four_bit if load_in_4bit else None,
             device_map=_place(path, DTYPES[dtype], load_in_4bit),
+            **head,
         )
+    if labels:
+        # By it transformers finds a row's last token.
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if use_liger_kernel:
         _fuse_kernels(model)
     return model, tokenizer
@@ -103,6 +117,28 @@ def _place(path: str | Path, dtype: torch.dtype, load_in_4bit: bool) -> dict[str
     # By its number: bitsandbytes' weights are refused on a device that has none.
     several = machine.processes() > 1 and machine.has_cuda()
     return {"": torch.cuda.current_device() if several else machine.device()}
+
+
+def model_class(configuration, task_type: str):
+    """The class of transformers that loads a model: a language model, or with SEQ_CLS one with a classification head.
+
+    Raises:
+        UserError: transformers has no classification head for this architecture.
+    """
+    from transformers import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+    )
+
+    if task_type == "CAUSAL_LM":
+        return AutoModelForCausalLM
+    if type(configuration) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"transformers has no classification head for {configuration.model_type} models "
+            f"({configuration.name_or_path}): choose LoRA, or another model"
+        )
+    return AutoModelForSequenceClassification
 
 
 def add_lora(model, config: LoraConfig):
@@ -155,7 +191,7 @@ def linear_names(model: torch.nn.Module) -> set[str]:
     from transformers.pytorch_utils import Conv1D
 
     # GPT-2's are called Conv1D.
-    kinds, head = (torch.nn.Linear, Conv1D), {*model.get_output_embeddings().modules()}
+    kinds, head = (torch.nn.Linear, Conv1D), {*(model.get_output_embeddings() or model.score).modules()}
     modules = _language_model(model).named_modules()
     layers = [path for path, module in modules if isinstance(module, kinds) and module not in head]
     # Of a layer that has an adapter by now, it and its parts are called by the layer's name, or by the adapter's.

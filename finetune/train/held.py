@@ -13,6 +13,7 @@ from torch import nn
 from finetune import machine
 from finetune.config.plan import Settings
 from finetune.config.recipes import Recipe
+from finetune.model import load
 from finetune.model.precision import DTYPES
 
 # bitsandbytes' 4-bit weights: a byte for each block of 64, fp32 for each 256 of these (double quantisation), and two
@@ -65,13 +66,16 @@ class Work:
 def build(configuration, recipe: Recipe, dtype: str) -> nn.Module:
     """The model with its adapter on the meta device, where tensors have sizes and no memory."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
+    loads = load.model_class(configuration, recipe.task_type)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(configuration, dtype=DTYPES[dtype])
+        model = loads.from_config(configuration, dtype=DTYPES[dtype])
         if recipe.adapter:
             adapter = LoraConfig(
-                r=recipe.r, target_modules=recipe.target_modules, use_dora=recipe.use_dora, task_type="CAUSAL_LM"
+                r=recipe.r,
+                target_modules=recipe.target_modules,
+                use_dora=recipe.use_dora,
+                task_type=recipe.task_type,
             )
             model = get_peft_model(model, adapter)
             for parameter in model.parameters():

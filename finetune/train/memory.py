@@ -71,17 +71,19 @@ class Rows:
         """The longest micro-batch that an epoch is likely to hold."""
         size = min(recipe.per_device_train_batch_size, len(self.own))
         if not recipe.packing:
-            # Padded, with logits of all tokens.
+            # Padded, with logits of all tokens; a head has those of a row's last one.
             longest = max(self.own) + self.shared
-            return Batch(size, longest, 0, longest)
+            return Batch(size, longest, 0, 1 if recipe.task_type == "SEQ_CLS" else longest)
         shared = self.shared if recipe.completion_only_loss and not recipe.lora_dropout else 0
         own = -(-max(self.batches(size)) // size) + self.shared - shared
         answers_alone = recipe.completion_only_loss and not recipe.article_loss
         return Batch(size, own, shared, self.answer if answers_alone else own)
 
-    def scoring(self, size: int) -> Batch:
+    def scoring(self, size: int, recipe: Recipe) -> Batch:
         """The longest batch of the validation rows, which are as long as those of the training."""
         size = min(size, len(self.own))
+        if recipe.task_type == "SEQ_CLS":
+            return Batch(size, max(self.own) + self.shared, 0, 1)
         own = -(-max(self.batches(size)) // size) - self.answer + self.read
         return Batch(size, own, self.shared, self.scored)
 
@@ -140,7 +142,7 @@ def estimate(configuration, work: Work, rows: Rows, eval_batch: int, program: in
     """
     recipe = work.recipe
     held = Held(build(configuration, recipe, work.dtype), work)
-    passed = simulate.run(configuration, work, rows.training(recipe), rows.scoring(eval_batch))
+    passed = simulate.run(configuration, work, rows.training(recipe), rows.scoring(eval_batch, recipe))
     if program is None:
         program = CONTEXT if work.cuda else psutil.Process().memory_info().rss
     always = {
@@ -164,8 +166,9 @@ def estimate(configuration, work: Work, rows: Rows, eval_batch: int, program: in
         ("training", within(passed.end, passed.end_gradients)),
         ("training", trains | {"gradients": held.gradients, "copies of moments": held.step} | graphs),
         ("validation", trains | {"a batch of validation rows": passed.scoring} | graphs),
-        ("the check of the model", always | {"copies in fp32": held.check(longest, shortest)}),
     ]
+    if recipe.task_type == "CAUSAL_LM":
+        moments.append(("the check of the model", always | {"copies in fp32": held.check(longest, shortest)}))
     moment, parts = max(moments, key=lambda moment: sum(moment[1].values()))
     return Estimate(
         moment,

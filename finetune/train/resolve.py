@@ -75,6 +75,8 @@ def resolve(settings: Settings, data: PreparedData, force: bool = False) -> Reso
     settings = replace(settings, recipe=replace(recipe, **sizes))
     tokenizer = load.load_tokenizer(settings.experiment.model)
     configuration = load.configuration(settings.experiment.model)
+    # A classification head has so many outputs.
+    configuration.num_labels = len(data.task.labels)
     encoded = encode.encode(tokenizer, data.train, recipe.max_length)
     checks.check_model(configuration, tokenizer, data.task, [row.prompt + row.answer for row in encoded], recipe)
     dtype = precision.name if recipe.dtype == "auto" else recipe.dtype
@@ -92,7 +94,7 @@ def resolve(settings: Settings, data: PreparedData, force: bool = False) -> Reso
         "device": machine.gpu_name() or f"CPU, {machine.usable_cores()} threads",
         "engine": f"{engine}: {settings.engine_reason}",
         "attention": ": ".join(attention),
-        "packing": "on: a batch is one row, and what prompts share is computed once" if recipe.packing else "off",
+        "packing": _packing(recipe),
         "memory": fit.memory,
         "gradient checkpointing": f"{checkpointing}: {fit.checkpointing}",
         "precision": f"{'4-bit NormalFloat base' if recipe.load_in_4bit else f'{dtype} weights'}, {precision}",
@@ -142,6 +144,12 @@ def _offloads_embedding(recipe: Recipe, checkpointing: str) -> bool:
         # Where memory is short enough for checkpointing.
         return checkpointing != "off" and recipe.adapter and not machine.is_unified()
     return recipe.offload_embedding == "on"
+
+
+def _packing(recipe: Recipe) -> str:
+    if recipe.packing:
+        return "on: a batch is one row, and what prompts share is computed once"
+    return "off: a classification head reads padded batches" if recipe.task_type == "SEQ_CLS" else "off"
 
 
 def _kernels(recipe: Recipe, engine: str, liger: bool) -> str:

@@ -18,7 +18,7 @@ from finetune import cards, machine, paths, records
 from finetune.config.plan import Settings
 from finetune.config.recipes import ADAPTER_ONLY, Recipe
 from finetune.data import PreparedData
-from finetune.files import disown, file_digests, folder_bytes, folder_digest, own, replacing_folder, short_digest
+from finetune.files import MODEL, disown, file_digests, folder_bytes, folder_digest, own, replacing_folder, short_digest
 from finetune.model import load, unsloth
 from finetune.model.hub import base_digest, model_path
 from finetune.model.packing import Backbone
@@ -27,7 +27,7 @@ from finetune.records import RunRecord
 from finetune.train.callbacks import WHOLE
 from finetune.train.processes import whole_weights
 from finetune.train.resolve import Resolved
-from finetune.train.trainer import PackedSFTTrainer
+from finetune.train.watched import Watched
 
 # Arguments that are not the method's: where things go, how often they are said, and what the trainer sets itself.
 HOUSEKEEPING = {
@@ -70,7 +70,7 @@ HOUSEKEEPING = {
 }
 
 
-def observed(trainer: PackedSFTTrainer) -> dict[str, Any]:
+def observed(trainer: Watched) -> dict[str, Any]:
     """How a model is trained, read from the trainer, its arguments and the adapter; not from the plan.
 
     Returns:
@@ -116,7 +116,11 @@ def observed(trainer: PackedSFTTrainer) -> dict[str, Any]:
         # PEFT replaces `all-linear` by the path of every layer.
         found["target_modules"] = "all-linear" if names == linear else sorted(names)
         usual = {name: _plain(value) for name, value in type(config)().to_dict().items()}
-        ours = ADAPTER_ONLY | {"task_type", "inference_mode", "base_model_name_or_path", "auto_mapping"}
+        ours = ADAPTER_ONLY | {"inference_mode", "base_model_name_or_path", "auto_mapping"}
+        if config.task_type == "SEQ_CLS":
+            # The order of a head's labels is in no file of its adapter. PEFT adds both names of heads itself.
+            found["labels"] = [label for _, label in sorted(model.config.id2label.items())]
+            ours |= {"modules_to_save"} if set(config.modules_to_save) <= {"score", "classifier"} else set()
         different = {f"LoraConfig.{name}": value for name, value in values.items() if value != usual[name]}
         found["other_arguments"] |= {
             name: value for name, value in different.items() if name.partition(".")[2] not in ours
@@ -127,7 +131,7 @@ def observed(trainer: PackedSFTTrainer) -> dict[str, Any]:
     return found
 
 
-def newest_checkpoint(trainer: PackedSFTTrainer) -> str | None:
+def newest_checkpoint(trainer: Watched) -> str | None:
     """The checkpoint to resume from: the newest whole one of the same training. All that are newer, or of another
     training, are removed.
 
@@ -135,13 +139,16 @@ def newest_checkpoint(trainer: PackedSFTTrainer) -> str | None:
         Its folder, for `trainer.train(resume_from_checkpoint=...)`; None to begin anew.
 
     Raises:
-        UserError: Another process trains there.
+        UserError: Another process trains there; or a file of the base model was changed or damaged since.
     """
     folder = Path(trainer.args.output_dir)
     if machine.rank() == 0:
         own(folder)
     rows = hashlib.sha256(json.dumps(trainer.train_dataset.to_list()).encode()).hexdigest()
-    trainer.clock.training = short_digest([trainer.backbone.model.config.to_dict(), rows, observed(trainer)])
+    configuration = trainer.model.config
+    # What is trained, and on which base: an adapter's checkpoint is nothing on other weights.
+    asked, base = short_digest([configuration.to_dict(), observed(trainer)]), base_digest(configuration, MODEL)
+    trainer.clock.training = f"{asked} {short_digest(rows)} {base}"
     # One process decides, and removes.
     found = [_newest_whole(folder, trainer.clock.training) if machine.rank() == 0 else None]
     return broadcast_object_list(found)[0] if machine.processes() > 1 else found[0]
@@ -160,7 +167,11 @@ def _newest_whole(folder: Path, training: str) -> str | None:
 
 
 def checkpoint_fault(checkpoint: Path, training: str) -> str | None:
-    """Why a checkpoint cannot be resumed from; None if it can be."""
+    """Why a checkpoint cannot be resumed from; None if it can be.
+
+    Raises:
+        UserError: It is of this training, and a file of the base model is another by now.
+    """
     try:
         mark = json.loads((checkpoint / WHOLE).read_bytes())
         of, files = mark["training"], mark["files"]
@@ -168,6 +179,11 @@ def checkpoint_fault(checkpoint: Path, training: str) -> str | None:
         return "it was cut short while it was written"
     except (ValueError, KeyError, TypeError):
         return f"{WHOLE} is damaged"
+    if of.partition(" ")[0] == training.partition(" ")[0] and of.split()[-1] != training.split()[-1]:
+        raise UserError(
+            f"{checkpoint} was trained on other files of the base model, which were changed or damaged since: put them "
+            f"back, or delete {checkpoint.parent} to begin anew"
+        )
     if of != training:
         return "it is of another training"
     found = file_digests(checkpoint)
@@ -175,7 +191,7 @@ def checkpoint_fault(checkpoint: Path, training: str) -> str | None:
     return f"{', '.join(damaged)} {'is' if len(damaged) == 1 else 'are'} damaged or missing" if damaged else None
 
 
-def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer: PackedSFTTrainer) -> RunRecord:
+def save_run(settings: Settings, data: PreparedData, resolved: Resolved, trainer: Watched) -> RunRecord:
     """Save weights (or adapter), tokenizer and model card, and write the run's record. Of several processes the first
     one does, and the others end.
 

@@ -12,7 +12,7 @@ import copy
 import functools
 import logging
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
@@ -155,7 +155,8 @@ class _Meter(TorchDispatchMode):
 
 def _trace(configuration, work: Work, batch: Batch, scored: Batch) -> dict[str, float]:
     recipe = work.recipe
-    model = held.build(configuration, recipe, work.dtype)
+    # A head's logits are no memory to speak of: a language model's at one token of a row stand for them.
+    model = held.build(configuration, replace(recipe, task_type="CAUSAL_LM"), work.dtype)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # Tied weights stay one.
     fake = functools.cache(

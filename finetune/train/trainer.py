@@ -6,30 +6,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from IPython import get_ipython
 from torch.nn import functional
-from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
-from transformers.utils.notebook import NotebookProgressCallback
+from transformers import TrainerCallback
 from trl import SFTConfig
 
-from data_prep import Example, Task, UserError
-from finetune import files, machine, metrics
+from data_prep import Example, Task
+from finetune import machine
 from finetune.evaluate import score
-from finetune.model import encode, load, packing
+from finetune.model import encode, packing
 from finetune.model.checks import choose_backbone
 from finetune.model.encode import IGNORED
 from finetune.train import checks, processes
-from finetune.train.callbacks import Clock, EvaluateAtTheEnd, SaveOnSignal, ShowProgress, StopOnNonFiniteLoss
 from finetune.train.graphs import GraphedPasses
-from finetune.train.portions import Articles, Portions
+from finetune.train.portions import Articles
 from finetune.train.updates import update_in_backward
+from finetune.train.watched import Watched
 
 # A row's tokens are the inner dimension of gradients' products, and tensor cores want 16 bytes of it: without, those of
 # an adapter took 16 of the 277 ms of a 7B model's step on an H100.
@@ -119,7 +115,7 @@ class RowCollator:
         return min(self._shapes.supervised * articles, tokens) - supervised if self._shapes else 0
 
 
-class PackedSFTTrainer(processes.SharedTraining):
+class PackedSFTTrainer(Watched, processes.SharedTraining):
     """TRL's SFTTrainer on packed rows, watched on validation rows.
 
     With `packing=True` a batch of articles is one row without padding (`RowCollator`); otherwise batches are padded as
@@ -161,13 +157,9 @@ class PackedSFTTrainer(processes.SharedTraining):
         **named: Any,
     ):
         # What save_run reads of what ran.
-        self.packed, self.article_loss, self._several = args.packing, article_loss, machine.processes() > 1
-        self.update_in_backward, self.added_callbacks, self.added = update_in_backward, list(callbacks), named
-        self.early_stopping_patience = early_stopping_patience
-        stopping = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
-        adapted, config = getattr(model, "peft_config", None), model.config.get_text_config()
-        self._is_silent, asks_router = False, vars(config).get("output_router_logits")
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.packed, self.article_loss, self.update_in_backward = args.packing, article_loss, update_in_backward
+        self.added, adapted, config = named, getattr(model, "peft_config", None), model.config.get_text_config()
+        asks_router, self._several = vars(config).get("output_router_logits"), machine.processes() > 1
 
         encoded = encode.encode(processing_class, train_dataset, args.max_length)
         watched = encode.encode(processing_class, eval_dataset, args.max_length)
@@ -177,10 +169,8 @@ class PackedSFTTrainer(processes.SharedTraining):
         # Nothing of packed rows alone: padded batches have another layout each time.
         cuda_graphs &= args.packing and isinstance(self.backbone, packing.Backbone) and not self._several
         # A recipe's update is the same on any number of processes; the record says what the recipe does.
-        self.update, self.cuda_graphs = (
-            (args.per_device_train_batch_size, args.gradient_accumulation_steps),
-            cuda_graphs,
-        )
+        self.update = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        self.cuda_graphs = cuda_graphs
         if self._several:
             self.divide(args, reads_images=config is not model.config)
         self.encoded_tokens = sum(map(len, encoded))
@@ -195,8 +185,6 @@ class PackedSFTTrainer(processes.SharedTraining):
             answers = sum(len(row.answer) for row in encoded)
             articles = sum(len(row.prompt) - shared for row in encoded)
             named = {"data_collator": RowCollator(shared, shapes, article_loss * answers / articles)} | named
-        self.portions = Portions(named.get("data_collator"), self._trained)
-        self.clock, self.signals = Clock(self.portions), SaveOnSignal(self.portions)
         # Rows are encoded and packed here; Unsloth would turn its own packing on.
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         args.packing = args.padding_free = False
@@ -206,34 +194,20 @@ class PackedSFTTrainer(processes.SharedTraining):
         args.eval_on_start = args.eval_on_start or cuda_graphs
         if update_in_backward:
             args.max_grad_norm = 0.0
-        # Where several GPUs are visible the trainer would split each batch (DataParallel), and no row can be split.
-        args._n_gpu = min(1, args.n_gpu)
         super().__init__(
             model=model,
             args=args,
             processing_class=processing_class,
             train_dataset=Dataset.from_list([row.row(supervised) for row in encoded]),
             eval_dataset=Dataset.from_list([row.row() for row in watched]),
-            callbacks=[self.clock, EvaluateAtTheEnd(), StopOnNonFiniteLoss(), *stopping, *callbacks, self.signals],
+            callbacks=self.watching(model, args, callbacks, early_stopping_patience, named.get("data_collator")),
             **named,
         )
-        shell = get_ipython()
-        if shell and "IPKernelApp" in shell.config:
-            # transformers decides when it is imported, which was before a forked kernel was one.
-            for shown in (ProgressCallback, NotebookProgressCallback):
-                self.remove_callback(shown)
-            self.add_callback(ShowProgress)
         if self.packed and asks_router is not None:
             # TRL turns it on for its auxiliary loss, which cannot be formed from a packed row.
             config.output_router_logits = asks_router
-        if adapted:
-            # TRL rounds a 4-bit base's adapter to bf16 (1.14, SFTTrainer.__init__), in which small updates are lost,
-            # and from which a resumed training departs: peft loads adapters in fp32.
-            for parameter in self._trained:
-                parameter.data = parameter.data.float()
-        self._scorer = score.LabelScorer(self.backbone, processing_class, task, args.per_device_eval_batch_size)
-        self._labels = task.labels
-        self._watched = [row.prompt for row in watched], [example.label for example in eval_dataset]
+        self.scorer = score.LabelScorer(self.backbone, processing_class, task, args.per_device_eval_batch_size)
+        self.watch([row.prompt for row in watched], [example.label for example in eval_dataset], task)
         self.supervision = checks.check_supervision(self, processing_class)
         self._passes = GraphedPasses(self._loss, self._trained) if cuda_graphs else None
         # Of a table of 49,152 rows, a batch reads a few hundred. PyTorch makes its gradient as large as the table and
@@ -248,75 +222,15 @@ class PackedSFTTrainer(processes.SharedTraining):
                 model.zero_grad = self._forget_gradients
             # The loss divides by the whole update's supervised tokens itself.
             self.model_accepts_loss_kwargs = True
-        print(*(f"{name}: {check}" for name, check in self.checks.items()), sep="\n")
-
-    def train(self, resume_from_checkpoint: str | None = None, **named):
-        """TRL's, except that an interrupted training saves a checkpoint first, and that `args.output_dir` belongs to
-        this process until `save_run` has saved the model.
-
-        Raises:
-            UserError: Another process trains there; one article does not fit into the memory, or the optimiser does
-                not; or a signal came or memory ran short, and the sentence says where the training goes on.
-        """
-        if machine.rank() == 0:
-            files.own(Path(self.args.output_dir))
-        # Where the training goes on is no point of the uninterrupted one's history.
-        self._is_silent = self.args.eval_on_start and resume_from_checkpoint is not None
-        try:
-            with self.signals:
-                ended = super().train(resume_from_checkpoint, **named)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"out of memory after step {self.state.global_step}: gradients and optimiser do not fit beside the "
-                "model. Use LoRA or QLoRA, optim=adamw_8bit, or end other programs and kernels"
-            ) from error
-        if self.args.load_best_model_at_end:
-            self.checks["kept weights"] = (
-                f"those of step {self.state.best_global_step} of {self.state.global_step}, with "
-                f"{self.state.best_metric:.1%} of the validation rows right"
-            )
-            print(f"kept weights: {self.checks['kept weights']}")
-        return ended
 
     def preview(self) -> pd.DataFrame:
         """The tokens of the first rows that carry loss, decoded from the batch that the model gets."""
         return self.supervision.table()
 
-    def autocast(self) -> torch.autocast:
-        """Where `args.bf16` says so, a context in which fp32 weights are multiplied in bf16."""
-        return torch.autocast(machine.device(), dtype=torch.bfloat16, enabled=self.args.bf16)
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Accuracy and log loss of the validation rows' labels by scoring; the training's clock stands still."""
-        self.clock.pause()
-        prompts, labels = self._watched
-        load.evaluating(self.backbone.model)
+    def evaluate(self, *arguments, **named) -> dict[str, float]:
         # Not through DDP, which would have all processes call it equally often.
         self.backbone.run = self.backbone.model
-        # The same products as in training; the labels' probabilities are formed in fp32.
-        try:
-            with self.autocast():
-                probabilities = np.array(score.divided(self._scorer.score, prompts))
-        except UserError:
-            # Several processes save together, or not at all.
-            if self.is_in_train and self.state.global_step and not self._several:
-                self._save_checkpoint(self.model, trial=None)
-                self.callback_handler.on_save(self.args, self.state, self.control)
-            raise
-        # Scoring has taken smaller batches by now.
-        self.signals.memory.shortage()
-        self.backbone.model.train()
-        accuracy = float(np.mean(np.equal(score.predicted_labels(probabilities, self._labels), labels)))
-        found = {
-            f"{metric_key_prefix}_accuracy": accuracy,
-            f"{metric_key_prefix}_log_loss": metrics.log_loss(labels, probabilities, self._labels),
-        }
-        if not self._is_silent:
-            self.log(found | {"training_seconds": self.clock.seconds})
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, dict(found))
-        self._is_silent = False
-        self.clock.go_on()
-        return found
+        return super().evaluate(*arguments, **named)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)

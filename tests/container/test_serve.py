@@ -121,6 +121,14 @@ def test_what_would_be_another_model_is_to_be_merged(project, changes, settings,
     assert sentence in done.stderr and "python -m finetune merge lora --profile cpu" in done.stderr
 
 
+def test_a_classification_head_is_not_served(project):
+    write_adapter(project, task_type="SEQ_CLS")
+    write_record(project)
+    done, asked = serve(project, "adapters/cpu-lora")
+    assert (done.returncode, asked) == (26, None)
+    assert "Load it by the lines of adapters/cpu-lora/README.md" in done.stderr
+
+
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors", "added.json"])
 def test_another_artefact_than_the_recorded_one_is_refused(project, file):
     with (project / "adapters/cpu-lora" / file).open("a") as changed:

@@ -20,6 +20,7 @@ ALIKE = {
     "header_label_title_description": [
         "in train.csv a header, with label as the label and title + description as the text"
     ],
+    "utf16": ["in train.csv UTF-16"],
     "pandas_index": [
         "in train.csv a header, with Class Index as the label and Title + Description as the text, "
         "not read: a column without a name"
@@ -37,7 +38,6 @@ REFUSED = {
     "latin1": r"train\.csv:41: not UTF-8.*cp1252 .Latin-1.*Café.*iconv -f CP1252",
     "lfs_pointer": r"train\.csv:1: this is a Git LFS pointer, not the data",
     "rare_class": r"train\.csv: the class Sci/Tech has 2 of 452 rows, of which validation_rows=8",
-    "utf16": r"train\.csv:1: not UTF-8, but UTF-16; convert it: iconv",
     "zero_based": r"train\.csv:1: the label is 0 here, and 4 in test\.csv:4",
 }
 KEPT = {

@@ -32,6 +32,14 @@ WRONG = {
         SMALL.replace("answer}", "answer, values: {0: no}}"),
         "values: must stand for",
     ),
+    "a text that is the label": (
+        SMALL.replace("texts: body", "texts: [body, answer]"),
+        "label: 'answer' is one of the",
+    ),
+    "names without the label": (
+        SMALL.replace("answer}", "answer, names: [body, reply]}"),
+        "sources.files.names: lacks answer; it has body, reply",
+    ),
     "an unknown split": (SMALL + SPLITS.replace("stratified", "luck"), "splits.by: .*'stratified', 'group' or 'time'"),
     "a group without its column": (SMALL + SPLITS.replace("stratified", "group"), "splits: `column` is for splits by"),
     "a share over 1": (SMALL + "splits: {by: stratified, test: 20}", "splits.test: Input should be less than 1"),

@@ -1,12 +1,13 @@
 """Reading prepared data back: everything that was changed since is refused."""
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
 from data_prep import DataError, UserError, load_manifest, prepare, read_examples
-from data_prep.files import replacing, write_json
+from data_prep.files import replacing, write_json, writing
 
 
 @pytest.fixture
@@ -140,3 +141,19 @@ def test_user_errors_show_as_one_line_in_a_notebook():
     assert UserError("say what to do")._render_traceback_() == ["UserError: say what to do"]
     assert str(DataError("file.csv", "wrong", 3)) == "file.csv:3: wrong"
     assert str(DataError("file.csv", "wrong")) == "file.csv: wrong"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["Python", "PyTorch", "safetensors"],
+)
+def test_a_full_disk_is_one_sentence_whoever_meets_it(tmp_path, error):
+    with pytest.raises(UserError, match="cannot be written: no space left on the disk"), writing(tmp_path):
+        raise error
+    with pytest.raises(RuntimeError, match="another"), writing(tmp_path):
+        raise RuntimeError("another")

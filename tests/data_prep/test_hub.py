@@ -1,5 +1,7 @@
 """Sets that `datasets` loads, here from a folder: labels by their names, and one sentence for what is not there."""
 
+from dataclasses import replace
+
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
@@ -99,6 +101,15 @@ def test_what_is_missing_is_told_in_a_sentence_with_split_and_row(hub, rows, rea
     with pytest.raises(UserError, match=reason) as refused:
         list(hub(rows).rows("train"))
     assert "\n" not in str(refused.value)
+
+
+def test_rows_without_text_or_label_are_left_out_on_request(hub):
+    columns = replace(AG_NEWS.sources["hub"], skip_incomplete=True)
+    source = hub(column(without(NUMBERS, 5), CLASSES))
+    source = replace(source, task=replace(AG_NEWS, sources={**AG_NEWS.sources, "hub": columns}))
+    assert [row.text for row in source.rows("train")] == without(TEXTS, 5)[:5] + TEXTS[6:]
+    # In train and test.
+    assert source.recognised() == ["rows without text or label, left out: 2"]
 
 
 def test_a_fault_of_the_test_split_is_told_too(hub):

@@ -171,12 +171,17 @@ class TestValidationSplit:
         assert (manifest.total("train"), manifest.total("validation")) == (80, 16)
         assert [row.id for row in read_examples(folder, "validation")] == [f"validation-{n}" for n in range(16)]
 
-    @pytest.mark.parametrize("split", ["train", "test"])
-    def test_a_class_without_rows_is_refused(self, make_source, folder, split):
+    @pytest.mark.parametrize(("split", "lacking"), [("train", ["train", "validation"]), ("test", ["test"])])
+    def test_a_class_without_rows_is_said(self, make_source, folder, split, lacking):
         rows = [(str(1 + number % 3), f"Title {number}", "Text") for number in range(60)]
-        counts = {"train": "World 16, Sports 16, Business 16", "test": "World 20, Sports 20, Business 20"}[split]
-        with pytest.raises(DataError, match=rf"{split}\.csv: no row of the class Sci/Tech \({counts}\)"):
-            prepare(make_source(**{split: rows}), folder, prompt="lean", validation_rows=12)
+        manifest, _ = prepare(make_source(**{split: rows}), folder, prompt="lean", validation_rows=12)
+        assert manifest.missing == {name: ["Sci/Tech"] for name in lacking}
+        assert not [of for of in manifest.rare if "Sci/Tech (0" in of]
+
+    def test_training_rows_of_one_class_are_refused(self, make_source, folder):
+        source = make_source(train=[("2", "Title", "Text")] * 60, validation=16)
+        with pytest.raises(DataError, match=r"train\.csv: rows of the class Sports alone for train"):
+            prepare(source, folder, prompt="lean")
         assert list(folder.iterdir()) == []
 
     @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import sys
 
 import numpy as np
 import pandas as pd
@@ -44,6 +45,10 @@ READ = {
     "JSON lines with a mark": ("a.jsonl", FRAME.to_json(orient="records", lines=True).encode("utf-8-sig")),
     "JSON lines by another name": ("a.json", FRAME.to_json(orient="records", lines=True).encode()),
     "JSON": ("a.json", FRAME.to_json(orient="records", indent=1).encode()),
+    "JSON lines in UTF-16": ("a.jsonl", FRAME.to_json(orient="records", lines=True).encode("utf-16")),
+    "packed": ("a.csv.gz", gzip.compress(FRAME.to_csv(index=False).encode())),
+    "packed, by another name": ("a.csv", gzip.compress(FRAME.to_csv(index=False).encode())),
+    "packed JSON lines": ("a.jsonl.gz", gzip.compress(FRAME.to_json(orient="records", lines=True).encode())),
     "Parquet": ("a.parquet", FRAME.to_parquet()),
 }
 
@@ -52,10 +57,37 @@ READ = {
 def test_the_rows_are_those_of_the_frame(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     # JSON and Parquet name their columns exactly.
-    texts = "Text" if name.endswith("sv") else "Text "
+    texts = "Text" if "sv" in name else "Text "
     frame = LONG if len(content) > 100_000 else FRAME
     found = rows_of(task_of(tmp_path, name, texts=texts))
     assert sorted(found) == sorted(zip(frame["Text "].str.strip(), frame["label"], strict=True))
+
+
+def test_an_encoding_is_read_where_the_task_names_it(tmp_path):
+    rows = [("Café", "spam"), ("It’s", "ham, really")] * 6
+    pd.DataFrame(rows, columns=["Text", "label"]).to_csv(tmp_path / "table.csv", index=False, encoding="cp1252")
+    source = open_source("files", task_of(tmp_path, encoding="cp1252"))
+    assert {(row.text, row.label) for row in source.rows("train")} == set(rows)
+    assert source.recognised()[0].startswith("in table.csv cp1252, ")
+
+
+def test_a_workbook_is_read_as_its_sheet(tmp_path):
+    pytest.importorskip("openpyxl")
+    frame = FRAME.assign(n=[row / 2 for row in range(30)], Long="two\nlines", label=[row % 3 for row in range(30)])
+    with pd.ExcelWriter(tmp_path / "a.xlsx") as book:
+        frame.to_excel(book, sheet_name="Data", index=False)
+        FRAME.to_excel(book, sheet_name="Notes")
+    task = task_of(tmp_path, "a.xlsx", ("0", "1", "2"), texts=["Text", "n", "Long"])
+    expected = [(f"{row[1].strip()} {row[3]:g} two\nlines", str(row[2])) for row in frame.itertuples(index=False)]
+    assert sorted(rows_of(task)) == sorted(expected)
+    assert open_source("files", task).recognised()[0].startswith("in a.xlsx the first of 2 sheets, Data, a header")
+
+
+def test_a_workbook_without_its_library_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"a\.xlsx: a workbook is read by openpyxl: pip install openpyxl"):
+        rows_of(task_of(tmp_path, "a.xlsx"))
 
 
 VALUES = {
@@ -88,9 +120,17 @@ CSV = b"Text,label\nA text,spam\nAnother,spam\n"
 NAN = b'{"Text": "A", "label": NaN}\n'
 REFUSED = {
     "no such file": ("b.csv", None, r"b\.csv: no such file"),
-    "a workbook": ("a.xlsx", b"PK\x03\x04", r"a\.xlsx: this is a workbook; save it as CSV"),
-    "packed": ("a.csv.gz", gzip.compress(CSV), r"a\.csv\.gz: this is a packed file; unpack it: gunzip"),
-    "packed under another name": ("a.csv", gzip.compress(CSV), r"a\.csv:1: this is gzip, not text"),
+    "an old workbook": ("a.xls", b"\xd0\xcf\x11\xe0", r"a\.xls: this is an old workbook; save it as \.xlsx"),
+    "a workbook by another name": ("a.csv", b"PK\x03\x04", r"a\.csv:1: .*give it the ending \.xlsx"),
+    "a workbook that is none": ("a.xlsx", b"PK\x03\x04", r"a\.xlsx: (not a workbook|.*pip install openpyxl)"),
+    "packed and cut": ("a.csv.gz", gzip.compress(CSV)[:-9], r"a\.csv\.gz: not gzip to its end .*cut short"),
+    "a number of 5,000 digits": (
+        "a.jsonl",
+        b'{"Text": ' + b"1" * 5000 + b"}",
+        r"a\.jsonl:1: JSON that Python does not",
+    ),
+    "50,000 brackets": ("a.json", b"[" * 50_000, r"a\.json: JSON that Python does not read"),
+    "half a character": ("a.jsonl", lines({"Text": "A\ud83d", "label": "spam"}), r"a\.jsonl:1: Text holds half a char"),
     "another form": ("a.docx", b"", r"a\.docx: this is a form that we do not read; we read \.csv, \.tsv"),
     "no such column": ("a.csv", b"Body,label\nA,spam\n", r"a\.csv:1: no column Text in .*, which has: Body, label"),
     "two without names": (
@@ -103,11 +143,6 @@ REFUSED = {
     "another label": ("a.csv", CSV + b"One more,egg\n", r"a\.csv:4: unknown label 'egg'; known are: spam, ham, really"),
     "an empty text": ("a.csv", CSV + b" ,spam\n", r"a\.csv:4: empty text"),
     "cp1252": ("a.csv", CSV + "Café,spam\n".encode("cp1252"), r"a\.csv:4: not UTF-8.*cp1252.*iconv -f CP1252"),
-    "UTF-16": (
-        "a.jsonl",
-        lines(ROW).decode().encode("utf-16"),
-        r"a\.jsonl:1: not UTF-8, but UTF-16; convert it",
-    ),
     "a NUL": ("a.csv", CSV + b"A\0,spam\n", r"a\.csv:4: a NUL character"),
     "carriage returns": ("a.csv", CSV.replace(b"\n", b"\r"), r"a\.csv:1: .*carriage return alone"),
     "an unbalanced quote": ("a.csv", CSV + b'"One,spam\n', r"a\.csv:4: .*a quote of this row is never closed"),
@@ -123,7 +158,7 @@ REFUSED = {
     "two rows of a class": (
         "a.csv",
         CSV + b'A,"ham, really"\nB,"ham, really"\nC,spam\n',
-        r"a\.csv: the class ham, really has 2 rows, and three splits need three",
+        r"a\.csv: the class 'ham, really' has too few rows for three splits, 2;",
     ),
 }
 
@@ -135,6 +170,18 @@ def test_what_cannot_be_read_is_refused_in_a_sentence_and_nothing_is_written(tmp
     with pytest.raises(DataError, match=f"{re.escape(str(tmp_path))}.*{reason}") as refused:
         prepare(open_source("files", task_of(tmp_path, name)), tmp_path / "out", prompt="lean")
     assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
+
+
+def test_rows_without_text_or_label_are_left_out_on_request(tmp_path):
+    gaps = FRAME.assign(label=[None, *LABELS[1:]])
+    gaps.loc[3, "Text "] = " "
+    for name, texts in (("a.csv", "Text"), ("a.parquet", "Text ")):
+        gaps.to_csv(tmp_path / name, index=False) if name == "a.csv" else gaps.to_parquet(tmp_path / name)
+        with pytest.raises(DataError, match="skip_incomplete: true"):
+            rows_of(task_of(tmp_path, name, texts=texts))
+        task = task_of(tmp_path, name, texts=texts, skip_incomplete="true")
+        assert {text for text, _ in rows_of(task)} == {text for row, text in enumerate(TEXTS) if row not in (0, 3)}
+        assert open_source("files", task).recognised()[-1] == "rows without text or label, left out: 2"
 
 
 class TestSpellings:
@@ -214,8 +261,8 @@ class TestSplits:
         with pytest.raises(DataError, match=r"table\.csv:1: no column weather in the first line"):
             prepared("splits: {by: group, column: weather}")
 
-    def test_a_class_that_a_split_lacks_is_told(self, prepared):
-        with pytest.raises(DataError, match=r"table\.csv, split \w+: no row of the class common"):
+    def test_training_rows_of_one_class_are_refused(self, prepared):
+        with pytest.raises(DataError, match=r"table\.csv, split train: (no row|rows of .* alone) for train"):
             prepared("splits: {by: group, column: label}")
 
 
@@ -236,10 +283,31 @@ class TestGiven:
         assert manifest.rows["validation"] == {"spam": 6, "ham, really": 3} and manifest.total("test") == 9
         assert prepare(open_source("files", task), tmp_path / "out", prompt="lean")[1]
 
-    def test_a_missing_file_is_named(self, tmp_path):
+    def test_training_rows_alone_are_split(self, tmp_path):
         FRAME.to_csv(tmp_path / "train.csv", index=False)
-        with pytest.raises(DataError, match=r"test\.csv: no such file"):
-            open_source("files", task_of(tmp_path, ".", more="splits: {by: given}")).splits()
+        manifest, _ = prepare(open_source("files", task_of(tmp_path, ".")), tmp_path / "out", prompt="lean")
+        assert manifest.rows["test"] == {"spam": 4, "ham, really": 2} and manifest.total("train") == 21
+
+    def test_rows_that_are_split_are_not_split_again(self, tmp_path):
+        FRAME.to_csv(tmp_path / "train.csv", index=False)
+        FRAME.to_csv(tmp_path / "test.csv", index=False)
+        with pytest.raises(DataError, match=r"train\.csv: the files are split already: set splits\.by to given"):
+            open_source("files", task_of(tmp_path, ".")).splits()
+
+    def test_a_class_with_one_training_row_keeps_it(self, tmp_path):
+        FRAME.assign(label=["rare", *LABELS[1:]]).to_csv(tmp_path / "train.csv", index=False)
+        FRAME.to_csv(tmp_path / "test.csv", index=False)
+        task = task_of(tmp_path, ".", ("spam", "ham, really", "rare"), more="splits: {by: given}")
+        manifest, _ = prepare(open_source("files", task), tmp_path / "out", prompt="lean")
+        assert manifest.rows["train"]["rare"] == 1 and manifest.missing == {"validation": ["rare"], "test": ["rare"]}
+
+    @pytest.mark.parametrize(
+        ("at", "named"), [(".", r"test\.csv"), ({"train": "train.csv"}, r"at\.test"), ({"test": "b.csv"}, "at.train")]
+    )
+    def test_a_missing_file_is_named(self, tmp_path, at, named):
+        FRAME.to_csv(tmp_path / "train.csv", index=False)
+        with pytest.raises(DataError, match=f"{named}: no such file"):
+            open_source("files", task_of(tmp_path, at, more="splits: {by: given}")).splits()
 
     def test_one_file_needs_a_way_to_split(self, tmp_path):
         FRAME.to_csv(tmp_path / "table.csv", index=False)
@@ -267,3 +335,11 @@ def test_a_set_of_the_hub_has_a_task_of_its_own(tmp_path, monkeypatch, kind, val
     task = parse_task(text, tmp_path / "tasks" / "own.yaml")
     manifest, _ = prepare(open_source("hub", task), tmp_path / "out", prompt="lean")
     assert manifest.rows["test"] == dict.fromkeys(labels, 15) and manifest.total("validation") == 3
+    split = parse_task(text.replace("given", "stratified"), tmp_path / "tasks" / "own.yaml")
+    with pytest.raises(UserError, match=r"has the splits train, test: set splits\.by to given"):
+        prepare(open_source("hub", split), tmp_path / "out-2", prompt="lean")
+    # Training rows alone are split.
+    (tmp_path / "set" / "data" / "test-00000-of-00001.parquet").unlink()
+    manifest, _ = prepare(open_source("hub", split), tmp_path / "out-2", prompt="lean")
+    assert [manifest.total(part) for part in SPLITS] == [21, 3, 6]
+    assert {row.text for part in SPLITS for row in read_examples(tmp_path / "out-2", part)} == set(TEXTS)

@@ -80,6 +80,15 @@ def test_where_the_svm_knows_all_test_rows_there_is_no_other_accuracy(load):
     assert baselines.without_duplicates(baselines.fit_svm(settings, data)) == "no such row"
 
 
+def test_the_svm_reads_characters_where_there_are_no_words(home, tiny_model, tmp_path):
+    for split, rows in (("train", 40), ("test", 8)):
+        write(tmp_path / f"{split}.csv", [(str(1 + row % 4), "", "☀☂☃☄"[row % 4] * (1 + row)) for row in range(rows)])
+    values = {"source": "csv", "data_path": str(tmp_path), "model": str(tiny_model), "validation_rows": 8}
+    settings = plan("base", "cpu", values)
+    fitted = baselines.fit_svm(settings, load_data(settings))
+    assert "characters" in fitted.description and fitted.scoring.accuracy == 1
+
+
 def answers(data):
     """The SVM's on the last ten test rows, from scikit-learn alone."""
     from sklearn.feature_extraction.text import TfidfVectorizer

@@ -1,12 +1,14 @@
 """`new`: from a file that nobody has described to a task, its prepared data and the next command."""
 
-import random
 from pathlib import Path
 
+import made_up
 import pandas as pd
 import pytest
+from made_up import CLASSES, texts
 
 from data_prep import UserError, find_task
+from data_prep.sources import open_source
 from finetune import metrics
 from finetune.__main__ import main
 from finetune.config.plan import plan
@@ -14,38 +16,11 @@ from finetune.data import load_data
 from finetune.new import new
 
 TASKS = Path(__file__).resolve().parents[3] / "shared" / "tasks"
-WORDS = ["lamp", "river", "invoice", "garden", "printer", "ticket", "window", "engine", "coffee", "bridge", "letter"]
-CLASSES = ("Billing", "Delivery", "Other", "Other issue", "Password reset", "Störung")
-
-
-def texts(count: int, seed: int = 0) -> list[str]:
-    generator = random.Random(seed)
-    return [f"{' '.join(generator.choices(WORDS, k=8))} {row}" for row in range(count)]
 
 
 @pytest.fixture
 def tickets(home):
-    """Six classes in JSON lines, with an id, a title and a body."""
-    frame = pd.DataFrame({"id": range(240), "title": texts(240, 1), "body": texts(240), "queue": CLASSES * 40})
-    frame.to_json(home / "tickets.jsonl", orient="records", lines=True, force_ascii=False)
-    return home / "tickets.jsonl"
-
-
-@pytest.fixture
-def reviews(home):
-    """Three imbalanced classes in CSV, under odd headers: blanks, capitals, no name, an index."""
-    frame = pd.DataFrame({" The Review ": texts(300), "Stars?": ["good"] * 240 + ["bad"] * 50 + ["odd"] * 10})
-    frame.to_csv(home / "My Reviews.csv", sep=";", encoding="utf-8-sig")
-    return home / "My Reviews.csv"
-
-
-@pytest.fixture
-def mails(home):
-    """Two classes in Parquet, as truth values."""
-    pd.DataFrame({"mail": texts(200), "is_spam": [row % 4 == 0 for row in range(200)]}).to_parquet(
-        home / "mails.parquet"
-    )
-    return home / "mails.parquet"
+    return made_up.tickets(home)
 
 
 def prepared(name: str, tiny_model):
@@ -59,7 +34,8 @@ def test_six_classes_in_json_lines(tickets, tiny_model, capsys):
     assert task.labels == CLASSES and task.sources["files"].at == "tickets.jsonl"
     assert task.sources["files"].texts == ("title", "body") and task.splits.by == "stratified"
     assert "  queue: Billing\n" in printed and "Text: title + body. Label: queue, 6 classes." in printed
-    assert f"48 test rows can show a difference of {metrics.detectable_difference(48, 0.05):.1f} points" in printed
+    assert "48 test rows can show no difference between" in printed
+    assert f"one point needs {metrics.rows_to_show(1, 0.05):,}\n" in printed
     assert "Duplicates: 0 test rows repeat" in printed
     assert printed.endswith("\n  python -m finetune run --task tickets\n")
     data = prepared("tickets", tiny_model)
@@ -69,8 +45,8 @@ def test_six_classes_in_json_lines(tickets, tiny_model, capsys):
     assert [len(data.train), len(data.validation), len(data.test)] == [168, 24, 48]
 
 
-def test_three_imbalanced_classes_under_odd_headers(reviews, tiny_model, capsys):
-    new(str(reviews))
+def test_three_imbalanced_classes_under_odd_headers(home, tiny_model, capsys):
+    new(str(made_up.reviews(home)))
     assert "\nClasses with fewer than 5 rows: odd (1 in validation), odd (2 in test)\n" in capsys.readouterr().out
     data = prepared("my-reviews", tiny_model)
     assert data.task.sources["files"].texts == ("The Review",) and data.task.labels == ("bad", "good", "odd")
@@ -79,8 +55,8 @@ def test_three_imbalanced_classes_under_odd_headers(reviews, tiny_model, capsys)
     assert "separated by semicolons" in data.manifest.recognised[0]
 
 
-def test_truth_values_in_parquet(mails, tiny_model):
-    new(str(mails), name="spam")
+def test_truth_values_in_parquet(home, tiny_model):
+    new(str(made_up.mails(home)), name="spam")
     data = prepared("spam", tiny_model)
     assert data.task.labels == ("false", "true")
     assert data.manifest.total("train") == 140 and data.manifest.rows["test"] == {"false": 30, "true": 10}
@@ -104,12 +80,68 @@ def test_a_group_stays_together(home):
     assert (find_task("t").splits.by, find_task("t").splits.column) == ("group", "who")
 
 
-def test_labels_that_differ_in_case_or_blanks_are_one_on_request(home):
+def test_labels_that_differ_in_case_or_blanks_are_one_on_request(home, capsys):
     frame = pd.DataFrame({"text": texts(90), "label": ["Sports", "sports ", "Arts"] * 30})
     frame.to_csv(home / "t.csv", index=False)
     new(str(home / "t.csv"), "two")
+    assert "classes of their own: 'Sports' and 'sports '. Are they one? --merge" in capsys.readouterr().out
     new(str(home / "t.csv"), "one", merge_spellings=True)
+    assert "classes of their own" not in capsys.readouterr().out
     assert find_task("two").labels == ("Arts", "Sports", "sports ") and find_task("one").labels == ("Arts", "Sports")
+
+
+def test_odd_texts_and_labels_are_counted_and_lengths_drawn(home, capsys):
+    labels = ["good", "bad", "nan"] * 30
+    rows = [*texts(87), "good", "***", "\U0001f600 1"]
+    pd.DataFrame({"text": rows, "label": [*labels[:87], "good", *labels[88:]]}).to_csv(home / "t.csv", index=False)
+    new(str(home / "t.csv"), text=["text"], label="label")
+    printed = capsys.readouterr().out
+    assert "The label nan may mean that there is none" in printed
+    assert "Texts without a letter: 2 of 90\n" in printed and "WARNING: 1 of 90 texts are their label" in printed
+    picture = [line.split() for line in printed[printed.index("Words of a text") :].splitlines()[1:5]]
+    assert [(line[0], line[2], line[-1]) for line in picture] == [
+        ("1", "1", "2"),
+        ("2", "3", "1"),
+        ("4", "7", "0"),
+        ("8", "15", "87"),
+    ]
+
+
+def test_another_encoding_is_proposed_and_kept(home, monkeypatch, capsys):
+    rows = [f"Müller grüßt {text}" for text in texts(90)]
+    frame = pd.DataFrame({"text": rows, "label": ["a", "b", "c"] * 30})
+    frame.to_csv(home / "t.csv", index=False, encoding="cp1252")
+    assert main(["new", str(home / "t.csv")]) == 2
+    assert "--encoding cp1252" in capsys.readouterr().err and not (home / "tasks").exists()
+    assert main(["new", str(home / "t.csv"), "--encoding", "cp1252"]) == 0
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda question: "")
+    new(str(home / "t.csv"), "asked")
+    for task in map(find_task, ("t", "asked")):
+        assert task.sources["files"].encoding == "cp1252"
+        assert {row.text for row in open_source("files", task).rows("test")} < set(rows)
+
+
+def test_labels_and_columns_of_any_characters_are_written_as_they_are(home):
+    labels = [
+        'say "a": {b}, [c] # d',
+        "\x85 next line\u2028and\u00a0blanks\x7f",
+        "\U0001f469\u200d\U0001f4bb: it's \\ 100 %",
+    ]
+    frame = pd.DataFrame({'te"xt: #': texts(90), "la\u2028bel": labels * 30})
+    frame.to_json(home / "t.jsonl", orient="records", lines=True)
+    new(str(home / "t.jsonl"))
+    assert set(find_task("t").labels) == set(labels) and find_task("t").sources["files"].texts == ('te"xt: #',)
+
+
+def test_a_packed_file_and_training_rows_alone(home):
+    frame = pd.DataFrame({"text": texts(90), "label": ["a", "b", "c"] * 30})
+    frame.to_csv(home / "mail.csv.gz", index=False)
+    (home / "set").mkdir()
+    frame.to_csv(home / "set" / "train.csv", index=False)
+    new(str(home / "mail.csv.gz"))
+    new(str(home / "set"))
+    assert find_task("mail").splits.by == find_task("set").splits.by == "stratified"
 
 
 def table(**columns):
@@ -126,6 +158,12 @@ REFUSED = {
         table(text=texts(60), code=range(60)),
         {},
         "is the label. Name a column of text, code",
+    ),
+    "one column": (table(text=texts(60)), {}, r"t\.csv:1: one column; a task needs a text and a label"),
+    "an encoding that is none": (
+        table(text=texts(60), label=["x", "y"] * 30),
+        {"encoding": "utf-9"},
+        "Python knows no encoding utf-9",
     ),
     "no text": (table(word=["a"] * 60, label=["x", "y"] * 30), {}, "which column is the text. .*--text 'word'"),
     "another column": (table(text=texts(60), label=["x", "y"] * 30), {"label": "topic"}, "has no column 'topic'; its"),

@@ -74,6 +74,13 @@ class TestRefusals:
         with pytest.raises(DataError, match=rf"not a record of this version \({named}: .*run its notebook again"):
             records.read(folder)
 
+    def test_a_figure_that_is_another_than_was_written_is_refused(self, folder, evaluated):
+        edit(folder, lambda record: record["training"].update(seconds=91.0))
+        with pytest.raises(DataError, match="was changed after it was written, or is damaged; run its notebook again"):
+            records.read(folder)
+        edit(folder, lambda record: record.pop("digest"))
+        assert records.read(folder).training.seconds == 91, "older records have no digest"
+
     def test_predictions_of_a_run_that_was_not_evaluated(self, folder):
         with pytest.raises(DataError, match="lora was not evaluated yet"):
             records.read_predictions(factories.record("lora"), folder)

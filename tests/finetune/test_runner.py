@@ -161,6 +161,17 @@ def test_a_lost_artefact_or_another_setting_is_not_reused(finished, overrides):
     artefact.rename(artefact.with_name("elsewhere"))
     assert reused(overrides) == ALL - {"fine_tuning_lora"}
     artefact.with_name("elsewhere").rename(artefact)
+    adapter, predictions, record = "adapter_model.safetensors", "predictions.parquet", "record.json"
+    for damaged, again in {
+        artefact / adapter: {"fine_tuning_lora"},
+        finished / "lora" / predictions: {"lora_finetuning_performance"},
+        finished / "lora" / record: {"fine_tuning_lora", "lora_finetuning_performance", "compare_methods"},
+        finished / "notebooks" / ".fine_tuning_qlora.json": {"fine_tuning_qlora"},
+    }.items():
+        content = damaged.read_bytes()
+        damaged.write_bytes(content[: len(content) // 2])
+        assert reused(overrides) == ALL - again
+        damaged.write_bytes(content)
 
 
 PARSED: dict[bytes, bytes] = {}
@@ -298,7 +309,7 @@ def test_an_unknown_run_is_refused_before_anything_is_executed(tiny):
             ["plan", "lora", "--set", "num_train_epochs=-1"],
             "num_train_epochs='-1' is not possible: Input should be greater than 0",
         ),
-        (["plan", "svm"], "unknown run 'svm'; the runs are: base, full, full_unsloth, lora, qlora, dora"),
+        (["plan", "svm"], "unknown run 'svm'; the runs are: base, full, full_unsloth, lora, qlora, dora, head"),
     ],
 )
 def test_the_command_line_refuses_in_one_sentence(arguments, message, capsys):
@@ -333,7 +344,7 @@ def test_a_learning_curve_trains_on_fewer_rows_alone():
     ]
     plan = suite._plans[suite.steps[2].name]
     assert (plan.experiment.train_rows, plan.recipe.learning_rate, plan.experiment.seed) == (1000, 1e-3, 42)
-    assert suite._result(suite.steps[3]) == paths.run_folder("cpu", "lora", "rows-1000") / "predictions.parquet"
+    assert suite._plans[suite.steps[3].name].run_folder == paths.run_folder("cpu", "lora", "rows-1000")
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,15 @@ class TestReport:
         write_run(tmp_path, "lora", right_on(40, 40))
         assert "100.0" in text_of(report.render(load_folder(tmp_path, "cpu"), {}))
 
+    def test_a_class_without_test_rows_is_said(self, home):
+        for name, right in (("base", 20), ("lora", 30)):
+            rows = [row for row in predictions(right_on(right, 40)) if row.label != "World"]
+            write_run(paths.results_folder("cpu"), name, (), rows=rows)
+        compared = load("cpu")
+        text = text_of(report.render(compared, {}))
+        assert "No test row has the class World: macro-F1 is the mean of the other classes." in text
+        assert tables.classes(compared).loc["World", "LoRA"] == "no test row"
+
     def test_a_failure_while_writing_keeps_the_earlier_report(self, pair, tmp_path):
         path = report.write_report(pair, tmp_path / "report.html", {})
         before = path.read_text(encoding="utf-8")

@@ -102,6 +102,21 @@ class TestVerdict:
     def test_margin_and_what_to_save_decide(self, results, margin, save, taken):
         assert decide(load("cpu"), margin, save).taken == taken
 
+    @pytest.mark.parametrize("name", ["svm", "encoder", "logistic", "few_shot", "head"])
+    def test_whatever_answers_the_task_may_be_taken(self, results, name):
+        """It is no worse than full fine-tuning by the margin, and cheaper than all that are."""
+        if name == "head":
+            cost = {"seconds": 1.0, "peak_memory_bytes": 10**9}
+            write_run(results, "head", right_on(898, 1000), confidence=0.65, cost=cost)
+        else:
+            seconds = None if name == "few_shot" else 1.0
+            write_baseline(results, name, right_on(898, 1000), fit_seconds=seconds)
+        compared = load("cpu")
+        found = decide(compared, margin=2.0)
+        assert found.taken == name and found.best == "full"
+        high = compared.pair("full", name).judged.high
+        assert f"It gets 89.8 %; full fine-tuning is at most {high:.1f} points better" in found.text
+
     def test_costs_are_those_of_the_records(self, results):
         compared = load("cpu")
         assert verdict.cost(compared, "lora", "time") == 50

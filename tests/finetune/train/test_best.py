@@ -49,7 +49,7 @@ def prepared(run, overrides, accuracies, stop=None):
         answers = [classes.index(label) + (row >= right) for row, label in enumerate(labels)]
         return np.eye(len(classes))[np.array(answers) % len(classes)] * 0.96 + 0.01
 
-    trainer._scorer.score = scored
+    trainer.scorer.score = scored
     snapshots = Snapshots(stop)
     trainer.add_callback(snapshots)
     return names, snapshots

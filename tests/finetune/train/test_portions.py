@@ -104,13 +104,13 @@ def test_where_memory_runs_short_a_checkpoint_is_saved_and_the_next_run_takes_sm
 
 def test_memory_that_is_too_short_to_score_one_article_costs_no_step(tiny, monkeypatch):
     trainer = trainer_of("lora", tiny | {"per_device_train_batch_size": 8, "eval_on_start": False})
-    scored = trainer._scorer._score_batch
+    scored = trainer.scorer._score_batch
 
     def starved(*given):
         monkeypatch.setattr(machine, "memory_left", lambda: 10**6)
         return scored(*given)
 
-    trainer._scorer._score_batch = starved
+    trainer.scorer._score_batch = starved
     with pytest.raises(UserError, match="one article does not fit beside the model"):
         trainer.train(resume_from_checkpoint=newest_checkpoint(trainer))
     assert newest_checkpoint(trainer).endswith("checkpoint-2")

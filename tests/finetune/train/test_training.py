@@ -269,6 +269,15 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny):
         trained("full", tiny | {"learning_rate": 1e30, "max_grad_norm": 1e30, "num_train_epochs": 4})
 
 
+def test_scores_that_are_no_numbers_end_the_run(tiny):
+    """Where a validation comes before the next loss is logged."""
+    trainer = trainer_of("lora", tiny)
+    with torch.no_grad():
+        trainer._trained[0].fill_(torch.nan)
+    with pytest.raises(UserError, match="scores are no numbers after step 0; lower learning_rate"):
+        trainer.evaluate()
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tiny, capsys):
     trainer = trainer_of("lora", tiny | {"save_steps": 0.25})
     assert newest_checkpoint(trainer) is None
@@ -288,6 +297,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tiny, capsys)
     assert newest_checkpoint(trainer) == str(older)
     assert f"Discarding {newest}: optimizer.pt is damaged or missing" in capsys.readouterr().out
     assert not newest.exists()
+
+
+def test_a_checkpoint_of_another_base_is_refused(tiny, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "copy")
+    overrides = tiny | {"model": str(model), "save_steps": 0.5}
+    trainer = trainer_of("lora", overrides)
+    newest_checkpoint(trainer)
+    trainer.train()
+    assert newest_checkpoint(trainer).endswith("checkpoint-4")
+    configuration = model / "tokenizer_config.json"
+    configuration.write_text(configuration.read_text() + "\n")
+    with pytest.raises(UserError, match=r"checkpoint-4 was trained on other files of the base model.*put them back"):
+        newest_checkpoint(trainer_of("lora", overrides))
 
 
 def test_a_checkpoint_runs_no_code(tiny, tmp_path):
