@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
@@ -41,7 +43,9 @@ def evaluate(found: Found, model, tokenizer, data: PreparedData) -> records.RunR
         UserError: The model was trained on other data, cannot read it, is not the one found, or gives other logits
             than its own.
     """
-    with locked(found.folder, f"Waiting for {found.folder}: another process evaluates it"):
+    # Processes that share one evaluation have one lock: the first one's.
+    alone = locked(found.folder, f"Waiting for {found.folder}: another process evaluates it")
+    with alone if machine.rank() == 0 else contextlib.nullcontext():
         return _evaluate(found, model, tokenizer, data)
 
 

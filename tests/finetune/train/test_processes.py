@@ -76,7 +76,15 @@ def assert_equal(run: str, home: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("run", "strategy"), [("lora", "ddp"), ("full", "ddp"), ("lora", "fsdp2"), ("full", "fsdp2"), ("qlora", "fsdp2")]
+    ("run", "strategy"),
+    [
+        ("lora", "ddp"),
+        ("full", "fsdp2"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (("full", "ddp"), ("lora", "fsdp2"), ("qlora", "fsdp2"))
+        ),
+    ],
 )
 def test_two_processes_train_as_one(overrides, alone, tmp_path, run, strategy):
     log = several.finish(run, overrides, tmp_path, count=2, strategy=strategy, edits=several.ending(0))
@@ -89,7 +97,12 @@ def test_two_processes_train_as_one(overrides, alone, tmp_path, run, strategy):
 
 
 @pytest.mark.parametrize(
-    ("run", "before", "after", "strategy"), [("full", 2, 1, "fsdp2"), ("full", 1, 2, "fsdp2"), ("lora", 1, 2, "ddp")]
+    ("run", "before", "after", "strategy"),
+    [
+        ("full", 2, 1, "fsdp2"),
+        pytest.param("full", 1, 2, "fsdp2", marks=pytest.mark.slow),
+        pytest.param("lora", 1, 2, "ddp", marks=pytest.mark.slow),
+    ],
 )
 def test_a_training_goes_on_with_another_number_of_processes(overrides, alone, tmp_path, run, before, after, strategy):
     several.finish(run, overrides, tmp_path, count=before, strategy=strategy, edits=several.ending(MIDDLE))
