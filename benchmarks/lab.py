@@ -33,7 +33,9 @@ DATA = {"validation_rows": 24, "compute_dtype": "float32"}
 EVALUATION = {"test_rows": 24, "generation_rows": 4}
 TRAINING = {"test_rows": 24, "train_rows": 16, "num_train_epochs": 2, "eval_steps": 0.5, "save_steps": 0.25}
 # What differs between two runs of the same: when, how long, and how much memory was free.
-VOLATILE = re.compile(r"environment|.*seconds|.*per_second|peak_memory.*|energy_joules|choices|precision|digest")
+VOLATILE = re.compile(
+    r"environment|.*seconds|.*per_second|peak_memory.*|device_peak_bytes|energy_joules|choices|precision|digest"
+)
 CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 
 
