@@ -391,10 +391,8 @@ def _new(options: argparse.Namespace) -> int:
 def _results(options: argparse.Namespace) -> int:
     from finetune.compare.publish import regenerate
 
-    for path in (changed := regenerate()):
-        print(f"written anew: {path}")
-    if not changed:
-        print("The figures in README and docs are those of the records.")
+    changed = [f"written anew: {path}" for path in regenerate()]
+    print("\n".join(changed) or "The figures in README and docs are those of the records.")
     return 0
 
 
